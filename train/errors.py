@@ -1,5 +1,6 @@
 """What a person did wrong, said in a sentence."""
 
+import os
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -14,7 +15,8 @@ def run_command(main: Callable[[], None]) -> NoReturn:
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # once per machine, not once per process
+            print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -1,0 +1,102 @@
+"""Shared by all tests: a small GPT-2, a small corpus of real tokens, and a way to run the commands as people do."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SMALL = {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 64}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Libraries cache into a folder of this session, ask no network, and use one thread (tests run side by side)."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HOME", str(tmp_path_factory.mktemp("hf")))
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("PYTHONPATH", str(ROOT))
+        yield
+
+
+def command(*words: object, cwd: Path, check: bool = True, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    """Run a command with this environment's programs first on the path; its output is shown when it fails."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    done = subprocess.run(
+        [str(word) for word in words],
+        cwd=cwd,
+        env={**os.environ, "PATH": path},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    if check:
+        assert done.returncode == 0, f"{' '.join(map(str, words))}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def python(*words: object, cwd: Path, check: bool = True) -> subprocess.CompletedProcess[str]:
+    return command(sys.executable, *words, cwd=cwd, check=check)
+
+
+def records(run_folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run_folder: Path) -> list[float]:
+    return [record["loss"] for record in records(run_folder)]
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with train.bin (8,000 tokens) and val.bin (1,000) of Python source, bare as nanoGPT writes them."""
+    from train.tokens import gpt2_encoding
+
+    folder = tmp_path_factory.mktemp("corpus")
+    text = Path(json.__file__).with_name("decoder.py").read_text() + Path(subprocess.__file__).read_text()
+    ids = np.array(gpt2_encoding().encode_ordinary(text), dtype=np.uint16)
+    ids[:8000].tofile(folder / "train.bin")
+    ids[8000:9000].tofile(folder / "val.bin")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A stock GPT-2 folder with GPT-2's vocabulary and almost nothing else."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config(**SMALL)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def flags(corpus: Path, small_model: Path) -> list[str]:
+    """Flags of a run that takes a second: 8 steps of 4 sequences of 32 tokens."""
+    return [
+        f"--model={small_model}",
+        f"--train_data_path={corpus}/train.bin",
+        f"--val_data_path={corpus}/val.bin",
+        "--block_size=32",
+        "--max_steps=8",
+        "--learning_rate=1e-2",
+        "--report_to=none",
+        "--max_new_tokens=8",
+    ]
+
+
+@pytest.fixture(scope="session")
+def finished(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished baseline run, with checkpoints after steps 4 and 8. Read it, do not write to it."""
+    folder = tmp_path_factory.mktemp("finished")
+    python("-m", "train", *flags, "--save_interval=4", "--eval_interval=4", f"--checkpoint_path={folder}", cwd=folder)
+    return folder / "baseline"

@@ -1,0 +1,114 @@
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+from train.config import RunConfig
+from train.engines import deepspeed_json
+from train.errors import UserError
+
+
+def resolve(folder: Path, settings: dict, world_size: int = 2, bf16_is_fast: bool = False, **flags: object) -> tuple:
+    file = folder / "ds.json"
+    file.write_text(json.dumps(settings))
+    config = dataclasses.replace(RunConfig(run_type="optimized", deepspeed_config=str(file)), **flags)
+    return deepspeed_json.resolve(config, world_size, bf16_is_fast)
+
+
+def test_auto_is_filled_from_the_flags(tmp_path: Path) -> None:
+    settings = dict.fromkeys(
+        ["train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"],
+        "auto",
+    )
+    settings |= {"bf16": {"enabled": "auto"}, "zero_optimization": {"stage": 2}}
+    config, filled = resolve(
+        tmp_path,
+        settings,
+        train_micro_batch_size_per_gpu=3,
+        gradient_accumulation_steps=5,
+        max_grad_norm=0.5,
+        mixed_precision="bf16",
+    )
+    assert filled["train_batch_size"] == 3 * 5 * 2
+    assert filled["train_micro_batch_size_per_gpu"] == 3
+    assert filled["gradient_clipping"] == 0.5
+    assert filled["bf16"] == {"enabled": True}
+    assert "auto" not in json.dumps(filled)
+    assert config.mixed_precision == "bf16"
+
+
+def test_numbers_in_the_json_hold_where_no_flag_is_given(tmp_path: Path) -> None:
+    settings = {"train_micro_batch_size_per_gpu": 6, "gradient_accumulation_steps": 2, "gradient_clipping": 0.25}
+    config, filled = resolve(tmp_path, {**settings, "zero_optimization": {"stage": 1}})
+    assert (config.train_micro_batch_size_per_gpu, config.gradient_accumulation_steps) == (6, 2)
+    assert (config.max_grad_norm, filled["train_batch_size"]) == (0.25, 24)
+
+
+def test_defaults_hold_where_neither_says(tmp_path: Path) -> None:
+    config, filled = resolve(tmp_path, {})
+    assert (config.train_micro_batch_size_per_gpu, config.gradient_accumulation_steps) == (4, 1)
+    assert (config.max_grad_norm, filled["gradient_clipping"]) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize(("asked", "fast", "expected"), [(None, True, True), (None, False, False), ("no", True, False)])
+def test_bf16_follows_flag_then_hardware(tmp_path: Path, asked: str | None, fast: bool, expected: bool) -> None:
+    settings = {"zero_optimization": {"stage": 1}, "bf16": {"enabled": "auto"}}
+    config, filled = resolve(tmp_path, settings, bf16_is_fast=fast, mixed_precision=asked)
+    assert filled["bf16"]["enabled"] is expected
+    assert config.mixed_precision == ("bf16" if expected else "no")
+
+
+@pytest.mark.parametrize(
+    ("settings", "flags", "names"),
+    [
+        ({"train_micro_batch_size_per_gpu": 8}, {"train_micro_batch_size_per_gpu": 4}, ["8", "4", "per_gpu", "auto"]),
+        ({"gradient_accumulation_steps": 8}, {"gradient_accumulation_steps": 2}, ["8", "2", "accumulation"]),
+        ({"gradient_clipping": 2.0}, {"max_grad_norm": 1.0}, ["gradient_clipping", "max_grad_norm"]),
+        ({"train_batch_size": 7}, {}, ["train_batch_size", "7", "= 8"]),
+        ({"train_micro_batch_size_per_gpu": "eight"}, {}, ["train_micro_batch_size_per_gpu", "'eight'"]),
+        ({"gradient_clipping": "much"}, {}, ["gradient_clipping", "'much'"]),
+        ({"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}}, {"mixed_precision": "no"}, ["bf16.enabled"]),
+        ({"bf16": {"enabled": "yes"}}, {}, ["bf16.enabled", "'yes'"]),
+        ({"bf16": True}, {}, ["bf16"]),
+        ({"bf16": {"enabled": True}, "zero_optimization": {"stage": 0}}, {}, ["stage 0", "stage 1"]),
+        ({"fp16": {"enabled": True}}, {}, ["fp16", "bf16"]),
+        ({"zero_optimisation": {"stage": 2}}, {}, ["zero_optimisation", "spelling"]),
+        ({"zero_optimization": {"stage": 2, "overlap_com": True}}, {}, ["zero_optimization.overlap_com"]),
+        ({"zero_optimization": {"stage": 4}}, {}, ["stage"]),
+        ({"optimizer": {"type": "AdamW"}}, {}, ["optimizer", "--learning_rate"]),
+        ({"scheduler": {}}, {}, ["scheduler", "--lr_schedule"]),
+        ({"pipeline": {"stages": 2}}, {}, ["pipeline"]),
+    ],
+)
+def test_contradictions_and_unknown_keys_are_named(tmp_path: Path, settings: dict, flags: dict, names: list) -> None:
+    with pytest.raises(UserError) as error:
+        resolve(tmp_path, settings, **flags)
+    assert all(name in str(error.value) for name in names), str(error.value)
+
+
+def test_broken_files_are_named_with_the_line(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.json"
+    broken.write_text('{\n  "bf16": }')
+    with pytest.raises(UserError, match=r"broken\.json: line 2"):
+        deepspeed_json.read(broken)
+    with pytest.raises(UserError, match="no such file"):
+        deepspeed_json.read(tmp_path / "missing.json")
+    (tmp_path / "list.json").write_text("[]")
+    with pytest.raises(UserError, match="holds a list"):
+        deepspeed_json.read(tmp_path / "list.json")
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda file: file.name)
+def test_shipped_files_resolve(file: Path) -> None:
+    config = RunConfig(run_type="optimized", deepspeed_config=str(file))
+    _, filled = deepspeed_json.resolve(config, 2, True)
+    assert "auto" not in json.dumps(filled)
+
+
+def test_every_key_that_is_let_through_is_one_deepspeed_reads() -> None:
+    import deepspeed
+
+    source = "".join(path.read_text() for path in (Path(deepspeed.__file__).parent).rglob("*.py"))
+    assert [key for key in deepspeed_json.ENGINE_KEYS if f'"{key}"' not in source and f"'{key}'" not in source] == []

@@ -1,0 +1,157 @@
+"""A run made ready: everything settled and checked from files first, then the engine with the model in it."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.utils import set_seed
+
+from modeling_gpt2flash import GPT2FlashConfig
+from modeling_gpt2flash.attention import choose_attention
+from train import checkpoint as checkpoints
+from train.batches import EvalBatches, TrainBatches
+from train.config import RunConfig
+from train.engines import deepspeed_json
+from train.engines.accelerated import AcceleratedEngine, choose_device, world_size
+from train.errors import UserError
+from train.metrics import cpu_has_bf16
+from train.models import build_model, model_config
+from train.runlog import check_trackers
+from train.tokens import TokenFile, open_tokens
+
+SHAPE = ("n_layer", "n_head", "n_embd", "n_inner", "n_positions", "vocab_size")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A settled run: no number left open, every file there and fitting, nothing written and nothing built yet."""
+
+    config: RunConfig
+    deepspeed: dict[str, Any] | None
+    model_config: GPT2FlashConfig
+    attention: tuple[str, str]  # implementation, why
+    train: TrainBatches
+    val: EvalBatches
+    total_steps: int
+    warmup_steps: int
+    checkpoint: checkpoints.Checkpoint | None
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.train.global_batch_size * self.train.block_size
+
+    @property
+    def shape(self) -> dict[str, int | None]:
+        return {key: getattr(self.model_config, key) for key in SHAPE}
+
+    def state(self, step: int) -> dict[str, Any]:
+        """What a checkpoint after `step` steps says of its run, besides weights and moments."""
+        return {
+            "step": step,
+            "tokens": step * self.tokens_per_step,
+            "model": self.shape,
+            "train_data": describe(self.train.tokens),
+            "seed": self.config.seed,
+            "block_size": self.train.block_size,
+            "sequences_per_step": self.train.global_batch_size,
+            "total_steps": self.total_steps,
+            "config": dataclasses.asdict(self.config),
+        }
+
+
+def describe(tokens: TokenFile) -> dict[str, Any]:
+    """What tells one token file from another; a bare file has no digest."""
+    return {"tokens": len(tokens), "sha256": tokens.sidecar["sha256"] if tokens.sidecar else None}
+
+
+def settle(config: RunConfig) -> Run:
+    """Check everything that can be checked from the flags and files.
+
+    Raises:
+        UserError: naming what cannot be, before anything is written or built.
+    """
+    check_trackers(config.report_to)
+    config, deepspeed = _settle_engine(config)
+    assert config.train_micro_batch_size_per_gpu is not None
+    assert config.gradient_accumulation_steps is not None
+    assert config.loss_chunk_size is not None
+    resuming = config.resume_from_checkpoint is not None
+    checkpoints.check_free(config.run_folder, resuming, config.overwrite)
+
+    shape = model_config(config.model, dropout=config.dropout, loss_chunk_size=config.loss_chunk_size)
+    block_size = config.block_size or shape.n_positions
+    if block_size > shape.n_positions:
+        raise UserError(
+            f"--block_size {block_size}: {config.model} has {shape.n_positions} positions; ask for that many or fewer"
+        )
+    sequences = config.train_micro_batch_size_per_gpu * config.gradient_accumulation_steps * world_size()
+    train = TrainBatches(open_tokens(config.train_data_path, shape.vocab_size), block_size, sequences, config.seed)
+    val = EvalBatches(open_tokens(config.val_data_path, shape.vocab_size), block_size)
+    total_steps = config.max_steps or train.updates(config.epochs)
+    run = Run(
+        config=dataclasses.replace(config, block_size=block_size),
+        deepspeed=deepspeed,
+        model_config=shape,
+        attention=_settle_attention(config, shape),
+        train=train,
+        val=val,
+        total_steps=total_steps,
+        warmup_steps=min(2000, total_steps // 20) if config.warmup_steps is None else config.warmup_steps,
+        checkpoint=checkpoints.find(config.resume_from_checkpoint, config.run_folder) if resuming else None,
+    )
+    if run.checkpoint is not None:
+        checkpoints.check_same_run(run.checkpoint, run.state(run.checkpoint.step))
+        if run.checkpoint.step >= total_steps:
+            raise UserError(
+                f"{run.checkpoint.folder} has done all {total_steps} steps; ask for more with --max_steps or --epochs"
+            )
+    return run
+
+
+def _settle_engine(config: RunConfig) -> tuple[RunConfig, dict[str, Any] | None]:
+    """Fill in what the run type, the hardware and the DeepSpeed JSON decide."""
+    bf16_is_fast = torch.cuda.is_bf16_supported() if choose_device().type == "cuda" else cpu_has_bf16()
+    if config.optimized:
+        if config.deepspeed_config is None:
+            raise UserError(
+                "--run_type optimized: trains through DeepSpeed; "
+                "name its JSON, for example --deepspeed_config ds_configs/zero2.json"
+            )
+        config, deepspeed = deepspeed_json.resolve(config, world_size(), bf16_is_fast)
+        defaults: dict[str, Any] = {"attn_implementation": "auto", "loss_chunk_size": 512}
+    else:
+        deepspeed = None
+        precision = "bf16" if config.mixed_precision == "auto" and bf16_is_fast else "no"
+        config = dataclasses.replace(config, mixed_precision="bf16" if config.mixed_precision == "bf16" else precision)  # type: ignore[arg-type]
+        defaults = {
+            "attn_implementation": "eager",
+            "loss_chunk_size": 0,
+            "train_micro_batch_size_per_gpu": 4,
+            "gradient_accumulation_steps": 1,
+            "max_grad_norm": 1.0,
+        }
+    return dataclasses.replace(config, **{k: v for k, v in defaults.items() if getattr(config, k) is None}), deepspeed
+
+
+def _settle_attention(config: RunConfig, shape: GPT2FlashConfig) -> tuple[str, str]:
+    assert config.attn_implementation is not None
+    dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
+    try:
+        return choose_attention(config.attn_implementation, choose_device().type, dtype, shape.n_embd // shape.n_head)
+    except ValueError as error:
+        raise UserError(f"--attn_implementation {config.attn_implementation}: {error}") from None
+
+
+def build(run: Run) -> AcceleratedEngine:
+    """The engine with the model in it, at the step of the run's checkpoint; the run folder is this run's from here."""
+    engine = AcceleratedEngine(run.config, run.deepspeed)
+    if engine.is_main:
+        checkpoints.claim(run.config.run_folder, run.config.overwrite)
+    engine.wait()
+    set_seed(run.config.seed)
+    engine.prepare(build_model(run.config.model, run.model_config, run.attention[0]))
+    if run.checkpoint is not None:
+        weights, moments = checkpoints.read_tensors(run.checkpoint)
+        engine.load_state(weights, moments, run.checkpoint.step)
+    return engine

@@ -1,0 +1,186 @@
+"""Checkpoints: `step-N/` is a Hugging Face model folder and a training state at once, whole or not there.
+
+    RUN/step-200/config.json, model.safetensors, generation_config.json, tokenizer.json, ...   any GPT-2 tool reads these
+    RUN/step-200/optimizer.safetensors, training_state.json                                    what training goes on from
+    RUN/latest                                                                                 "step-200"
+    RUN/config.json, model.safetensors, ...                                                    links to the latest
+
+A folder is written as `.step-200.tmp`, flushed and renamed; `latest` is renamed over after that. Weights and moments
+are fp32 under GPT-2's names, whatever engine and layout wrote them, so that any other reads them.
+"""
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from modeling_gpt2flash import GPT2FlashConfig, GPT2FlashForCausalLM
+from train.errors import UserError
+from train.files import flush_to_disk, write_text
+from train.tokens import VOCABULARY_SIZE, gpt2_tokenizer
+
+STATE = "training_state.json"
+OPTIMIZER = "optimizer.safetensors"
+LATEST = "latest"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole `step-N` folder and the state in it."""
+
+    folder: Path
+    state: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        return self.state["step"]
+
+
+def save(
+    run_folder: Path,
+    model_config: GPT2FlashConfig,
+    weights: dict[str, torch.Tensor],
+    moments: dict[str, torch.Tensor],
+    state: dict[str, Any],
+    keep: int | None,
+) -> Path:
+    """Write `step-N`, point `latest` and the run folder at it, and drop all but the newest `keep`. Main process only."""
+    target = run_folder / f"step-{state['step']}"
+    aside = run_folder / f".{target.name}.tmp"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    with torch.device("meta"):
+        shell = GPT2FlashForCausalLM(model_config)  # gives the folder its layout; the weights come from `weights`
+    shell.save_pretrained(aside, state_dict=weights)
+    if model_config.vocab_size >= VOCABULARY_SIZE:
+        gpt2_tokenizer(model_max_length=model_config.n_positions).save_pretrained(aside)
+    model_files = sorted(path.name for path in aside.iterdir())
+    save_file(moments, aside / OPTIMIZER, metadata={"format": "pt"})
+    (aside / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+    for file in aside.iterdir():
+        flush_to_disk(file)
+    flush_to_disk(aside)
+    _move_away(target)
+    aside.rename(target)
+    flush_to_disk(run_folder)
+    write_text(run_folder / LATEST, target.name + "\n")
+    for name in model_files:
+        _link(target / name, run_folder / name)
+    if keep is not None:
+        for old in sorted(run_folder.glob("step-*"), key=_step_of)[:-keep]:
+            _move_away(old)
+    return target
+
+
+def _move_away(folder: Path) -> None:
+    """Delete a step folder; renamed first, so that no half of it is ever taken for a whole one."""
+    if folder.exists():
+        dying = folder.with_name(f".{folder.name}.old")
+        shutil.rmtree(dying, ignore_errors=True)
+        folder.rename(dying)
+        shutil.rmtree(dying)
+
+
+def _link(source: Path, link: Path) -> None:
+    aside = link.with_name(f".{link.name}.tmp")
+    aside.unlink(missing_ok=True)
+    try:
+        os.link(source, aside)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(source, aside)
+    aside.replace(link)
+
+
+def _step_of(folder: Path) -> int:
+    number = folder.name.removeprefix("step-")
+    return int(number) if number.isdigit() else -1
+
+
+def find(asked: str, run_folder: Path) -> Checkpoint:
+    """The checkpoint meant by `--resume_from_checkpoint`: `latest` of the run folder, or a step or run folder.
+
+    Raises:
+        UserError: when there is none, or it is not whole.
+    """
+    folder = run_folder if asked == "latest" else Path(asked)
+    if not folder.exists():
+        raise UserError(f"--resume_from_checkpoint {asked}: {folder} does not exist")
+    if not (folder / STATE).exists() and (folder / LATEST).exists():
+        folder = folder / (folder / LATEST).read_text(encoding="utf-8").strip()
+    if not (folder / STATE).exists():
+        raise UserError(
+            f"--resume_from_checkpoint {asked}: {folder} holds no whole checkpoint ({STATE} is missing); "
+            "name a step-N folder, or start anew without the flag"
+        )
+    try:
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        return Checkpoint(folder, {**state, "step": int(state["step"])})
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / STATE} is not a training state of this trainer: {error}") from None
+
+
+def check_same_run(checkpoint: Checkpoint, state: dict[str, Any]) -> None:
+    """Refuse to go on with another model, data or batch: the loss curve would not be the uninterrupted run's."""
+    for key in ("model", "train_data", "seed", "block_size", "sequences_per_step"):
+        if checkpoint.state.get(key) != state[key]:
+            raise UserError(
+                f"{checkpoint.folder}: was trained with {key} {checkpoint.state.get(key)}, this run has {state[key]}; "
+                f"give the same flags, or start a new run from its weights with --model {checkpoint.folder}"
+            )
+
+
+class _Tensors(dict):
+    """Tensors of safetensors files, read one at a time."""
+
+    def __init__(self, files: list[Path]) -> None:
+        super().__init__()
+        for file in files:
+            handle = safe_open(file, framework="pt")
+            self.update(dict.fromkeys(handle.keys(), handle))
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return super().__getitem__(name).get_tensor(name)
+
+
+def read_tensors(checkpoint: Checkpoint) -> tuple[_Tensors, _Tensors]:
+    """(weights, moments) of a checkpoint by name, read lazily.
+
+    Raises:
+        UserError: when a file is missing or damaged.
+    """
+    try:
+        return _Tensors(sorted(checkpoint.folder.glob("model*.safetensors"))), _Tensors([checkpoint.folder / OPTIMIZER])
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{checkpoint.folder}: damaged checkpoint: {error}") from None
+
+
+def check_free(run_folder: Path, resuming: bool, overwrite: bool) -> None:
+    """Refuse a run folder that holds another run, unless it is to be replaced or continued."""
+    if overwrite and run_folder.exists() and any(run_folder.iterdir()) and not _holds_a_run(run_folder):
+        raise UserError(f"--overwrite: {run_folder} holds files but no run; name another --checkpoint_path")
+    if not resuming and not overwrite and _holds_a_run(run_folder):
+        kind = "a finished run" if (run_folder / "metrics.json").exists() else "an unfinished run"
+        raise UserError(
+            f"{run_folder} already holds {kind}: --overwrite replaces it, --resume_from_checkpoint continues it, "
+            "or name another --checkpoint_path"
+        )
+
+
+def claim(run_folder: Path, overwrite: bool) -> None:
+    """Make the run folder this run's, free of what a killed one left behind. Main process only."""
+    if overwrite and run_folder.exists():
+        shutil.rmtree(run_folder)
+    run_folder.mkdir(parents=True, exist_ok=True)
+    for leftover in [*run_folder.glob(".step-*.tmp"), *run_folder.glob(".step-*.old")]:
+        shutil.rmtree(leftover)
+    (run_folder / "metrics.json").unlink(missing_ok=True)  # a run that goes on is not finished
+
+
+def _holds_a_run(run_folder: Path) -> bool:
+    return any((run_folder / name).exists() for name in (LATEST, "metrics.jsonl", "metrics.json"))

@@ -1,0 +1,140 @@
+"""The DeepSpeed JSON of an optimized run: read, checked against the flags, and every "auto" in it filled in."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from train.config import RunConfig
+from train.errors import UserError
+
+# The blocks that DeepSpeed 0.19 reads at the top level and that this trainer leaves to it.
+ENGINE_KEYS = frozenset({
+    "aio", "bf16", "checkpoint", "comms_logger", "communication_data_type", "csv_monitor", "data_types",
+    "disable_allgather", "disable_python_gc", "dump_state", "flops_profiler", "fp16", "gradient_accumulation_steps",
+    "gradient_clipping", "gradient_predivide_factor", "log_level", "memory_breakdown", "prescale_gradients",
+    "sparse_gradients", "steps_per_print", "tensorboard", "timers", "torch_autocast", "train_batch_size",
+    "train_micro_batch_size_per_gpu", "wall_clock_breakdown", "wandb", "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer", "zero_optimization",
+})  # fmt: skip
+ELSEWHERE = {
+    "optimizer": "the optimizer is set by --learning_rate, --weight_decay, --adam_beta1 and --adam_beta2",
+    "scheduler": "the schedule is set by --learning_rate, --lr_schedule and --warmup_steps",
+    "activation_checkpointing": "use --activation_checkpointing",
+    "amp": "apex is not supported; use bf16",
+    "compile": "use --torch_compile",
+}
+
+
+def resolve(config: RunConfig, world_size: int, bf16_is_fast: bool) -> tuple[RunConfig, dict[str, Any]]:
+    """Settle an optimized run: the flags with no number left open, and the JSON with no "auto" left in it.
+
+    A number stands in the flag, in the JSON, in both when they agree, or in neither (then the flag's default holds).
+
+    Raises:
+        UserError: for an unreadable file, an unknown key, or a number that contradicts a flag.
+    """
+    assert config.deepspeed_config is not None
+    file = Path(config.deepspeed_config)
+    settings = read(file)
+
+    def agree(key: str, flag: str, default: Any) -> Any:
+        asked, written = getattr(config, flag), settings.get(key, "auto")
+        if written == "auto":
+            return default if asked is None else asked
+        if asked is not None and asked != written:
+            raise UserError(f'{file}: "{key}" is {written} and --{flag} is {asked}; make them agree or write "auto"')
+        return written
+
+    micro_batch = agree("train_micro_batch_size_per_gpu", "train_micro_batch_size_per_gpu", 4)
+    accumulation = agree("gradient_accumulation_steps", "gradient_accumulation_steps", 1)
+    clipping = agree("gradient_clipping", "max_grad_norm", 1.0)
+    for key, value in (("train_micro_batch_size_per_gpu", micro_batch), ("gradient_accumulation_steps", accumulation)):
+        if type(value) is not int or value < 1:
+            raise UserError(f'{file}: "{key}" is {value!r}; write a whole number of at least 1, or "auto"')
+    if type(clipping) not in (int, float) or clipping < 0:
+        raise UserError(f'{file}: "gradient_clipping" is {clipping!r}; write a number of at least 0, or "auto"')
+    product = micro_batch * accumulation * world_size
+    if settings.get("train_batch_size", "auto") not in ("auto", product):
+        raise UserError(
+            f'{file}: "train_batch_size" is {settings["train_batch_size"]}, but {micro_batch} per process x '
+            f'{accumulation} accumulated x {world_size} processes = {product}; make them agree or write "auto"'
+        )
+    bf16 = _bf16(config, settings, file, bf16_is_fast)
+    settings |= {
+        "train_batch_size": product,
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": float(clipping),
+        "bf16": {**settings.get("bf16", {}), "enabled": bf16},
+        "fp16": {"enabled": False},
+    }
+    _check_zero(settings, file, bf16)
+    config = replace(
+        config,
+        train_micro_batch_size_per_gpu=micro_batch,
+        gradient_accumulation_steps=accumulation,
+        max_grad_norm=float(clipping),
+        mixed_precision="bf16" if bf16 else "no",
+    )
+    return config, settings
+
+
+def read(file: Path) -> dict[str, Any]:
+    """The JSON's top level, every key of it one that is obeyed."""
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"--deepspeed_config {file}: there is no such file") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file}: line {error.lineno} is not JSON: {error.msg}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--deepspeed_config {file}: cannot be read: {error}") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"{file}: holds a {type(settings).__name__}; a DeepSpeed configuration is an object")
+    for key in settings:
+        if key in ELSEWHERE:
+            raise UserError(f'{file}: "{key}" is not obeyed; {ELSEWHERE[key]}, and remove the block')
+        if key == "pipeline":
+            raise UserError(f'{file}: "pipeline" is not in this release yet; remove the block')
+        if key not in ENGINE_KEYS:
+            raise UserError(f'{file}: nothing reads the key "{key}"; correct its spelling or remove it')
+    return settings
+
+
+def _bf16(config: RunConfig, settings: dict[str, Any], file: Path, bf16_is_fast: bool) -> bool:
+    for block in ("bf16", "fp16"):
+        if not isinstance(settings.get(block, {}), dict):
+            raise UserError(f'{file}: "{block}" is {settings[block]!r}; write {{"enabled": "auto"}}')
+    if settings.get("fp16", {}).get("enabled", False) not in (False, "auto"):
+        raise UserError(f'{file}: "fp16" is not supported, its loss scale would break exact resuming; use "bf16"')
+    written = settings.get("bf16", {}).get("enabled", "auto")
+    asked = {"bf16": True, "no": False}.get(config.mixed_precision or "auto")
+    if written == "auto":
+        return bf16_is_fast if asked is None else asked
+    if type(written) is not bool:
+        raise UserError(f'{file}: "bf16.enabled" is {written!r}; write true, false or "auto"')
+    if asked is not None and asked != written:
+        raise UserError(
+            f'{file}: "bf16.enabled" is {str(written).lower()} and --mixed_precision is {config.mixed_precision}; '
+            'make them agree or write "auto"'
+        )
+    return written
+
+
+def _check_zero(settings: dict[str, Any], file: Path, bf16: bool) -> None:
+    zero = settings.setdefault("zero_optimization", {"stage": 0})
+    if not isinstance(zero, dict) or zero.get("stage", 0) not in (0, 1, 2, 3):
+        raise UserError(f'{file}: "zero_optimization" needs a "stage" of 0, 1, 2 or 3')
+    if zero.get("stage", 0) == 0 and bf16:
+        raise UserError(f"{file}: ZeRO stage 0 with bf16 starts with a false AdamW step in DeepSpeed; use stage 1")
+    # Checked by DeepSpeed's own model of the block, imported here because importing it takes seconds.
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from pydantic import ValidationError
+
+    try:
+        DeepSpeedZeroConfig(**{key: value for key, value in zero.items() if value != "auto"})
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(["zero_optimization", *map(str, first["loc"])])
+        raise UserError(f'{file}: "{key}" is {first["input"]!r}: {first["msg"]}') from None

@@ -1,0 +1,72 @@
+"""The training loop: the same for every engine, layout and run type."""
+
+import dataclasses
+import time
+
+from train import checkpoint as checkpoints
+from train.build import Run, build
+from train.runlog import RunLog
+from train.schedule import learning_rate
+from train.summary import write_summary
+from train.validate import validate
+
+
+def due(step: int, interval: int, last: int) -> bool:
+    """Whether something that happens every `interval` steps (0: never) and at the end happens after `step`."""
+    return step == last or (interval > 0 and step % interval == 0)
+
+
+def train(run: Run) -> None:
+    """Train from the run's checkpoint, or from nothing, to its last step; leave the run folder finished."""
+    config = run.config
+    engine = build(run)
+    log = RunLog(engine.accelerator, config.run_folder, dataclasses.asdict(config), run.total_steps)
+    first = run.checkpoint.step if run.checkpoint else 0
+    log.start(first, run.checkpoint.folder.parent / "metrics.jsonl" if run.checkpoint else log.file)
+    log.say(f"attention: {run.attention[0]} ({run.attention[1]}); precision: {config.mixed_precision}")
+    micro_batch_size = config.train_micro_batch_size_per_gpu
+    for step in range(first, run.total_steps):
+        began = time.perf_counter()
+        rate = learning_rate(
+            step,
+            peak=config.learning_rate,
+            total_steps=run.total_steps,
+            warmup_steps=run.warmup_steps,
+            min_ratio=config.min_learning_rate_ratio,
+            schedule=config.lr_schedule,
+        )
+        micro_batches = (
+            run.train.micro_batch(step, micro_step, engine.rank, engine.world_size, micro_batch_size)
+            for micro_step in range(config.gradient_accumulation_steps)
+        )
+        result = engine.train_step(step, micro_batches, rate)
+        seconds = time.perf_counter() - began
+
+        done = step + 1
+        record = {
+            "step": done,
+            "epoch": done / run.train.steps_per_epoch,
+            "tokens": done * run.tokens_per_step,
+            "loss": result.loss,
+            "learning_rate": rate,
+            "grad_norm": result.grad_norm,
+            "tokens_per_second": run.tokens_per_step / seconds,
+            "step_time_seconds": seconds,
+        }
+        if due(done, config.eval_interval, run.total_steps):
+            record |= validate(engine, run.val, micro_batch_size, config.eval_steps)
+        log.write(record)
+        if due(done, config.save_interval, run.total_steps):
+            weights, moments = engine.gather_state()
+            if engine.is_main:
+                state = run.state(done)
+                checkpoints.save(
+                    config.run_folder, run.model_config, weights, moments, state, config.save_total_limit
+                )
+            del weights, moments
+            engine.wait()
+    log.close()
+    main, processes, memory = engine.is_main, engine.world_size, engine.peak_memory()
+    engine.close()
+    if main:
+        write_summary(run, log.records, processes, memory)

@@ -1,0 +1,18 @@
+"""Third-party notices that say nothing to the person at the screen, silenced where they come from."""
+
+import logging
+import os
+import warnings
+
+
+def quiet_libraries() -> None:
+    """Call before the first import of torch, transformers or DeepSpeed. Warnings that mean something stay."""
+    import torch
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()  # "Loading weights", "Writing model shards": milliseconds here
+    transformers_logging.set_verbosity_error()  # the model type of stock GPT-2 folders, which are read on purpose
+    logging.getLogger("torch.distributed.run").setLevel(logging.ERROR)
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no GPU
+    warnings.filterwarnings("ignore", message=".*pin_memory.*no accelerator is found.*")

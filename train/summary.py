@@ -1,0 +1,56 @@
+"""The end of a run: time the saved model at work, write a sample, and sum everything up in metrics.json."""
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from train import inference
+from train.build import Run, describe
+from train.files import write_json
+from train.metrics import hardware, peak_flops, summarise, versions
+from train.tokens import VOCABULARY_SIZE
+
+LATENCY_TOKENS = 32  # generated per timing, after a prompt of as many
+
+
+def write_summary(run: Run, records: list[dict[str, Any]], world_size: int, memory: dict[str, Any]) -> None:
+    """Write metrics.json into the run folder. Main process only, when the engine is closed: it reads the checkpoint."""
+    config = run.config
+    precision = "bf16" if config.mixed_precision == "bf16" else "fp32"
+    model, tokenizer = inference.load(config.run_folder, dtype="bfloat16" if precision == "bf16" else "float32")
+    prompt_ids = torch.tensor(run.val.tokens.ids[None, :LATENCY_TOKENS].astype("int64"), device=model.device)
+    latency = inference.measure_latency(model, prompt_ids, LATENCY_TOKENS)
+    sample = None
+    if config.max_new_tokens > 0 and run.model_config.vocab_size >= VOCABULARY_SIZE:
+        room = run.model_config.n_positions - len(tokenizer(config.prompt).input_ids)
+        text = inference.complete(model, tokenizer, config.prompt, min(config.max_new_tokens, room))[0]
+        sample = {"prompt": config.prompt, "text": text}
+    device_name = torch.cuda.get_device_name() if model.device.type == "cuda" else "cpu"
+    summary = summarise(
+        run_type=config.run_type,
+        records=records,
+        tokens_per_step=run.tokens_per_step,
+        tokens_per_epoch=run.train.windows * run.train.block_size,
+        block_size=run.train.block_size,
+        precision=precision,
+        model={key: value for key, value in run.shape.items() if value is not None},
+        n_inner=run.model_config.n_inner,
+        parameters=model.num_parameters(),
+        world_size=world_size,
+        device_peak_flops=peak_flops(device_name, precision),
+        memory=memory,
+        attn_implementation=run.attention[0],
+        attn_reason=run.attention[1],
+        data={
+            "train": {"path": str(run.train.tokens.path), **describe(run.train.tokens)},
+            "val": {"path": str(run.val.tokens.path), **describe(run.val.tokens)},
+        },
+        sample=sample,
+        config=dataclasses.asdict(config),
+        hardware=hardware(),
+        versions=versions(),
+        inference_latency_seconds=latency.first_token,
+        inference_seconds_per_token=latency.per_token,
+    )
+    write_json(config.run_folder / "metrics.json", summary)
