@@ -170,6 +170,11 @@ class TokenWriter:
         self.tokens += ids.size
         self.documents += documents
 
+    def flush(self) -> None:
+        """Bring all that was written to the disk; nothing can be written after it."""
+        self._file.close()
+        flush_to_disk(self._aside)
+
     def finish(self, extra: Mapping[str, Any]) -> dict[str, Any]:
         """Flush, write the sidecar, rename; return what the sidecar says."""
         sidecar = {
@@ -181,8 +186,7 @@ class TokenWriter:
             "sha256": self._sha256.hexdigest(),
             **extra,
         }
-        self._file.close()
-        flush_to_disk(self._aside)
+        self.flush()
         self.path.unlink(missing_ok=True)
         try:
             write_json(sidecar_path(self.path), sidecar)
