@@ -2,6 +2,7 @@ import json
 import math
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -192,7 +193,9 @@ def test_peak_memory_is_not_the_launchers() -> None:
         '\'from train.metrics import peak_memory; print(peak_memory("cpu")["peak_memory_bytes"])\'],'
         " capture_output=True, text=True, check=True).stdout)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=True
+    )
     assert int(done.stdout) < 650_000_000
 
 
