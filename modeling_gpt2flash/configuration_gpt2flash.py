@@ -1,0 +1,89 @@
+"""The configuration: GPT-2's fields under GPT-2's names, and one that says how the loss is computed."""
+
+from typing import Any, ClassVar
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+
+# Fields of GPT-2's configuration that change what is computed and that this model does not compute.
+UNSUPPORTED_FIELDS = {
+    "add_cross_attention": "there is no cross attention here",
+    "reorder_and_upcast_attn": "the attention kernels choose their own order and precision",
+}
+
+
+def refuse_unsupported(fields: dict[str, Any]) -> None:
+    """Raise if a configuration asks for what this model would silently leave out."""
+    for name, reason in UNSUPPORTED_FIELDS.items():
+        if fields.get(name):
+            raise ValueError(
+                f"{name}={fields[name]!r} is not supported: {reason}. Use transformers' own GPT-2 for this "
+                f"checkpoint, or set {name} to false if it was trained without."
+            )
+
+
+@strict
+class GPT2FlashConfig(PreTrainedConfig):
+    """Sizes, dropout and numerics of a GPT-2.
+
+    A folder of stock GPT-2 is read as it is; of its fields, those of the heads that do not exist here
+    (`summary_*`) pass through unused, and the ones in `UNSUPPORTED_FIELDS` are refused when they are on.
+
+    `loss_chunk_size` is how many rows of hidden states are projected onto the vocabulary at once for the training
+    loss. It bounds memory and changes the result by rounding only; 0 keeps all logits and returns them.
+    """
+
+    model_type = "gpt2flash"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    attribute_map: ClassVar[dict[str, str]] = {
+        "hidden_size": "n_embd",
+        "max_position_embeddings": "n_positions",
+        "num_attention_heads": "n_head",
+        "num_hidden_layers": "n_layer",
+    }
+
+    vocab_size: int = 50257
+    n_positions: int = 1024
+    n_embd: int = 768
+    n_layer: int = 12
+    n_head: int = 12
+    n_inner: int | None = None
+    activation_function: str = "gelu_new"
+    resid_pdrop: float | int = 0.1
+    embd_pdrop: float | int = 0.1
+    attn_pdrop: float | int = 0.1
+    layer_norm_epsilon: float = 1e-5
+    initializer_range: float = 0.02
+    scale_attn_weights: bool = True
+    scale_attn_by_inverse_layer_idx: bool = False
+    use_cache: bool = True
+    bos_token_id: int | None = 50256
+    eos_token_id: int | list[int] | None = 50256
+    pad_token_id: int | None = None
+    tie_word_embeddings: bool = True
+    loss_chunk_size: int = 512
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        # Here and not in a `validate_…` method: the strict decorator wraps what those raise in an exception of its
+        # own that is no ValueError.
+        refuse_unsupported(kwargs)
+        for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, but must be at least 1.")
+        if self.n_inner is not None and self.n_inner < 1:
+            raise ValueError(f"n_inner is {self.n_inner}, but must be at least 1, or None for 4 * n_embd.")
+        if self.n_embd % self.n_head != 0:
+            raise ValueError(
+                f"n_embd={self.n_embd} cannot be split over n_head={self.n_head} heads: it must be a multiple of it."
+            )
+        for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, but a probability lies between 0 and 1.")
+        if self.loss_chunk_size < 0:
+            raise ValueError(
+                f"loss_chunk_size is {self.loss_chunk_size}, but must be a number of rows, or 0 for the plain loss."
+            )
+        super().__post_init__(**kwargs)
+
+
+__all__ = ["GPT2FlashConfig"]

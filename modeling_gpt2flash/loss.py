@@ -1,0 +1,169 @@
+"""The language-modelling loss, a chunk of rows at a time.
+
+GPT-2's vocabulary makes the logits the largest tensor of a training step: batch 64 x 1024 positions x 50,257 words
+x 4 bytes = 13.2 GB. Nothing needs all of them at once. The loss of a row and its gradients depend on that row's
+logits alone, so a few hundred rows at a time are projected, scored and differentiated, and their logits forgotten.
+
+Shapes: B batch, T positions, N = B * T rows, C rows of a chunk, D hidden width, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def causal_lm_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor | None,
+    *,
+    shift_labels: Tensor | None = None,
+    num_items_in_batch: Tensor | int | None = None,
+    ignore_index: int = -100,
+    chunk_size: int,
+) -> Tensor:
+    """Cross-entropy of `hidden @ weight.T` against the next token, as transformers defines it.
+
+    Args:
+        hidden: (B, T, D), the final hidden states.
+        weight: (V, D), the vocabulary projection.
+        labels: (B, T), aligned with the input; shifted here. Unused when `shift_labels` is given.
+        shift_labels: (B, T), already shifted: position t holds the token that t should predict.
+        num_items_in_batch: what the summed loss is divided by, e.g. the predicted tokens of all accumulated
+            micro-batches. None: the mean over this call's rows that are not ignored.
+        ignore_index: the label of rows that count for nothing.
+        chunk_size: rows of logits that exist at once; 0 means all of them.
+
+    Returns:
+        A scalar: fp32, or fp64 for fp64 input.
+    """
+    if chunk_size < 0:
+        raise ValueError(f"chunk_size is {chunk_size}; give the rows of a chunk, or 0 for all rows at once.")
+    if shift_labels is None:
+        if labels is None:
+            raise ValueError("The loss needs labels, or shift_labels if they are already shifted.")
+        shift_labels = shift_left(labels, ignore_index)
+    if shift_labels.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"The labels' shape {tuple(shift_labels.shape)} is not that of the hidden states without their last "
+            f"dimension, {tuple(hidden.shape[:-1])}."
+        )
+    rows_ND = hidden.reshape(-1, hidden.shape[-1])
+    targets_N = shift_labels.reshape(-1).to(hidden.device)
+
+    if chunk_size == 0:
+        summed = _summed_loss(F.linear(rows_ND, weight), targets_N, ignore_index)
+    else:
+        summed = _chunked_sum(rows_ND, weight, targets_N, ignore_index, chunk_size)
+
+    if num_items_in_batch is None:
+        return summed / (targets_N != ignore_index).sum()
+    if isinstance(num_items_in_batch, Tensor):
+        num_items_in_batch = num_items_in_batch.to(summed.device)
+    return summed / num_items_in_batch
+
+
+def shift_left(labels: Tensor, ignore_index: int = -100) -> Tensor:
+    """(B, T) -> (B, T): each position gets its successor's label, the last one `ignore_index`."""
+    return F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+
+
+def _chunked_sum(rows_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, ignore_index: int, chunk_size: int) -> Tensor:
+    # Autocast reaches no further than here: what it would have cast is cast by hand, since inside a custom
+    # function its cache would keep the weight's copy alive and its rules would not apply to in-place products.
+    device_type = rows_ND.device.type
+    if torch.is_autocast_enabled(device_type):
+        compute_dtype = torch.get_autocast_dtype(device_type)
+    else:
+        compute_dtype = torch.promote_types(rows_ND.dtype, weight_VD.dtype)
+    needs_grad = torch.is_grad_enabled()
+    grad_rows = needs_grad and rows_ND.requires_grad
+    grad_weight = needs_grad and weight_VD.requires_grad
+    return _ChunkedLoss.apply(
+        rows_ND, weight_VD, targets_N, ignore_index, chunk_size, compute_dtype, grad_rows, grad_weight
+    )
+
+
+def _summed_loss(logits: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
+    """(C, V), (C,) -> (): in at least fp32, whatever the logits come in."""
+    return F.cross_entropy(_at_least_fp32(logits), targets, ignore_index=ignore_index, reduction="sum")
+
+
+def _at_least_fp32(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """The summed loss, with its gradients taken in the same pass.
+
+    The logits of a chunk would be needed again in the backward pass, so either they are kept (what we avoid), or
+    projected twice (a third more arithmetic), or their gradient is taken while they are here. The last is free
+    because the loss is a scalar: all that the backward pass can still bring is one factor.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows_ND: Tensor,
+        weight_VD: Tensor,
+        targets_N: Tensor,
+        ignore_index: int,
+        chunk_size: int,
+        compute_dtype: torch.dtype,
+        grad_rows: bool,
+        grad_weight: bool,
+    ) -> Tensor:
+        with torch.autocast(rows_ND.device.type, enabled=False):
+            weight = weight_VD.to(compute_dtype)
+            # Sums over rows and over chunks are taken in fp32: in bf16 they would lose what each chunk adds.
+            sum_dtype = torch.promote_types(compute_dtype, torch.float32)
+            total = rows_ND.new_zeros((), dtype=sum_dtype)
+            d_rows = torch.empty_like(rows_ND) if grad_rows else None
+            d_weight = weight_VD.new_zeros(weight_VD.shape, dtype=sum_dtype) if grad_weight else None
+            # One chunk's logits, their memory used again by each: fresh pages for every chunk cost a third more time.
+            most_rows = min(chunk_size, rows_ND.shape[0])
+            narrow = rows_ND.new_empty((most_rows, weight.shape[0]), dtype=compute_dtype)
+            wide = narrow if compute_dtype == sum_dtype else torch.empty_like(narrow, dtype=sum_dtype)
+            d_weight_chunk = None if d_weight is None or narrow is wide else torch.empty_like(weight)
+
+            for start in range(0, rows_ND.shape[0], chunk_size):
+                rows_CD = rows_ND[start : start + chunk_size].to(compute_dtype)
+                targets_C1 = targets_N[start : start + chunk_size, None]
+                counted_C1 = targets_C1 != ignore_index
+                targets_C1 = targets_C1.masked_fill(~counted_C1, 0)
+
+                narrow_CV, wide_CV = narrow[: len(rows_CD)], wide[: len(rows_CD)]
+                torch.mm(rows_CD, weight.T, out=narrow_CV)
+                if narrow is not wide:
+                    wide_CV.copy_(narrow_CV)
+                wide_CV -= wide_CV.amax(dim=-1, keepdim=True)
+                target_logits_C1 = wide_CV.gather(-1, targets_C1)
+                exp_sums_C1 = wide_CV.exp_().sum(dim=-1, keepdim=True)
+                total += (exp_sums_C1.log() - target_logits_C1).masked_fill(~counted_C1, 0).sum()
+                if d_rows is None and d_weight is None:
+                    continue
+
+                # d loss / d logits = softmax - one-hot, and 0 in the rows that do not count.
+                counted = counted_C1.to(sum_dtype)
+                wide_CV *= counted / exp_sums_C1
+                wide_CV.scatter_add_(-1, targets_C1, -counted)
+                if narrow is not wide:
+                    narrow_CV.copy_(wide_CV)
+                if d_rows is not None:
+                    d_rows[start : start + chunk_size] = narrow_CV @ weight
+                if d_weight is not None and d_weight_chunk is not None:
+                    d_weight += torch.mm(narrow_CV.T, rows_CD, out=d_weight_chunk)
+                elif d_weight is not None:
+                    d_weight.addmm_(narrow_CV.T, rows_CD)
+
+        ctx.save_for_backward(d_rows, d_weight.to(weight_VD.dtype) if d_weight is not None else None)
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_total: Tensor) -> tuple[Tensor | None, ...]:
+        # New tensors, not in place: the graph may be kept for a second backward pass.
+        d_rows, d_weight = (None if d is None else d * d_total.to(d.dtype) for d in ctx.saved_tensors)
+        return d_rows, d_weight, None, None, None, None, None, None

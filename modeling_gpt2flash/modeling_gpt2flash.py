@@ -1,0 +1,407 @@
+"""GPT-2, under its own weight names and Conv1D layout, with transformers' attention kernels and a chunked loss.
+
+Shapes: B batch, T positions of this call, S positions including cached ones, H heads, K width of a head, D = H * K
+hidden width, V vocabulary.
+"""
+
+# ruff: noqa: RUF012  # transformers declares the mutable class attributes below as instance attributes
+
+import math
+from typing import Any, Unpack
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
+from transformers.utils.generic import TransformersKwargs, can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .attention import check_attention_name, check_flash_dtype, choose_attention, eager_attention_forward
+from .configuration_gpt2flash import GPT2FlashConfig, refuse_unsupported
+from .loss import causal_lm_loss
+from .positions import check_length, check_positions, count_positions, keep_positions
+
+logger = logging.get_logger(__name__)
+
+
+def residual_projection(width_out: int, width_in: int) -> Conv1D:
+    """A Conv1D that `_init_weights` will know as the end of a residual branch.
+
+    The mark sits on the Conv1D itself: for code outside its own package transformers initialises no module that has
+    no parameters of its own, so the attention or MLP around it is never asked.
+    """
+    projection = Conv1D(width_out, width_in)
+    projection.ends_residual_branch = True
+    return projection
+
+
+class GPT2FlashAttention(nn.Module):
+    """Causal self-attention through whichever kernel `config._attn_implementation` names."""
+
+    is_causal = True  # read by the kernels: where no mask is given, they mask the future themselves
+
+    def __init__(self, config: PreTrainedConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.n_embd // config.n_head
+        self.scaling = self.head_dim**-0.5 if config.scale_attn_weights else 1.0
+        if config.scale_attn_by_inverse_layer_idx:
+            self.scaling /= layer_idx + 1
+
+        self.c_attn = Conv1D(3 * config.n_embd, config.n_embd)
+        self.c_proj = residual_projection(config.n_embd, config.n_embd)
+        self.resid_dropout = nn.Dropout(config.resid_pdrop)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[Tensor, Tensor | None]:
+        """(B, T, D) -> (B, T, D), and the attention weights (B, H, T, S) from kernels that have them."""
+        batch, length, width = hidden_states.shape
+        # Views all the way: three slices of one product, each (B, T, D) -> (B, H, T, K), none of them copied.
+        query, key, value = (
+            part.view(batch, length, -1, self.head_dim).transpose(1, 2)
+            for part in self.c_attn(hidden_states).split(width, dim=-1)
+        )
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+
+        implementation = self.config._attn_implementation
+        if "flash" in implementation:
+            check_flash_dtype(query)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        output_BTHK, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.config.attn_pdrop if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        output = self.c_proj(output_BTHK.reshape(batch, length, width))
+        return self.resid_dropout(output), weights
+
+
+class GPT2FlashMLP(nn.Module):
+    """Up, activation, down."""
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__()
+        inner = config.n_inner if config.n_inner is not None else 4 * config.n_embd
+        self.c_fc = Conv1D(inner, config.n_embd)
+        self.c_proj = residual_projection(config.n_embd, inner)
+        self.act = ACT2FN[config.activation_function]
+        self.dropout = nn.Dropout(config.resid_pdrop)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        return self.dropout(self.c_proj(self.act(self.c_fc(hidden_states))))
+
+
+class GPT2FlashBlock(GradientCheckpointingLayer):
+    """Attention and MLP, each behind a norm and around a residual."""
+
+    def __init__(self, config: PreTrainedConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.attn = GPT2FlashAttention(config, layer_idx)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.mlp = GPT2FlashMLP(config)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        attended, _ = self.attn(
+            self.ln_1(hidden_states), attention_mask=attention_mask, past_key_values=past_key_values, **kwargs
+        )
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(self.ln_2(hidden_states))
+
+
+class GPT2FlashPreTrainedModel(PreTrainedModel):
+    """What transformers has to know: how to initialise, load, shard, checkpoint, compile and record."""
+
+    config: GPT2FlashConfig
+    base_model_prefix = "transformer"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["GPT2FlashBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {
+        "hidden_states": GPT2FlashBlock,
+        "attentions": GPT2FlashAttention,
+    }
+    # Causal masks that old checkpoints carry as buffers.
+    _keys_to_ignore_on_load_unexpected = [r"\.attn\.(masked_)?bias$"]
+
+    def __init__(self, config: PreTrainedConfig, *inputs: Any, **kwargs: Any) -> None:
+        # Again here: the configuration may be stock GPT-2's own class, or changed since it was made.
+        refuse_unsupported(vars(config))
+        super().__init__(config, *inputs, **kwargs)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, Conv1D):
+            std = self.config.initializer_range
+            if getattr(module, "ends_residual_branch", False):
+                # 2 * n_layer of these are summed along the residual path: this keeps the sum's variance at one's.
+                std /= math.sqrt(2 * self.config.n_layer)
+            init.normal_(module.weight, mean=0.0, std=std)
+            init.zeros_(module.bias)
+
+    def _check_and_adjust_attn_implementation(
+        self, attn_implementation: str | None, is_init_check: bool = False, allow_all_kernels: bool = False
+    ) -> str:
+        if attn_implementation is not None:
+            check_attention_name(attn_implementation)
+        if attn_implementation == "auto":
+            config = self.config
+            if is_init_check:  # no weights yet: go by where they will probably be moved to
+                device_type = "cuda" if torch.cuda.is_available() else "cpu"
+                dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.get_default_dtype()
+            else:
+                device_type, dtype = self.device.type, self.dtype
+            attn_implementation, reason = choose_attention(
+                "auto", device_type, dtype, config.n_embd // config.n_head, dropout=config.attn_pdrop
+            )
+            logger.info(f"Attention: {reason}")
+        return super()._check_and_adjust_attn_implementation(attn_implementation, is_init_check, allow_all_kernels)
+
+
+class GPT2FlashModel(GPT2FlashPreTrainedModel):
+    """Embeddings, blocks, final norm."""
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(config)
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        self.drop = nn.Dropout(config.embd_pdrop)
+        self.h = nn.ModuleList([GPT2FlashBlock(config, layer_idx) for layer_idx in range(config.n_layer)])
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.wte
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        assert isinstance(value, nn.Embedding)
+        self.wte = value
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """
+        Args:
+            input_ids: (B, T), the tokens that are not in the cache yet. Or `inputs_embeds`.
+            past_key_values: a cache of any kind; without one, `use_cache` makes a dynamic one.
+            attention_mask: (B, S), 0 where there is padding, on either side; or (B, 1, T, S), ready for the kernel.
+            token_type_ids: (B, T), embedded by the token embeddings and added, as GPT-2 does.
+            position_ids: (B, T) or (1, T). None: counted from the mask and the cache.
+            inputs_embeds: (B, T, D), in place of `input_ids`.
+            use_cache: whether to return the cache.
+
+        Returns:
+            `last_hidden_state`, (B, T, D), and the cache.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give either input_ids or inputs_embeds.")
+        if inputs_embeds is None:
+            self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
+            inputs_embeds = self.wte(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+
+        # Positions that the caller gives may mark packed documents, so mask and kernel have to see them. Our own
+        # never do, and a kernel that saw them would look through them for documents.
+        given_position_ids = position_ids
+        if position_ids is None:
+            past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+            check_length(past_length, inputs_embeds.shape[1], self.config.n_positions)
+            position_ids = count_positions(inputs_embeds.shape[1], past_length, attention_mask, inputs_embeds.device)
+        else:
+            check_positions(position_ids, self.config.n_positions)
+
+        # None where plain causality is all there is to say and the kernel knows it by itself.
+        causal_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=given_position_ids,
+        )
+        hidden_states = self.embed(inputs_embeds, position_ids, token_type_ids)
+        for block in self.h:
+            hidden_states = block(
+                hidden_states,
+                attention_mask=causal_mask,
+                past_key_values=past_key_values,
+                position_ids=given_position_ids,
+                use_cache=use_cache,
+                **kwargs,
+            )
+        hidden_states = self.ln_f(hidden_states)
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden_states, past_key_values=past_key_values if use_cache else None
+        )
+
+    def embed(self, inputs_embeds: Tensor, position_ids: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
+        """(B, T, D) token embeddings and (B or 1, T) positions -> (B, T, D), what the first block reads."""
+        hidden_states = inputs_embeds + self.wpe(position_ids)
+        if token_type_ids is not None:
+            hidden_states = hidden_states + self.wte(token_type_ids)
+        return self.drop(hidden_states)
+
+
+class GPT2FlashForCausalLM(GPT2FlashPreTrainedModel, GenerationMixin):
+    """The language model: the next token's logits, or while training the loss without them."""
+
+    _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
+    accepts_loss_kwargs = True  # Trainer: the loss is divided by num_items_in_batch here, do not divide again
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(config)
+        self.transformer = GPT2FlashModel(config)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        shift_labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        skip_logits: bool | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """
+        Args beyond those of `GPT2FlashModel`:
+            labels: (B, T), the input tokens again, -100 where the loss should not look; shifted here.
+            shift_labels: (B, T), in place of `labels`, already shifted.
+            num_items_in_batch: what the summed loss is divided by; None: the mean over this batch.
+            logits_to_keep: how many positions from the end get logits, or which, (n,); 0: all. The loss sees all.
+            skip_logits: return the loss without logits, `loss_chunk_size` rows at a time. None: while training.
+
+        Returns:
+            `loss` if there are labels, `logits` (B, T, V) unless skipped, and the cache.
+        """
+        has_labels = labels is not None or shift_labels is not None
+        chunk_size = getattr(self.config, "loss_chunk_size", GPT2FlashConfig.loss_chunk_size)
+        if skip_logits is None:
+            skip_logits = self.training and has_labels and chunk_size > 0
+        elif skip_logits and not has_labels:
+            raise ValueError("skip_logits leaves nothing to return without labels or shift_labels.")
+        if use_cache is None and self.training and has_labels:
+            use_cache = False  # nobody reads a training step's cache, and filling it copies all keys and values
+
+        outputs = self.transformer(
+            input_ids,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+
+        logits = None if skip_logits else self.lm_head(keep_positions(hidden_states, logits_to_keep))
+        loss = None
+        if has_labels:
+            covers_all = logits is not None and isinstance(logits_to_keep, int) and logits_to_keep == 0
+            all_logits = logits if covers_all else None
+            loss = self._loss(hidden_states, all_logits, labels, shift_labels, num_items_in_batch, chunk_size)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _loss(
+        self,
+        hidden_states: Tensor,
+        logits: Tensor | None,
+        labels: Tensor | None,
+        shift_labels: Tensor | None,
+        num_items_in_batch: Tensor | int | None,
+        chunk_size: int,
+    ) -> Tensor:
+        """From the logits where all of them are at hand, else from the hidden states in chunks."""
+        # Something may stand in for the head, an adapter say, whose output its weight alone does not tell.
+        if logits is None and type(self.lm_head) is nn.Linear:
+            return causal_lm_loss(
+                hidden_states,
+                self.lm_head.weight,
+                labels,
+                shift_labels=shift_labels,
+                num_items_in_batch=num_items_in_batch,
+                chunk_size=chunk_size,
+            )
+        return self.loss_function(
+            self.lm_head(hidden_states) if logits is None else logits,
+            labels,
+            vocab_size=self.lm_head.weight.shape[0],
+            num_items_in_batch=num_items_in_batch,
+            shift_labels=shift_labels,
+        )
+
+    def _validate_generated_length(  # called by generate() once it knows how far it would go
+        self, generation_config: Any, input_ids_length: int, has_default_max_length: bool
+    ) -> None:
+        super()._validate_generated_length(  # type: ignore[misc]  # declared for a protocol that mypy does not see
+            generation_config, input_ids_length, has_default_max_length
+        )
+        if generation_config.max_length > self.config.n_positions:
+            raise ValueError(
+                f"Generating up to {generation_config.max_length} tokens (the prompt has {input_ids_length}) is more "
+                f"than the {self.config.n_positions} positions (n_positions) of this model: shorten the prompt or "
+                "lower max_new_tokens."
+            )
+
+
+__all__ = ["GPT2FlashForCausalLM", "GPT2FlashModel", "GPT2FlashPreTrainedModel"]

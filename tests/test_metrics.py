@@ -1,0 +1,245 @@
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from train import metrics
+
+MODEL = {"n_layer": 12, "n_head": 12, "n_embd": 768, "n_positions": 1024, "vocab_size": 50257}
+
+
+def record(step: int, seconds: float, loss: float | None, **more: Any) -> dict[str, Any]:
+    return {"step": step, "tokens": 1000 * step, "loss": loss, "step_time_seconds": seconds, **more}
+
+
+def summary(records: list[dict[str, Any]], **changed: Any) -> dict[str, Any]:
+    arguments: dict[str, Any] = {
+        "run_type": "baseline",
+        "records": records,
+        "tokens_per_step": 1000,
+        "tokens_per_epoch": 50_000,
+        "block_size": 1024,
+        "precision": "bf16",
+        "model": MODEL,
+        "n_inner": None,
+        "parameters": 124_439_808,
+        "world_size": 2,
+        "device_peak_flops": None,
+        "memory": {"peak_memory_bytes": 7, "peak_memory_kind": "rss", "peak_memory_reserved_bytes": None},
+        "attn_implementation": "sdpa",
+        "attn_reason": "no GPU",
+        "data": {"train": {"path": "train.bin", "tokens": 50_000, "sha256": None}},
+        "sample": {"prompt": "a", "text": "b"},
+        "config": {"seed": 1, "scale": math.inf},
+        "hardware": {},
+        "versions": {},
+    }
+    return metrics.summarise(**{**arguments, **changed})
+
+
+def test_flops_per_token_of_gpt2_124m_written_out() -> None:
+    blocks = 12 * (768 * 2304 + 768 * 768 + 768 * 3072 + 3072 * 768)
+    assert blocks == 84_934_656
+    head = 768 * 50257
+    assert head == 38_597_376
+    attention = 12 * 12 * 768 * 1024
+    assert 6 * (blocks + head) + attention == 854_438_400
+    assert metrics.flops_per_token(12, 768, 3072, 50257, 1024) == 854_438_400
+    assert metrics.flops_per_token(12, 768, None, 50257, 1024) == 854_438_400
+
+
+def test_flops_per_token_agrees_with_torchs_counter_up_to_the_causal_convention() -> None:
+    """torch counts the matrix products that really run: 2 FLOPs a multiply-add in forward, a third of the total."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    layers, width, inner, vocabulary, length = 2, 16, 48, 101, 8
+    x = torch.randn(length, width)
+    with FlopCounterMode(display=False) as counter:
+        for _ in range(layers):
+            q, k, v = (x @ torch.randn(width, 3 * width)).chunk(3, dim=-1)
+            x = ((q @ k.T) @ v) @ torch.randn(width, width)
+            x = (x @ torch.randn(width, inner)) @ torch.randn(inner, width)
+        x @ torch.randn(width, vocabulary)
+    assert 3 * counter.get_total_flops() == length * metrics.flops_per_token(layers, width, inner, vocabulary, length)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "tflops"),
+    [
+        ("Tesla V100-SXM2-16GB", "fp16", 125),
+        ("Tesla V100-SXM2-16GB", "bf16", None),
+        ("Tesla V100-PCIE-32GB", "fp32", 14),
+        ("NVIDIA A100-SXM4-80GB", "bf16", 312),
+        ("NVIDIA A100 80GB PCIe", "tf32", 156),
+        ("NVIDIA A100-PCIE-40GB", "fp32", 19.5),
+        ("NVIDIA H100 80GB HBM3", "bf16", 989.5),
+        ("NVIDIA H100 PCIe", "bf16", 756.5),
+        ("NVIDIA H200", "fp16", 989.5),
+        ("NVIDIA H200 NVL", "fp16", 835.5),
+        ("NVIDIA L4", "bf16", 121),
+        ("NVIDIA L40S", "bf16", 362),
+        ("NVIDIA GeForce RTX 3090", "bf16", 71),
+        ("NVIDIA GeForce RTX 4090", "bf16", 165.2),
+        ("NVIDIA L40", "bf16", None),
+        ("NVIDIA GH200 480GB", "bf16", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "bf16", None),
+        ("NVIDIA GeForce RTX 3090 Ti", "bf16", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", "bf16", None),
+        ("AMD EPYC", "fp32", None),
+    ],
+)
+def test_peak_flops_knows_the_device_or_says_none(name: str, dtype: str, tflops: float | None) -> None:
+    expected = None if tflops is None else pytest.approx(tflops * 1e12)
+    assert metrics.peak_flops(name, dtype) == expected
+
+
+def test_mfu_reproduces_a_published_figure() -> None:
+    """nanoGPT's 124M: about 107,000 tokens/s on an A100, 854 MFLOP each: 91.4 of 312 TFLOP/s."""
+    mfu = metrics.model_flops_utilisation(8 * 107_000, 854_438_400, metrics.peak_flops("A100-SXM4-40GB", "bf16"), 8)
+    assert mfu == pytest.approx(91.4249088 / 312)
+    assert metrics.model_flops_utilisation(1.0, 1.0, None, 1) is None
+    assert metrics.model_flops_utilisation(None, 1.0, 1.0, 1) is None
+
+
+def test_throughput_leaves_the_first_step_out() -> None:
+    assert metrics.throughput(1000, [9.0, 1.0, 3.0]) == 500.0  # 2,000 tokens in 4 seconds, not 3,000 in 13
+    assert metrics.throughput(1000, [2.0]) == 500.0
+    assert metrics.throughput(1000, []) is None
+    assert metrics.time_per_epoch(500.0, 50_000) == 100.0
+    assert metrics.time_per_epoch(None, 50_000) is None
+
+
+def test_step_time_percentiles() -> None:
+    times = [99.0, *[float(t) for t in range(11)]]
+    assert metrics.step_time_percentiles(times) == {"median": 5.0, "p10": 1.0, "p90": 9.0}
+    assert metrics.step_time_percentiles([2.0]) == {"median": 2.0, "p10": 2.0, "p90": 2.0}
+    assert metrics.step_time_percentiles([]) == {"median": None, "p10": None, "p90": None}
+
+
+def test_perplexity_and_what_json_cannot_hold() -> None:
+    assert metrics.perplexity(math.log(50257)) == pytest.approx(50257)
+    assert metrics.perplexity(1000.0) == math.inf
+    assert math.isnan(metrics.perplexity(math.nan))
+    value = {"a": [1.0, math.nan, (math.inf, {"b": -math.inf})], "c": "x", "d": True, "e": 3}
+    assert metrics.json_safe(value) == {"a": [1.0, None, [None, {"b": None}]], "c": "x", "d": True, "e": 3}
+
+
+def test_summary_by_hand() -> None:
+    records = [record(step, 10.0 if step == 1 else 0.5, float(step)) for step in range(1, 21)]
+    records[9]["val_loss"] = 7.0
+    records[19]["val_loss"] = 2.0
+    got = summary(records, device_peak_flops=1e12, inference_seconds_per_token=0.02, inference_latency_seconds=0.3)
+    assert got["steps"] == 20
+    assert got["tokens"] == 20_000
+    assert got["tokens_per_second"] == 2000.0
+    assert got["time_per_epoch_seconds"] == 25.0
+    assert got["training_time_seconds"] == 19.5  # 10 + 19 · 0.5
+    assert got["step_time_seconds"] == {"median": 0.5, "p10": 0.5, "p90": 0.5}
+    assert got["train_loss"] == 15.5  # mean of 11 … 20
+    assert got["val_loss"] == 2.0
+    assert got["perplexity"] == math.exp(2.0)
+    assert got["inference_tokens_per_second"] == 50.0
+    assert got["flops_per_second"] == 854_438_400 * 2000
+    assert got["mfu"] == pytest.approx(854_438_400 * 2000 / 2e12)
+    assert got["config"] == {"seed": 1, "scale": None}
+    assert summary(records, training_time_seconds=33.0)["training_time_seconds"] == 33.0
+    json.dumps(got, allow_nan=False)
+
+
+def test_summary_of_a_run_that_diverged_does_not_report_its_better_past() -> None:
+    records = [record(1, 1.0, 3.0, val_loss=3.0), record(2, 1.0, None, val_loss=None)]
+    got = summary(records)
+    assert got["train_loss"] is None
+    assert got["val_loss"] is None
+    assert got["perplexity"] is None
+    overflow = summary([record(1, 1.0, math.nan, val_loss=1000.0)])
+    assert overflow["val_loss"] == 1000.0
+    assert overflow["perplexity"] is None
+    json.dumps([got, overflow], allow_nan=False)
+
+
+def test_summary_of_no_steps_is_whole() -> None:
+    got = summary([])
+    assert (got["steps"], got["tokens"], got["training_time_seconds"]) == (0, 0, 0.0)
+    assert got["tokens_per_second"] is got["train_loss"] is got["val_loss"] is got["mfu"] is None
+
+
+def test_resident_peak_prefers_this_programs_own_and_knows_the_units() -> None:
+    assert metrics.resident_peak_bytes("Name: x\nVmHWM:\t    8752 kB\nVmRSS: 1 kB\n", 499_356, "linux") == 8752 * 1024
+    assert metrics.resident_peak_bytes(None, 499_356, "linux") == 499_356 * 1024
+    assert metrics.resident_peak_bytes(None, 499_356, "darwin") == 499_356
+
+
+def test_peak_memory_sees_an_allocation_of_this_process() -> None:
+    before = metrics.peak_memory("cpu")
+    held = torch.ones(before["peak_memory_bytes"] // 4 + 25_000_000)  # as many floats as fill the peak, and 100 MB
+    after = metrics.peak_memory(torch.device("cpu"))
+    assert after["peak_memory_bytes"] >= before["peak_memory_bytes"] + 50_000_000
+    assert after["peak_memory_kind"] == "rss"
+    assert after["peak_memory_reserved_bytes"] is None
+    assert held[0] == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="VmHWM is Linux's")
+def test_peak_memory_is_not_the_launchers() -> None:
+    code = (
+        "import subprocess, sys; held = b'x' * 700_000_000; "
+        "print(subprocess.run([sys.executable, '-c', "
+        '\'from train.metrics import peak_memory; print(peak_memory("cpu")["peak_memory_bytes"])\'],'
+        " capture_output=True, text=True, check=True).stdout)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) < 650_000_000
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_peak_memory_on_cuda() -> None:
+    held = torch.ones(25_000_000, device="cuda")
+    got = metrics.peak_memory("cuda")
+    assert got["peak_memory_kind"] == "cuda_allocated"
+    assert got["peak_memory_reserved_bytes"] >= got["peak_memory_bytes"] >= held.numel() * 4
+
+
+def test_bf16_flags() -> None:
+    assert metrics.has_bf16_products(metrics.cpuinfo_flags("model name\t: X\nflags\t\t: fpu avx512f avx512_bf16\n"))
+    assert metrics.has_bf16_products(metrics.cpuinfo_flags("flags : fpu amx_bf16 amx_tile\n"))
+    assert metrics.has_bf16_products(metrics.cpuinfo_flags("Features\t: fp asimd bf16 i8mm\n"))
+    assert not metrics.has_bf16_products(metrics.cpuinfo_flags("flags : fpu avx512f avx512_vnni\n"))
+    assert not metrics.has_bf16_products(metrics.cpuinfo_flags(""))
+
+
+def test_bf16_without_torchs_helper(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    monkeypatch.setattr(metrics, "read_or_none", lambda path: "flags : fpu avx512_bf16\n")
+    assert metrics.cpu_has_bf16()
+    monkeypatch.setattr(metrics, "read_or_none", lambda path: None)
+    assert not metrics.cpu_has_bf16()
+
+
+def test_physical_cores() -> None:
+    def thread(socket: int, core: int) -> str:
+        return f"processor : 0\nphysical id\t: {socket}\ncore id\t\t: {core}\n\n"
+
+    threads = [thread(socket, core) for socket in (0, 1) for core in (0, 1, 2) for _ in range(2)]
+    assert metrics.physical_cores("".join(threads)) == 6
+    assert metrics.physical_cores("processor : 0\nFeatures : fp\n") is None
+
+
+def test_hardware_and_versions_are_plain_facts() -> None:
+    facts = metrics.hardware()
+    assert facts["cpu_logical_cores"] >= facts["cpu_usable_cores"] >= 1
+    assert facts["ram_bytes"] > 100_000_000
+    assert facts["torch_threads"] == torch.get_num_threads()
+    assert len(facts["gpus"]) == facts["gpu_count"]
+    found = metrics.versions()
+    assert found["torch"].startswith(torch.__version__.split("+")[0])
+    assert {"python", "transformers", "accelerate"} <= found.keys()
+    json.dumps([facts, found], allow_nan=False)

@@ -1,0 +1,339 @@
+"""What a run is worth, in figures: pure functions from what was measured, and the facts of the machine.
+
+Units are SI base units throughout (seconds, bytes, FLOP/s); `train.compare` picks the readable ones. No figure is ever
+NaN or infinite in a file: JSON has no word for either, so both become null.
+"""
+
+import math
+import os
+import platform
+import re
+import resource
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+SCHEMA = 1
+"""Version of the layout of `metrics.json`."""
+
+FINAL_STEPS = 10
+"""The reported training loss is the mean over this many last steps: a single step's loss is mostly noise."""
+
+TFLOPS = 1e12
+
+# Dense peaks in TFLOP/s, accumulating in fp32. Datasheets from Ampere on print tensor-core numbers "with sparsity":
+# half of those is what a dense matrix product can reach. The pattern must match the whole device name that torch
+# gives, so that a laptop part, a "Ti", a MIG slice or a GH200 is unknown instead of wrong.
+PEAK_TFLOPS: tuple[tuple[str, dict[str, float]], ...] = (
+    # NVIDIA Tesla V100 datasheet (2017): no bf16 and no tf32 on Volta.
+    (r"(Tesla )?V100-SXM\d?-\d+GB(-LS)?", {"fp16": 125.0, "fp32": 15.7}),
+    (r"(Tesla )?V100-PCIE-\d+GB", {"fp16": 112.0, "fp32": 14.0}),
+    # NVIDIA A100 datasheet (2020): 624 / 2 = 312, 312 / 2 = 156; the same for SXM4 and PCIe, 40 and 80 GB.
+    (r"A100-(SXM4|PCIE)-(40|80)GB|A100 80GB PCIe", {"bf16": 312.0, "fp16": 312.0, "tf32": 156.0, "fp32": 19.5}),
+    # NVIDIA H100 datasheet (2023), SXM: 1,979 / 2 = 989.5, 989 / 2 = 494.5; PCIe: 1,513 / 2 = 756.5, 756 / 2 = 378.
+    (r"H100 80GB HBM3", {"bf16": 989.5, "fp16": 989.5, "tf32": 494.5, "fp32": 67.0}),
+    (r"H100 PCIe", {"bf16": 756.5, "fp16": 756.5, "tf32": 378.0, "fp32": 51.0}),
+    # NVIDIA H200 datasheet (2024), SXM: the H100's compute, 1,979 / 2; NVL: 1,671 / 2 = 835.5, 835 / 2 = 417.5.
+    (r"H200", {"bf16": 989.5, "fp16": 989.5, "tf32": 494.5, "fp32": 67.0}),
+    (r"H200 NVL", {"bf16": 835.5, "fp16": 835.5, "tf32": 417.5, "fp32": 60.0}),
+    # NVIDIA L4 datasheet (2023): 242 / 2 = 121, 120 / 2 = 60.
+    (r"L4", {"bf16": 121.0, "fp16": 121.0, "tf32": 60.0, "fp32": 30.3}),
+    # NVIDIA L40S datasheet (2023): 733 / 2 ≈ 362 and 366 / 2 = 183, printed there in both forms.
+    (r"L40S", {"bf16": 362.0, "fp16": 362.0, "tf32": 183.0, "fp32": 91.6}),
+    # NVIDIA GA102 whitepaper (2021), fp16 with fp32 accumulation: half of the 142 that fp16 accumulation reaches.
+    (r"(GeForce )?RTX 3090", {"bf16": 71.0, "fp16": 71.0, "tf32": 35.6, "fp32": 35.6}),
+    # NVIDIA Ada whitepaper (2022), fp16 with fp32 accumulation.
+    (r"(GeForce )?RTX 4090", {"bf16": 165.2, "fp16": 165.2, "tf32": 82.6, "fp32": 82.6}),
+)
+
+
+# Derived figures
+
+
+def flops_per_token(n_layer: int, n_embd: int, n_inner: int | None, vocab_size: int, block_size: int) -> int:
+    """Training FLOPs (forward and backward) per token: 6·N + 12·L·E·T, as in PaLM's appendix B.
+
+    N counts the parameters that take part in matrix products: the blocks and the tied head. Each costs one multiply
+    and one add in forward and twice that in backward: 6. The embedding tables are left out where they are gathered
+    from, as are biases and layer norms. Attention multiplies scores and values: 2 products · 2 FLOPs · E · T in
+    forward, twice that again in backward: 12·E·T a layer. By the convention the causal mask's halving is *not*
+    applied, and recomputed activations do not count, so the figure is the same for every kernel and every run.
+
+    GPT-2 124M at 1024: blocks 12 · (4 · 768² + 2 · 768 · 3072) = 84,934,656; head 768 · 50257 = 38,597,376;
+    6 · 123,532,032 = 741,192,192; attention 12 · 12 · 768 · 1024 = 113,246,208; together 854,438,400.
+
+    `n_inner=None` is GPT-2's default, 4·E.
+    """
+    inner = 4 * n_embd if n_inner is None else n_inner
+    block = 4 * n_embd**2 + 2 * n_embd * inner  # q, k, v, projection; up, down
+    matmul_parameters = n_layer * block + n_embd * vocab_size
+    return 6 * matmul_parameters + 12 * n_layer * n_embd * block_size
+
+
+def peak_flops(device_name: str, dtype: str) -> float | None:
+    """Dense peak in FLOP/s of one device for "bf16", "fp16", "tf32" or "fp32"; None for a CPU or an unknown device.
+
+    `device_name` is what `torch.cuda.get_device_name()` says; the sources stand beside `PEAK_TFLOPS`.
+    """
+    name = device_name.removeprefix("NVIDIA ").strip()
+    for pattern, peaks in PEAK_TFLOPS:
+        if re.fullmatch(pattern, name):
+            return peaks[dtype] * TFLOPS if dtype in peaks else None
+    return None
+
+
+def model_flops_utilisation(
+    tokens_per_second: float | None, flops_per_token: float, peak: float | None, devices: int
+) -> float | None:
+    """MFU, a fraction of 1: achieved model FLOP/s over `devices` times the `peak` of one (PaLM, appendix B).
+
+    `tokens_per_second` is that of all devices together. None where the throughput or the peak is unknown.
+    """
+    if tokens_per_second is None or peak is None:
+        return None
+    return tokens_per_second * flops_per_token / (peak * devices)
+
+
+def after_warmup(step_times: Sequence[float]) -> list[float]:
+    """The steps that count: all after the first (it allocates, compiles and tunes), when there are more than one."""
+    return list(step_times[1:] if len(step_times) > 1 else step_times)
+
+
+def throughput(tokens_per_step: int, step_times: Sequence[float]) -> float | None:
+    """Tokens per second: all tokens over all seconds of the steps after the first; None if no time was measured.
+
+    Total over total is what the hours of a run obey; a mean of each step's rate would hide the slow steps.
+    """
+    times = after_warmup(step_times)
+    seconds = math.fsum(times)
+    return tokens_per_step * len(times) / seconds if seconds > 0 else None
+
+
+def time_per_epoch(tokens_per_second: float | None, tokens_per_epoch: int) -> float | None:
+    """Seconds that one pass over the training data takes at this throughput, whether or not a whole one was made."""
+    return tokens_per_epoch / tokens_per_second if tokens_per_second else None
+
+
+def step_time_percentiles(step_times: Sequence[float]) -> dict[str, float | None]:
+    """Median, 10th and 90th percentile in seconds of the steps after the first, interpolated linearly."""
+    times = after_warmup(step_times)
+    if not times:
+        return {"median": None, "p10": None, "p90": None}
+    median, p10, p90 = (float(value) for value in np.percentile(times, [50, 10, 90]))
+    return {"median": median, "p10": p10, "p90": p90}
+
+
+def perplexity(loss: float) -> float:
+    """exp of a mean loss in nats; infinite where a float cannot hold it (loss above 709), never an OverflowError."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
+def number(value: float | None) -> float:
+    """NaN for the null that NaN became in a file: a run that diverged must not be summed up by its better past."""
+    return math.nan if value is None else float(value)
+
+
+def json_safe(value: Any) -> Any:
+    """The same value with every NaN and infinity, however deep, as None: strict JSON has neither."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: json_safe(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_safe(inner) for inner in value]
+    return value
+
+
+# The machine
+
+
+def resident_peak_bytes(status: str | None, maxrss: int, system: str) -> int:
+    """Highest resident memory of this process in bytes, from /proc/self/status or else getrusage's `ru_maxrss`.
+
+    `ru_maxrss` survives exec: a process started by a launcher with 500 MB begins its life at 500 MB. The kernel's
+    VmHWM belongs to the new program alone, so it goes first where there is one. `ru_maxrss` counts KiB on Linux and
+    bytes on macOS.
+    """
+    if status is not None and (found := re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)):
+        return int(found[1]) * 1024
+    return maxrss if system == "darwin" else maxrss * 1024
+
+
+def peak_memory(device: torch.device | str) -> dict[str, Any]:
+    """Peak memory of this process since it began, under the three names that `metrics.json` has for it.
+
+    CUDA: bytes that tensors took ("cuda_allocated"), and beside it what the allocator reserved from the driver.
+    Otherwise resident memory of the process ("rss"). The two are different things: compare like with like.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        return {
+            "peak_memory_bytes": torch.cuda.max_memory_allocated(device),
+            "peak_memory_kind": "cuda_allocated",
+            "peak_memory_reserved_bytes": torch.cuda.max_memory_reserved(device),
+        }
+    maxrss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {
+        "peak_memory_bytes": resident_peak_bytes(read_or_none("/proc/self/status"), maxrss, sys.platform),
+        "peak_memory_kind": "rss",
+        "peak_memory_reserved_bytes": None,
+    }
+
+
+def read_or_none(path: str) -> str | None:
+    """Text of a file of the kernel's, which other systems do not have."""
+    return Path(path).read_text(encoding="utf-8", errors="replace") if Path(path).exists() else None
+
+
+def cpuinfo_flags(cpuinfo: str) -> set[str]:
+    """Instruction sets named in /proc/cpuinfo: the line is "flags" on x86 and "Features" on ARM."""
+    found = re.search(r"^(?:flags|Features)\s*:(.*)$", cpuinfo, re.MULTILINE)
+    return set(found[1].split()) if found else set()
+
+
+def has_bf16_products(flags: set[str]) -> bool:
+    """Whether these instruction sets multiply bf16 matrices: AVX512_BF16, AMX's tiles, ARM's BFMMLA."""
+    return not flags.isdisjoint({"avx512_bf16", "amx_bf16", "bf16"})
+
+
+def cpu_has_bf16() -> bool:
+    """Whether bf16 matrix products are fast on this CPU; without the instructions they are slower than fp32."""
+    if hasattr(torch.cpu, "get_capabilities"):  # not in every torch that is supported
+        capabilities = torch.cpu.get_capabilities()
+        flags = {name for name, value in capabilities.items() if value is True}
+        if flags:
+            return has_bf16_products(flags)
+    return has_bf16_products(cpuinfo_flags(read_or_none("/proc/cpuinfo") or ""))
+
+
+def physical_cores(cpuinfo: str) -> int | None:
+    """Distinct (socket, core) pairs in /proc/cpuinfo; None where it does not name them, as on ARM."""
+    sockets = re.findall(r"^physical id\s*:\s*(\d+)", cpuinfo, re.MULTILINE)
+    cores = re.findall(r"^core id\s*:\s*(\d+)", cpuinfo, re.MULTILINE)
+    return len(set(zip(sockets, cores, strict=True))) or None if len(sockets) == len(cores) else None
+
+
+def hardware() -> dict[str, Any]:
+    """What this process runs on. Memory in bytes. No host name: reports are shown to strangers."""
+    cpuinfo = read_or_none("/proc/cpuinfo") or ""
+    model_name = re.search(r"^model name\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
+    gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    return {
+        "platform": f"{platform.system()} {platform.machine()}",
+        "cpu": model_name[1].strip() if model_name else platform.processor() or platform.machine(),
+        "cpu_physical_cores": physical_cores(cpuinfo),
+        "cpu_logical_cores": os.cpu_count(),
+        # A container or `taskset` may allow fewer than the machine has.
+        "cpu_usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cpu_bf16": cpu_has_bf16(),
+        "torch_threads": torch.get_num_threads(),
+        "ram_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        "gpu_count": len(gpus),
+        "gpus": [{"name": gpu.name, "memory_bytes": gpu.total_memory} for gpu in gpus],
+        "cuda": torch.version.cuda if gpus else None,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of those packages that are installed and shape a run; nothing is imported for it."""
+    packages = ["gpt2flash", "torch", "transformers", "accelerate", "deepspeed", "datasets", "evaluate", "tiktoken"]
+    packages += ["flash-attn", "flash-attn-4", "kernels", "liger-kernel", "numpy"]
+    found = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package.replace("-", "_")] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+# The summary of a run
+
+
+def summarise(
+    *,
+    run_type: str,
+    records: Sequence[Mapping[str, Any]],
+    tokens_per_step: int,
+    tokens_per_epoch: int,
+    block_size: int,
+    precision: str,
+    model: Mapping[str, int],
+    n_inner: int | None,
+    parameters: int,
+    world_size: int,
+    device_peak_flops: float | None,
+    memory: Mapping[str, Any],
+    attn_implementation: str,
+    attn_reason: str,
+    data: Mapping[str, Mapping[str, Any]],
+    sample: Mapping[str, str] | None,
+    config: Mapping[str, Any],
+    hardware: Mapping[str, Any],
+    versions: Mapping[str, str],
+    training_time_seconds: float | None = None,
+    inference_latency_seconds: float | None = None,
+    inference_seconds_per_token: float | None = None,
+) -> dict[str, Any]:
+    """The content of `metrics.json`, from the lines of `metrics.jsonl` and from what only the running process knows.
+
+    - `records`: one mapping an optimizer step, in order; needs "tokens", "loss", "step_time_seconds", and on the steps
+      that were validated "val_loss". `tokens_per_step` and the times are those of all processes together.
+    - `precision`: "bf16", "fp16", "tf32" or "fp32", what the matrix products run in; `device_peak_flops` is
+      `peak_flops(name, precision)` of one of the `world_size` devices.
+    - `memory`: what `peak_memory` returned, of the process with the most.
+    - `training_time_seconds`: None sums the step times, which leaves validation and checkpoints out and counts every
+      attempt of a run that was resumed.
+    - inference: one sequence at a time, the latency up to the first token, then the seconds of each further one.
+    """
+    times = [float(record["step_time_seconds"]) for record in records]
+    losses = [number(record["loss"]) for record in records[-FINAL_STEPS:]]
+    validations = [number(record["val_loss"]) for record in records if "val_loss" in record]
+    tokens_per_second = throughput(tokens_per_step, times)
+    flops = flops_per_token(model["n_layer"], model["n_embd"], n_inner, model["vocab_size"], block_size)
+    mfu = model_flops_utilisation(tokens_per_second, flops, device_peak_flops, world_size)
+    summary = {
+        "schema": SCHEMA,
+        "run_type": run_type,
+        "steps": len(records),
+        "tokens": records[-1]["tokens"] if records else 0,
+        "training_time_seconds": math.fsum(times) if training_time_seconds is None else training_time_seconds,
+        "time_per_epoch_seconds": time_per_epoch(tokens_per_second, tokens_per_epoch),
+        "tokens_per_second": tokens_per_second,
+        "step_time_seconds": step_time_percentiles(times),
+        "train_loss": sum(losses) / len(losses) if losses else None,
+        "val_loss": validations[-1] if validations else None,
+        "perplexity": perplexity(validations[-1]) if validations else None,
+        "inference_latency_seconds": inference_latency_seconds,
+        "inference_seconds_per_token": inference_seconds_per_token,
+        "inference_tokens_per_second": 1 / inference_seconds_per_token if inference_seconds_per_token else None,
+        "peak_memory_bytes": memory["peak_memory_bytes"],
+        "peak_memory_kind": memory["peak_memory_kind"],
+        "peak_memory_reserved_bytes": memory["peak_memory_reserved_bytes"],
+        "parameters": parameters,
+        "flops_per_token": flops,
+        "flops_per_second": None if tokens_per_second is None else flops * tokens_per_second,
+        "mfu": mfu,
+        "data": data,
+        "model": model,
+        "tokens_per_step": tokens_per_step,
+        "block_size": block_size,
+        "precision": precision,
+        "world_size": world_size,
+        "attn_implementation": attn_implementation,
+        "attn_reason": attn_reason,
+        "sample": sample,
+        "config": config,
+        "hardware": hardware,
+        "versions": versions,
+    }
+    return json_safe(summary)
