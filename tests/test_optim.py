@@ -23,15 +23,15 @@ def test_matrices_decay_and_vectors_do_not_and_ties_count_once() -> None:
 
 def test_fused_and_plain_take_the_same_step() -> None:
     plain, fused = small(), small()
-    ids = torch.arange(8)[None]
     for model, flag in ((plain, False), (fused, True)):
         optimizer = build_optimizer(model, learning_rate=1e-2, weight_decay=0.1, betas=(0.9, 0.95), fused=flag)
+        generator = torch.Generator().manual_seed(1)
         for _ in range(3):
-            model(input_ids=ids, labels=ids).loss.backward()
+            for parameter in model.parameters():
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
             optimizer.step()
-            optimizer.zero_grad()
     for a, b in zip(plain.parameters(), fused.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
 
 def test_frozen_parameters_are_left_out() -> None:

@@ -1,0 +1,77 @@
+"""The directions of imports: lower floors never import higher ones."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+# From the ground up; a module may import those listed before it.
+FLOORS = [
+    "errors", "files", "quiet", "sources", "tokens", "batches", "schedule", "optim", "metrics", "config",
+    "preprocess_data", "models", "engines.deepspeed_json", "engines.accelerated", "checkpoint", "runlog", "validate",
+    "inference", "build", "summary", "loop", "__main__", "generate", "compare",
+]  # fmt: skip
+READ_FILES_ONLY = ["generate", "compare"]  # what comes after training never touches its live objects
+TRAIN_MODULES = sorted((ROOT / "train").rglob("*.py"))
+
+
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT / "train").with_suffix("").parts)
+
+
+def imported(path: Path) -> set[str]:
+    """Every module that a file imports, at its top or inside a function."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = "." * node.level + (node.module or "")
+            names |= {base} | {f"{base}.{alias.name}" for alias in node.names}
+    return names
+
+
+def of_train(path: Path) -> set[str]:
+    stripped = {name.removeprefix("train.") for name in imported(path) if name.startswith("train.")}
+    return {module for module in FLOORS for name in stripped if name == module or name.startswith(f"{module}.")}
+
+
+def test_every_module_has_a_floor() -> None:
+    modules = {name_of(path) for path in TRAIN_MODULES if path.name != "__init__.py"}
+    assert {name for name in modules if not name.startswith("evaluate_metrics")} == set(FLOORS)
+
+
+@pytest.mark.parametrize("floor", FLOORS)
+def test_imports_point_down(floor: str) -> None:
+    path = ROOT / "train" / f"{floor.replace('.', '/')}.py"
+    assert of_train(path) <= set(FLOORS[: FLOORS.index(floor)])
+
+
+@pytest.mark.parametrize("tool", READ_FILES_ONLY)
+def test_tools_after_training_read_files(tool: str) -> None:
+    assert not of_train(ROOT / "train" / f"{tool}.py") & {"loop", "build", "engines.accelerated", "runlog"}
+
+
+def test_the_model_package_knows_neither_the_trainer_nor_its_engines() -> None:
+    for path in (ROOT / "modeling_gpt2flash").glob("*.py"):
+        roots = {name.split(".")[0] for name in imported(path) if not name.startswith(".")}
+        assert not roots & {"train", "accelerate", "deepspeed", "datasets"}, path.name
+
+
+def test_deepspeed_is_imported_in_one_folder() -> None:
+    users = {path for path in TRAIN_MODULES if any(name.split(".")[0] == "deepspeed" for name in imported(path))}
+    assert {path.parent.name for path in users} == {"engines"}
+
+
+def test_no_module_of_train_has_the_name_of_another_module() -> None:
+    # In script mode the folder `train` comes first on sys.path, and such a name would hide the other.
+    taken = set(sys.stdlib_module_names) | {"accelerate", "datasets", "deepspeed", "evaluate", "numpy", "torch"}
+    assert not {path.stem for path in TRAIN_MODULES if path.name != "__init__.py"} & (taken - {"__main__"})
+
+
+@pytest.mark.parametrize("package", ["train", "train.engines"])
+def test_packages_of_the_trainer_run_nothing_on_import(package: str) -> None:
+    assert (ROOT / package.replace(".", "/") / "__init__.py").read_text() == ""
