@@ -99,7 +99,9 @@ def test_help_teaches_and_lists_every_flag(tmp_path: Path) -> None:
     assert "(default: 0.0006)" in text
 
 
-@pytest.mark.parametrize("argv", [["--nonsense", "1"], ["--max_steps", "many"], ["--dropout", "2"], ["--max_step", "3"]])
+@pytest.mark.parametrize(
+    "argv", [["--nonsense", "1"], ["--max_steps", "many"], ["--dropout", "2"], ["--max_step", "3"]]
+)
 def test_a_mistake_is_exit_code_2_and_no_traceback(tmp_path: Path, argv: list[str]) -> None:
     done = python("-m", "train", *argv, cwd=tmp_path, check=False)
     assert done.returncode == 2

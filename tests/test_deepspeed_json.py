@@ -52,7 +52,9 @@ def test_defaults_hold_where_neither_says(tmp_path: Path) -> None:
     assert (config.max_grad_norm, filled["gradient_clipping"]) == (1.0, 1.0)
 
 
-@pytest.mark.parametrize(("asked", "fast", "expected"), [(None, True, True), (None, False, False), ("no", True, False)])
+@pytest.mark.parametrize(
+    ("asked", "fast", "expected"), [(None, True, True), (None, False, False), ("no", True, False)]
+)
 def test_bf16_follows_flag_then_hardware(tmp_path: Path, asked: str | None, fast: bool, expected: bool) -> None:
     settings = {"zero_optimization": {"stage": 1}, "bf16": {"enabled": "auto"}}
     config, filled = resolve(tmp_path, settings, bf16_is_fast=fast, mixed_precision=asked)

@@ -7,9 +7,7 @@ from train.schedule import learning_rate
 
 def rates(schedule: str, total: int = 100, warmup: int = 10, min_ratio: float = 0.1) -> list[float]:
     return [
-        learning_rate(
-            step, peak=2.0, total_steps=total, warmup_steps=warmup, min_ratio=min_ratio, schedule=schedule
-        )
+        learning_rate(step, peak=2.0, total_steps=total, warmup_steps=warmup, min_ratio=min_ratio, schedule=schedule)
         for step in range(total)
     ]
 

@@ -33,6 +33,8 @@ class Run:
     attention: tuple[str, str]  # implementation, why
     train: TrainBatches
     val: EvalBatches
+    micro_batch_size: int  # sequences per process
+    accumulation: int  # micro-batches per step
     total_steps: int
     warmup_steps: int
     checkpoint: checkpoints.Checkpoint | None
@@ -73,11 +75,12 @@ def settle(config: RunConfig) -> Run:
     """
     check_trackers(config.report_to)
     config, deepspeed = _settle_engine(config)
-    assert config.train_micro_batch_size_per_gpu is not None
-    assert config.gradient_accumulation_steps is not None
+    micro_batch_size, accumulation = config.train_micro_batch_size_per_gpu, config.gradient_accumulation_steps
+    assert micro_batch_size is not None
+    assert accumulation is not None
     assert config.loss_chunk_size is not None
-    resuming = config.resume_from_checkpoint is not None
-    checkpoints.check_free(config.run_folder, resuming, config.overwrite)
+    resume = config.resume_from_checkpoint
+    checkpoints.check_free(config.run_folder, resume is not None, config.overwrite)
 
     shape = model_config(config.model, dropout=config.dropout, loss_chunk_size=config.loss_chunk_size)
     block_size = config.block_size or shape.n_positions
@@ -85,7 +88,7 @@ def settle(config: RunConfig) -> Run:
         raise UserError(
             f"--block_size {block_size}: {config.model} has {shape.n_positions} positions; ask for that many or fewer"
         )
-    sequences = config.train_micro_batch_size_per_gpu * config.gradient_accumulation_steps * world_size()
+    sequences = micro_batch_size * accumulation * world_size()
     train = TrainBatches(open_tokens(config.train_data_path, shape.vocab_size), block_size, sequences, config.seed)
     val = EvalBatches(open_tokens(config.val_data_path, shape.vocab_size), block_size)
     total_steps = config.max_steps or train.updates(config.epochs)
@@ -96,9 +99,11 @@ def settle(config: RunConfig) -> Run:
         attention=_settle_attention(config, shape),
         train=train,
         val=val,
+        micro_batch_size=micro_batch_size,
+        accumulation=accumulation,
         total_steps=total_steps,
         warmup_steps=min(2000, total_steps // 20) if config.warmup_steps is None else config.warmup_steps,
-        checkpoint=checkpoints.find(config.resume_from_checkpoint, config.run_folder) if resuming else None,
+        checkpoint=checkpoints.find(resume, config.run_folder) if resume else None,
     )
     if run.checkpoint is not None:
         checkpoints.check_same_run(run.checkpoint, run.state(run.checkpoint.step))

@@ -1,9 +1,9 @@
 """Checkpoints: `step-N/` is a Hugging Face model folder and a training state at once, whole or not there.
 
-    RUN/step-200/config.json, model.safetensors, generation_config.json, tokenizer.json, ...   any GPT-2 tool reads these
-    RUN/step-200/optimizer.safetensors, training_state.json                                    what training goes on from
-    RUN/latest                                                                                 "step-200"
-    RUN/config.json, model.safetensors, ...                                                    links to the latest
+    RUN/step-200/config.json, model.safetensors, tokenizer.json, ...   any GPT-2 tool reads these
+    RUN/step-200/optimizer.safetensors, training_state.json            what training goes on from
+    RUN/latest                                                         "step-200"
+    RUN/config.json, model.safetensors, ...                            links into the latest step folder
 
 A folder is written as `.step-200.tmp`, flushed and renamed; `latest` is renamed over after that. Weights and moments
 are fp32 under GPT-2's names, whatever engine and layout wrote them, so that any other reads them.
@@ -50,7 +50,7 @@ def save(
     state: dict[str, Any],
     keep: int | None,
 ) -> Path:
-    """Write `step-N`, point `latest` and the run folder at it, and drop all but the newest `keep`. Main process only."""
+    """Write `step-N`, point `latest` and the run folder at it, drop all but the newest `keep`. Main process only."""
     target = run_folder / f"step-{state['step']}"
     aside = run_folder / f".{target.name}.tmp"
     shutil.rmtree(aside, ignore_errors=True)
@@ -155,7 +155,9 @@ def read_tensors(checkpoint: Checkpoint) -> tuple[_Tensors, _Tensors]:
         UserError: when a file is missing or damaged.
     """
     try:
-        return _Tensors(sorted(checkpoint.folder.glob("model*.safetensors"))), _Tensors([checkpoint.folder / OPTIMIZER])
+        return _Tensors(sorted(checkpoint.folder.glob("model*.safetensors"))), _Tensors(
+            [checkpoint.folder / OPTIMIZER]
+        )
     except (OSError, SafetensorError) as error:
         raise UserError(f"{checkpoint.folder}: damaged checkpoint: {error}") from None
 

@@ -1,14 +1,13 @@
 """What a run is: every knob of `python -m train` once, with its default and its help.
 
 A value comes from the command line, else from the YAML file given by `--config`, else from the DeepSpeed JSON (batch
-numbers, clipping, precision), else from the default here. Whatever cannot be is refused here, before anything is built.
+numbers, clipping, precision), else from the default here. What cannot be is refused here, before anything is built.
 """
 
-import dataclasses
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
@@ -111,7 +110,11 @@ def parse(argv: list[str] | None = None) -> RunConfig:
         UserError: for an unknown key, a wrong type or a value that cannot be; names the key, the value, the remedy.
     """
     parser = HfArgumentParser(
-        RunConfig, prog="python -m train", description=DESCRIPTION, allow_abbrev=False, formatter_class=_Help
+        RunConfig,  # type: ignore[arg-type]
+        prog="python -m train",
+        description=DESCRIPTION,
+        allow_abbrev=False,
+        formatter_class=_Help,
     )
     parser.add_argument("--config", metavar="RUN.yaml", help="YAML file with any of the flags below")
     # The deepspeed launcher appends this to the command; the rank itself comes from the environment.
@@ -148,11 +151,11 @@ def read_yaml(file: Path) -> dict[str, Any]:
         return {}
     if not isinstance(values, dict):
         raise UserError(f"--config {file}: holds a {type(values).__name__}; write one 'flag: value' a line")
-    fields = {f.name: f for f in dataclasses.fields(RunConfig)}
+    types = get_type_hints(RunConfig)
     for key, value in values.items():
-        if key not in fields:
+        if key not in types:
             raise UserError(f"--config {file}: {key!r} is not a flag; python -m train --help lists them")
-        values[key] = _typed(key, value, fields[key].type, file)
+        values[key] = _typed(key, value, types[key], file)
     return values
 
 

@@ -9,15 +9,17 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m train.generate",
         description="Write text with a trained model.",
-        epilog='example: python -m train.generate --checkpoint checkpoint/optimized --prompt "def main(" --temperature 0',
+        epilog='example: python -m train.generate --checkpoint checkpoint/optimized --prompt "def " --temperature 0',
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--checkpoint", required=True, help="a run folder, one of its step-N folders, or any GPT-2 folder")
+    parser.add_argument("--checkpoint", required=True, help="a run folder, a step-N folder in it, or any GPT-2 folder")
     parser.add_argument("--prompt", default="", help="the text to go on from; empty: from the start of a document")
     parser.add_argument("--max_new_tokens", type=int, default=100, help="tokens to write after the prompt")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token each time")
-    parser.add_argument("--top_k", type=int, default=50, help="draw from this many of the likeliest tokens; 0: from all")
+    parser.add_argument(
+        "--top_k", type=int, default=50, help="draw from this many of the likeliest tokens; 0: from all"
+    )
     parser.add_argument("--num_return_sequences", type=int, default=1, help="texts to write")
     parser.add_argument("--seed", type=int, default=0, help="of the drawing")
     args = parser.parse_args(argv)

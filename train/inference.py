@@ -4,6 +4,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -22,7 +23,7 @@ class Latency:
     tokens_per_second: float
 
 
-def load(folder: str | Path, dtype: str = "auto") -> tuple[GPT2FlashForCausalLM, PreTrainedTokenizerBase]:
+def load(folder: str | Path, dtype: str = "auto") -> tuple[Any, PreTrainedTokenizerBase]:
     """Model (in evaluation mode, on this machine's accelerator) and tokenizer of any GPT-2 folder, a run's included.
 
     A folder without a tokenizer gets GPT-2's own.
@@ -36,7 +37,7 @@ def load(folder: str | Path, dtype: str = "auto") -> tuple[GPT2FlashForCausalLM,
     if not (path / "config.json").exists():
         raise UserError(f"--checkpoint {folder}: has no config.json; name a step-N folder or a finished run's folder")
     try:
-        model = GPT2FlashForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
+        model: Any = GPT2FlashForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
         if (path / "tokenizer_config.json").exists():
             tokenizer = AutoTokenizer.from_pretrained(path)
         else:
@@ -47,7 +48,7 @@ def load(folder: str | Path, dtype: str = "auto") -> tuple[GPT2FlashForCausalLM,
 
 
 def complete(
-    model: GPT2FlashForCausalLM,
+    model: Any,
     tokenizer: PreTrainedTokenizerBase,
     prompt: str,
     max_new_tokens: int,
@@ -59,13 +60,19 @@ def complete(
 ) -> list[str]:
     """`samples` continuations of `prompt`, prompt included; temperature 0 takes the likeliest token each time."""
     inputs = tokenizer(prompt or tokenizer.eos_token, return_tensors="pt").to(model.device)
-    choice = {"do_sample": True, "temperature": temperature, "top_k": top_k} if temperature > 0 else {"do_sample": False}
+    choice: dict[str, Any] = {
+        "do_sample": temperature > 0,
+        "num_return_sequences": samples,
+        "max_new_tokens": max_new_tokens,
+    }
+    if temperature > 0:
+        choice |= {"temperature": temperature, "top_k": top_k}
     torch.manual_seed(seed)
-    ids = model.generate(**inputs, max_new_tokens=max_new_tokens, num_return_sequences=samples, **choice)
+    ids = model.generate(**inputs, **choice)
     return tokenizer.batch_decode(ids, skip_special_tokens=True)
 
 
-def measure_latency(model: GPT2FlashForCausalLM, prompt_ids: torch.Tensor, new_tokens: int, rounds: int = 3) -> Latency:
+def measure_latency(model: Any, prompt_ids: torch.Tensor, new_tokens: int, rounds: int = 3) -> Latency:
     """Greedy generation from `prompt_ids` (batch, length), median of `rounds` after one that is not counted."""
 
     def seconds(tokens: int) -> float:

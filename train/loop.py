@@ -24,7 +24,6 @@ def train(run: Run) -> None:
     first = run.checkpoint.step if run.checkpoint else 0
     log.start(first, run.checkpoint.folder.parent / "metrics.jsonl" if run.checkpoint else log.file)
     log.say(f"attention: {run.attention[0]} ({run.attention[1]}); precision: {config.mixed_precision}")
-    micro_batch_size = config.train_micro_batch_size_per_gpu
     for step in range(first, run.total_steps):
         began = time.perf_counter()
         rate = learning_rate(
@@ -36,8 +35,8 @@ def train(run: Run) -> None:
             schedule=config.lr_schedule,
         )
         micro_batches = (
-            run.train.micro_batch(step, micro_step, engine.rank, engine.world_size, micro_batch_size)
-            for micro_step in range(config.gradient_accumulation_steps)
+            run.train.micro_batch(step, micro_step, engine.rank, engine.world_size, run.micro_batch_size)
+            for micro_step in range(run.accumulation)
         )
         result = engine.train_step(step, micro_batches, rate)
         seconds = time.perf_counter() - began
@@ -54,15 +53,13 @@ def train(run: Run) -> None:
             "step_time_seconds": seconds,
         }
         if due(done, config.eval_interval, run.total_steps):
-            record |= validate(engine, run.val, micro_batch_size, config.eval_steps)
+            record |= validate(engine, run.val, run.micro_batch_size, config.eval_steps)
         log.write(record)
         if due(done, config.save_interval, run.total_steps):
             weights, moments = engine.gather_state()
             if engine.is_main:
                 state = run.state(done)
-                checkpoints.save(
-                    config.run_folder, run.model_config, weights, moments, state, config.save_total_limit
-                )
+                checkpoints.save(config.run_folder, run.model_config, weights, moments, state, config.save_total_limit)
             del weights, moments
             engine.wait()
     log.close()

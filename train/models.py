@@ -1,6 +1,7 @@
 """The model a run trains: a named size freshly initialised, or the weights of a folder or Hub id."""
 
 from pathlib import Path
+from typing import Any
 
 from modeling_gpt2flash import GPT2FlashConfig, GPT2FlashForCausalLM
 from train.errors import UserError
@@ -21,7 +22,7 @@ def model_config(name: str, *, dropout: float, loss_chunk_size: int) -> GPT2Flas
     Raises:
         UserError: when `name` is neither a size nor a readable model.
     """
-    run = {
+    run: dict[str, Any] = {
         "embd_pdrop": dropout,
         "attn_pdrop": dropout,
         "resid_pdrop": dropout,
@@ -32,7 +33,9 @@ def model_config(name: str, *, dropout: float, loss_chunk_size: int) -> GPT2Flas
         n_layer, n_head, n_embd, n_positions = SIZES[name]
         return GPT2FlashConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd, n_positions=n_positions, **run)
     if "/" not in name and not Path(name).exists():
-        raise UserError(f"--model {name}: choose from {', '.join(SIZES)}, or name a model folder or an owner/name Hub id")
+        raise UserError(
+            f"--model {name}: choose from {', '.join(SIZES)}, or name a model folder or an owner/name Hub id"
+        )
     try:
         return GPT2FlashConfig.from_pretrained(name, **run)
     except (OSError, ValueError) as error:
@@ -44,7 +47,7 @@ def build_model(name: str, config: GPT2FlashConfig, attn_implementation: str) ->
     if name in SIZES:
         return GPT2FlashForCausalLM._from_config(config, attn_implementation=attn_implementation)
     try:
-        model, report = GPT2FlashForCausalLM.from_pretrained(
+        loaded: Any = GPT2FlashForCausalLM.from_pretrained(
             name,
             config=config,
             attn_implementation=attn_implementation,
@@ -53,6 +56,7 @@ def build_model(name: str, config: GPT2FlashConfig, attn_implementation: str) ->
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"--model {name}: its weights cannot be read: {_first_line(error)}") from None
+    model, report = loaded
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise UserError(f"--model {name}: {len(missing)} weights are missing, {missing[0]} first; is it a GPT-2?")

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from train.errors import UserError
 from train.files import write_text
+from train.metrics import json_safe
 
 
 def read_records(file: Path) -> Iterator[dict[str, Any]]:
@@ -36,7 +37,7 @@ class RunLog:
         accelerator.init_trackers("tensorboard", {k: v if isinstance(v, known) else str(v) for k, v in config.items()})
 
     def start(self, step: int, earlier: Path) -> None:
-        """Open the log at `step`, after the records that the file `earlier` holds up to it (those of a resumed run)."""
+        """Open the log at `step`, after the records up to it that the file `earlier` holds (a resumed run's)."""
         if not self.main:
             return
         self.records = [record for record in read_records(earlier) if record["step"] <= step]
@@ -48,7 +49,7 @@ class RunLog:
         if not self.main:
             return
         self.records.append(record)
-        self.stream.write(json.dumps(record) + "\n")
+        self.stream.write(json.dumps(json_safe(record)) + "\n")
         self.stream.flush()
         self.accelerator.log({k: v for k, v in record.items() if v is not None and k != "step"}, step=record["step"])
         shown = {"loss": f"{record['loss']:.3f}", "tokens/s": f"{record['tokens_per_second']:,.0f}"}
@@ -76,4 +77,6 @@ def check_trackers(report_to: str) -> None:
     available = {str(tracker) for tracker in get_available_trackers()}
     for name in report_to.split(","):
         if name.strip() not in available:
-            raise UserError(f"--report_to {name}: its package is not installed; pip install {name.strip()}, or drop it")
+            raise UserError(
+                f"--report_to {name}: its package is not installed; pip install {name.strip()}, or drop it"
+            )

@@ -15,7 +15,7 @@ LATENCY_TOKENS = 32  # generated per timing, after a prompt of as many
 
 
 def write_summary(run: Run, records: list[dict[str, Any]], world_size: int, memory: dict[str, Any]) -> None:
-    """Write metrics.json into the run folder. Main process only, when the engine is closed: it reads the checkpoint."""
+    """Write metrics.json into the run folder, from its checkpoint. Main process only, with the engine closed."""
     config = run.config
     precision = "bf16" if config.mixed_precision == "bf16" else "fp32"
     model, tokenizer = inference.load(config.run_folder, dtype="bfloat16" if precision == "bf16" else "float32")

@@ -5,7 +5,7 @@ from tqdm import tqdm
 
 from train.batches import EvalBatches
 from train.engines.accelerated import AcceleratedEngine
-from train.metrics import load_perplexity_metric
+from train.evaluate_metrics import load_perplexity_metric
 
 
 def validate(engine: AcceleratedEngine, batches: EvalBatches, micro_batch_size: int, max_steps: int | None) -> dict:

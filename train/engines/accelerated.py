@@ -53,9 +53,9 @@ class AcceleratedEngine:
         self.accelerator = _deepspeed_accelerator(config, deepspeed) if deepspeed else _plain_accelerator(config)
         if self.accelerator.num_processes != world_size():
             raise UserError(
-                f"the launcher started {world_size()} processes, but Accelerate counts {self.accelerator.num_processes}: "
-                "each would train alone; launch with accelerate launch --config_file accelerate_configs/deepspeed.yaml, "
-                "deepspeed or torchrun"
+                f"the launcher started {world_size()} processes, but Accelerate counts "
+                f"{self.accelerator.num_processes}: each would train alone; launch with deepspeed, torchrun or "
+                "accelerate launch --config_file accelerate_configs/deepspeed.yaml"
             )
 
     @property
@@ -147,7 +147,8 @@ class AcceleratedEngine:
 
     def gather_state(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """(weights by name, moments by `moment.name`), whole, fp32, on the CPU of the main process; else empty."""
-        weights, moments = {}, {}
+        weights: dict[str, torch.Tensor] = {}
+        moments: dict[str, torch.Tensor] = {}
         for name, parameter in self.module.named_parameters():
             state = {"weight": self._whole(parameter)} | {key: self._whole(parameter, key) for key in MOMENTS}
             if self.is_main:
@@ -175,9 +176,9 @@ class AcceleratedEngine:
             return parameter.detach() if moment is None else self._torch_optimizer().state[parameter][moment]
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-        whole = safe_get_full_fp32_param(parameter) if moment is None else safe_get_full_optimizer_state(parameter, moment)
-        assert whole is not None
-        return whole
+        if moment is None:
+            return safe_get_full_fp32_param(parameter)
+        return safe_get_full_optimizer_state(parameter, moment)
 
     @torch.no_grad()
     def _set_whole(self, parameter: torch.Tensor, value: torch.Tensor, moment: str | None = None) -> None:
@@ -185,8 +186,8 @@ class AcceleratedEngine:
             target = parameter if moment is None else self._torch_optimizer().state[parameter][moment]
             target.copy_(value)
             return
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
         from deepspeed import zero
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
         if moment is not None:
             safe_set_full_optimizer_state(parameter, value, moment)
