@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tiny_gpt2 import make_ours, tokens
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -227,3 +228,23 @@ def test_wrong_calls_get_a_sentence() -> None:
         causal_lm_loss(hidden, weight, None, chunk_size=4)
     with pytest.raises(ValueError, match=r"shape \(3, 6\)"):
         causal_lm_loss(hidden, weight, labels[:, 1:], chunk_size=4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_chunked_loss_on_a_gpu(dtype: torch.dtype) -> None:
+    ours, ids = make_ours(vocab_size=50257, n_embd=96).cuda().train(), tokens(4, 32).cuda()
+    found = []
+    for chunk_size in (0, 40):
+        ours.config.loss_chunk_size = chunk_size
+        ours.zero_grad()
+        with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+            loss = ours(ids, labels=ids).loss
+        loss.backward()
+        found.append((loss, ours.lm_head.weight.grad.clone()))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-3, atol=1e-3)
+    scale = found[0][1].abs().max().item()
+    torch.testing.assert_close(
+        found[0][1], found[1][1], rtol=0, atol=scale * (1e-4 if dtype == torch.float32 else 3e-2)
+    )

@@ -1,23 +1,17 @@
 """The model against stock GPT-2: the same folders, numbers, gradients and tokens, and errors where stock has none."""
 
-import ast
-import json
 import math
-import os
-import subprocess
-import sys
-import types
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_gpt2 import TINY, gradients, make_ours, make_pair, pad, tokens
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
-    DynamicCache,
     GPT2Config,
     GPT2LMHeadModel,
     GPT2Model,
@@ -25,24 +19,9 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
-from transformers import modeling_flash_attention_utils as flash_utils
 from transformers.pytorch_utils import Conv1D
 
-import modeling_gpt2flash
 from modeling_gpt2flash import GPT2FlashConfig, GPT2FlashForCausalLM, GPT2FlashModel
-
-SIZES = {
-    "vocab_size": 61,
-    "n_positions": 32,
-    "n_embd": 24,
-    "n_layer": 2,
-    "n_head": 3,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-}
-NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-TINY = SIZES | NO_DROPOUT | {"initializer_range": 0.2}  # wide enough that logits and their errors are not all tiny
-PACKAGE = Path(modeling_gpt2flash.__file__).parent
 
 VARIANTS = {
     "plain": {},
@@ -53,47 +32,6 @@ VARIANTS = {
     "scaled by layer": {"scale_attn_by_inverse_layer_idx": True},
     "relu": {"activation_function": "relu"},
 }
-
-
-def make_pair(folder: Path, attention: str = "sdpa", **fields) -> tuple[GPT2LMHeadModel, GPT2FlashForCausalLM]:
-    """Stock GPT-2 with random weights, and ours loaded from its folder."""
-    torch.manual_seed(0)
-    stock = GPT2LMHeadModel(GPT2Config(**TINY | fields))
-    with torch.no_grad():
-        for name, parameter in stock.named_parameters():
-            if name.endswith("bias"):  # initialised to 0, which would hide a bias that is not added
-                parameter.normal_(std=0.1)
-    stock.save_pretrained(folder)
-    stock.set_attn_implementation(attention)
-    return stock.eval(), GPT2FlashForCausalLM.from_pretrained(folder, attn_implementation=attention).eval()
-
-
-def make_ours(**fields) -> GPT2FlashForCausalLM:
-    torch.manual_seed(0)
-    return GPT2FlashForCausalLM(GPT2FlashConfig(**TINY | fields)).eval()
-
-
-def tokens(batch: int = 2, length: int = 12, words: int = 37, seed: int = 1) -> Tensor:
-    return torch.randint(1, words, (batch, length), generator=torch.Generator().manual_seed(seed))
-
-
-def pad(ids: Tensor, amounts: list[int], side: str) -> tuple[Tensor, Tensor]:
-    """(B, T) tokens and mask, of which row i keeps its first T - amounts[i] tokens, padded on a side."""
-    ids, mask = ids.clone(), torch.ones_like(ids)
-    for row, amount in enumerate(amounts):
-        kept = ids[row, : ids.shape[1] - amount].clone()
-        gap, rest = (
-            (slice(0, amount), slice(amount, None))
-            if side == "left"
-            else (slice(len(kept), None), slice(0, len(kept)))
-        )
-        ids[row, gap], mask[row, gap] = 0, 0
-        ids[row, rest] = kept
-    return ids, mask
-
-
-def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
-    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
 # ---- the same numbers as stock GPT-2, from the same folders ----
@@ -207,34 +145,6 @@ def test_initialisation() -> None:
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_changes_nothing(attention: str, side: str) -> None:
-    ours = make_ours()
-    ours.set_attn_implementation(attention)
-    ids, mask = pad(tokens(3), [0, 4, 9], side)
-    padded = ours(ids, attention_mask=mask).logits
-    for row in range(3):
-        alone = ours(ids[row, mask[row] == 1][None]).logits[0]
-        torch.testing.assert_close(padded[row, mask[row] == 1], alone, rtol=1e-4, atol=1e-5)
-
-
-def test_left_padding_with_a_cache() -> None:
-    ours = make_ours()
-    ids, mask = pad(tokens(2, 14), [0, 5], "left")
-    whole = ours(ids, attention_mask=mask).logits
-    for static in (False, True):
-        cache = StaticCache(config=ours.config, max_cache_len=20) if static else DynamicCache(config=ours.config)
-        parts = [
-            ours(ids[:, a:b], attention_mask=mask[:, :b], past_key_values=cache, use_cache=True).logits
-            for a, b in ((0, 8), (8, 13), (13, 14))  # a prefill, a second piece of it, a single token
-        ]
-        torch.testing.assert_close(torch.cat(parts, 1)[mask == 1], whole[mask == 1], rtol=1e-4, atol=1e-5)
-    cache = ours(ids, attention_mask=mask, use_cache=True).past_key_values
-    with pytest.raises(ValueError, match="attention_mask covers 1 positions, but there are 15: 14 cached and 1 new"):
-        ours(ids[:, :1], attention_mask=mask[:, :1], past_key_values=cache)
-
-
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("static", [False, True])
 def test_caches(attention: str, static: bool) -> None:
     ours = make_ours()
@@ -317,34 +227,6 @@ def test_generated_tokens_are_stocks(tmp_path: Path, how: dict, padded: bool) ->
     assert written[0].shape[1] > 8
 
 
-def test_longer_than_the_positions() -> None:
-    ours = make_ours()
-    limit = r"32 positions \(n_positions\)"
-    assert ours(tokens(1, 32)).logits.shape[1] == 32
-    with pytest.raises(ValueError, match=rf"33 tokens long, but this model has {limit}"):
-        ours(tokens(1, 33))
-    with pytest.raises(ValueError, match=rf"33 tokens long.*{limit}"):
-        ours(inputs_embeds=torch.zeros(1, 33, 24))
-    with pytest.raises(ValueError, match=rf"position_ids go up to 32, .*{limit}"):
-        ours(tokens(1, 2), position_ids=torch.tensor([[31, 32]]))
-    for cache in (DynamicCache(config=ours.config), StaticCache(config=ours.config, max_cache_len=40)):
-        ours(tokens(1, 30), past_key_values=cache, use_cache=True)
-        ours(tokens(1, 2), past_key_values=cache, use_cache=True)
-        with pytest.raises(ValueError, match=rf"33 tokens long \(32 cached and 1 new\), but this model has {limit}"):
-            ours(tokens(1, 1), past_key_values=cache, use_cache=True)
-
-
-def test_generating_beyond_the_positions_is_refused_up_front(monkeypatch: pytest.MonkeyPatch) -> None:
-    ours = make_ours()
-    ids = tokens(1, 24)
-    settings = {"do_sample": False, "attention_mask": torch.ones_like(ids), "eos_token_id": None, "pad_token_id": 0}
-    assert ours.generate(ids, max_new_tokens=8, **settings).shape[1] == 32
-    monkeypatch.setattr(GPT2FlashModel, "forward", lambda *_, **__: pytest.fail("it started"))
-    for length in ({"max_new_tokens": 9}, {"max_length": 33}):
-        with pytest.raises(ValueError, match=r"up to 33 tokens \(the prompt has 24\).*32 positions \(n_positions\)"):
-            ours.generate(ids, **length, **settings)
-
-
 # ---- training ----
 
 
@@ -394,6 +276,7 @@ def test_a_head_that_is_more_than_its_weight_is_asked() -> None:
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")
 def test_gradient_checkpointing_changes_no_gradient(reentrant: bool) -> None:
     ours, ids = make_ours().train(), tokens()
     ours(ids, labels=ids).loss.backward()
@@ -479,211 +362,3 @@ def test_trainer_divides_the_loss_once(tmp_path: Path) -> None:
     assert trainer.model_accepts_loss_kwargs
     logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert logged == pytest.approx(expected, rel=1e-3)
-
-
-# ---- kernels ----
-
-
-def test_names_from_a_folder_choose_no_code(tmp_path: Path) -> None:
-    make_ours().save_pretrained(tmp_path)
-    fields = json.loads((tmp_path / "config.json").read_text())
-    for key in ("attn_implementation", "_attn_implementation"):
-        (tmp_path / "config.json").write_text(json.dumps(fields | {key: "someone/kernel"}))
-        with pytest.raises(ValueError, match="Unknown attention implementation 'someone/kernel'"):
-            GPT2FlashForCausalLM.from_pretrained(tmp_path)
-
-
-def test_auto_is_understood_when_loading(tmp_path: Path) -> None:
-    make_ours().save_pretrained(tmp_path)
-    if not torch.cuda.is_available():
-        loaded = GPT2FlashForCausalLM.from_pretrained(tmp_path, attn_implementation="auto")
-        assert loaded.config._attn_implementation == "sdpa"
-    built = AutoModelForCausalLM.from_config(GPT2FlashConfig(**TINY), attn_implementation="auto")
-    assert built.config._attn_implementation == "sdpa"  # fp32 weights
-    built.set_attn_implementation("eager")
-    built.set_attn_implementation("auto")
-    assert built.config._attn_implementation == "sdpa"
-
-
-def dense_flash(q, k, v, softmax_scale=None, causal=False, deterministic=False):
-    """`flash_attn_func` of FlashAttention 3: (B, T, H, K) in and out, causality aligned to the last key."""
-    mask = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool).tril(k.shape[1] - q.shape[1]) if causal else None
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=softmax_scale).transpose(1, 2)
-
-
-def dense_flash_varlen(
-    q,
-    k,
-    v,
-    cu_seqlens_q,
-    cu_seqlens_k,
-    max_seqlen_q,
-    max_seqlen_k,
-    softmax_scale=None,
-    causal=False,
-    deterministic=False,
-):
-    """`flash_attn_varlen_func`: sequences laid end to end, (tokens, H, K)."""
-    ends_q, ends_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
-    return torch.cat(
-        [
-            dense_flash(q[None, a:b], k[None, c:d], v[None, c:d], softmax_scale, causal)[0]
-            for a, b, c, d in zip(ends_q, ends_q[1:], ends_k, ends_k[1:], strict=False)
-        ]
-    )
-
-
-@pytest.fixture
-def flash(monkeypatch: pytest.MonkeyPatch) -> GPT2FlashForCausalLM:
-    """A model on FlashAttention's code path, with dense attention where the kernel would be."""
-    package = types.ModuleType("flash_attn_interface")
-    package.flash_attn_func, package.flash_attn_varlen_func = dense_flash, dense_flash_varlen
-    package.flash_attn_with_kvcache = None
-    monkeypatch.setitem(sys.modules, "flash_attn_interface", package)
-    monkeypatch.setattr(flash_utils, "_loaded_implementation", None)
-    ours = make_ours()
-    ours.config._attn_implementation = "flash_attention_3"
-    return ours
-
-
-def test_flash_without_padding(flash: GPT2FlashForCausalLM) -> None:
-    ids, reference = tokens(), make_ours().bfloat16()
-    expected = reference(ids).logits
-    torch.testing.assert_close(flash.bfloat16()(ids).logits, expected, rtol=3e-2, atol=3e-2)
-    cache = flash(ids[:, :9], use_cache=True).past_key_values
-    torch.testing.assert_close(flash(ids[:, 9:], past_key_values=cache).logits, expected[:, 9:], rtol=3e-2, atol=5e-2)
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_flash_with_padding(flash: GPT2FlashForCausalLM, side: str) -> None:
-    ids, mask = pad(tokens(3), [0, 4, 9], side)
-    with torch.autocast("cpu", torch.bfloat16):
-        expected = make_ours()(ids, attention_mask=mask).logits
-        got = flash(ids, attention_mask=mask).logits
-    torch.testing.assert_close(got[mask == 1], expected[mask == 1], rtol=3e-2, atol=5e-2)
-
-
-def test_flash_trains_under_autocast(flash: GPT2FlashForCausalLM) -> None:
-    ids, reference = tokens(), make_ours().train()
-    flash.train()
-    for model in (flash, reference):
-        with torch.autocast("cpu", torch.bfloat16):
-            model(ids, labels=ids).loss.backward()
-    for name, gradient in gradients(flash).items():
-        scale = reference.get_parameter(name).grad.abs().max().item()
-        torch.testing.assert_close(gradient, reference.get_parameter(name).grad, rtol=0, atol=0.05 * scale + 1e-4)
-
-
-def test_flash_in_full_precision_gets_a_sentence(flash: GPT2FlashForCausalLM) -> None:
-    with pytest.raises(ValueError, match="fp16 or bf16 and got float32"):
-        flash(tokens())
-
-
-# ---- what travels to the Hub ----
-
-
-def test_sources_survive_the_copy_to_the_hub() -> None:
-    """The copier reads imports with a pattern and flattens folders: only `from .module import name` reaches it."""
-    sources = sorted(PACKAGE.rglob("*.py"))
-    assert all(path.parent == PACKAGE for path in sources)
-    modules = {path.stem for path in sources}
-    for path in sources:
-        text = path.read_text()
-        tree = ast.parse(text)
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Import):
-                roots = {alias.name.split(".")[0] for alias in node.names}
-            elif isinstance(node, ast.ImportFrom):
-                assert node.level <= 1, f"{path.name}: an import from above"
-                if node.level == 1:
-                    assert node.module in modules, f"{path.name}: not a sibling: {ast.unparse(node)}"
-                    continue
-                roots = {node.module.split(".")[0]}
-            else:
-                continue
-            assert roots <= {"torch", "transformers", "huggingface_hub", "math", "typing"}, ast.unparse(node)
-        relative = [line for line in text.splitlines() if line.lstrip().startswith(("from .", "import ."))]
-        real = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level == 1]
-        assert len(relative) == len(real), f"{path.name}: prose that looks like an import"
-    init = ast.parse((PACKAGE / "__init__.py").read_text())
-    assert not any(isinstance(node, ast.ClassDef) for node in ast.walk(init))
-
-
-def test_as_remote_code_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for cls in (GPT2FlashConfig, GPT2FlashForCausalLM):
-        monkeypatch.setattr(cls, "_auto_class", None)  # put back afterwards what the next two lines set
-    GPT2FlashConfig.register_for_auto_class()
-    GPT2FlashForCausalLM.register_for_auto_class("AutoModelForCausalLM")
-    ours = make_ours()
-    ours.save_pretrained(tmp_path / "model")
-    copied = {path.name for path in (tmp_path / "model").glob("*.py")}
-    assert copied == {path.name for path in PACKAGE.glob("*.py")} - {"__init__.py"}
-    program = """
-import sys, torch
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained("model", trust_remote_code=True).eval()
-assert "modeling_gpt2flash" not in sys.modules and type(model).__module__.startswith("transformers_modules")
-ids = torch.arange(1, 11)[None]
-print(model(ids, labels=ids).loss.item(), model.generate(ids, max_new_tokens=3, do_sample=False).tolist())
-"""
-    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    ids = torch.arange(1, 11)[None]
-    written = ours.generate(ids, max_new_tokens=3, do_sample=False).tolist()
-    assert done.stdout.strip() == f"{ours(ids, labels=ids).loss.item()} {written}"
-
-
-# ---- on a GPU ----
-
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-KERNELS = [name for name in modeling_gpt2flash.ATTENTION_NAMES if name.startswith("flash")]
-
-
-@pytest.mark.gpu
-@needs_cuda
-@pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("padded", [False, True])
-def test_flash_is_as_near_to_fp32_as_sdpa(kernel: str, padded: bool) -> None:
-    try:
-        modeling_gpt2flash.choose_attention(kernel, "cuda", torch.bfloat16, 32)
-    except ValueError as error:
-        pytest.skip(str(error))
-    sizes = {"n_embd": 128, "n_head": 4, "n_positions": 256}
-    ids = tokens(4, 200).cuda()
-    mask = torch.ones_like(ids)
-    if padded:
-        mask[1, :50], mask[2, :120] = 0, 0
-    labels = ids.masked_fill(mask == 0, -100)
-    results = {}
-    for name, dtype in (("exact", torch.float32), ("sdpa", torch.bfloat16), (kernel, torch.bfloat16)):
-        model = make_ours(**sizes, attn_implementation="sdpa" if name == "exact" else name).cuda().train()
-        with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
-            out = model(ids, attention_mask=mask, labels=labels, skip_logits=False)
-        out.loss.backward()
-        results[name] = [out.logits[mask == 1].float(), *gradients(model).values()]
-    for exact, sdpa, ours in zip(results["exact"], results["sdpa"], results[kernel], strict=True):
-        assert (ours - exact).abs().max() <= 2 * (sdpa - exact).abs().max() + 1e-5
-
-
-@pytest.mark.gpu
-@needs_cuda
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_chunked_loss_on_a_gpu(dtype: torch.dtype) -> None:
-    ours, ids = make_ours(vocab_size=50257, n_embd=96).cuda().train(), tokens(4, 32).cuda()
-    found = []
-    for chunk_size in (0, 40):
-        ours.config.loss_chunk_size = chunk_size
-        ours.zero_grad()
-        with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
-            loss = ours(ids, labels=ids).loss
-        loss.backward()
-        found.append((loss, ours.lm_head.weight.grad.clone()))
-    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-3, atol=1e-3)
-    scale = found[0][1].abs().max().item()
-    torch.testing.assert_close(
-        found[0][1], found[1][1], rtol=0, atol=scale * (1e-4 if dtype == torch.float32 else 3e-2)
-    )
