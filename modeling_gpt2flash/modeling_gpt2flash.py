@@ -33,15 +33,12 @@ from .positions import check_length, check_positions, count_positions, keep_posi
 logger = logging.get_logger(__name__)
 
 
-def residual_projection(width_out: int, width_in: int) -> Conv1D:
-    """A Conv1D that `_init_weights` will know as the end of a residual branch.
+class ResidualConv1D(Conv1D):
+    """The end of a residual branch, under a name that `_init_weights` can tell from other Conv1Ds.
 
-    The mark sits on the Conv1D itself: for code outside its own package transformers initialises no module that has
-    no parameters of its own, so the attention or MLP around it is never asked.
+    Asking for the attention or MLP around it would not do: in code outside its own package transformers initialises
+    no module that has no parameters of its own.
     """
-    projection = Conv1D(width_out, width_in)
-    projection.ends_residual_branch = True
-    return projection
 
 
 class GPT2FlashAttention(nn.Module):
@@ -59,7 +56,7 @@ class GPT2FlashAttention(nn.Module):
             self.scaling /= layer_idx + 1
 
         self.c_attn = Conv1D(3 * config.n_embd, config.n_embd)
-        self.c_proj = residual_projection(config.n_embd, config.n_embd)
+        self.c_proj = ResidualConv1D(config.n_embd, config.n_embd)
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
     def forward(
@@ -104,7 +101,7 @@ class GPT2FlashMLP(nn.Module):
         super().__init__()
         inner = config.n_inner if config.n_inner is not None else 4 * config.n_embd
         self.c_fc = Conv1D(inner, config.n_embd)
-        self.c_proj = residual_projection(config.n_embd, inner)
+        self.c_proj = ResidualConv1D(config.n_embd, inner)
         self.act = ACT2FN[config.activation_function]
         self.dropout = nn.Dropout(config.resid_pdrop)
 
@@ -167,7 +164,7 @@ class GPT2FlashPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, Conv1D):
             std = self.config.initializer_range
-            if getattr(module, "ends_residual_branch", False):
+            if isinstance(module, ResidualConv1D):
                 # 2 * n_layer of these are summed along the residual path: this keeps the sum's variance at one's.
                 std /= math.sqrt(2 * self.config.n_layer)
             init.normal_(module.weight, mean=0.0, std=std)
@@ -328,9 +325,8 @@ class GPT2FlashForCausalLM(GPT2FlashPreTrainedModel, GenerationMixin):
             `loss` if there are labels, `logits` (B, T, V) unless skipped, and the cache.
         """
         has_labels = labels is not None or shift_labels is not None
-        chunk_size = getattr(self.config, "loss_chunk_size", GPT2FlashConfig.loss_chunk_size)
         if skip_logits is None:
-            skip_logits = self.training and has_labels and chunk_size > 0
+            skip_logits = self.training and has_labels and self._chunk_size() > 0
         elif skip_logits and not has_labels:
             raise ValueError("skip_logits leaves nothing to return without labels or shift_labels.")
         if use_cache is None and self.training and has_labels:
@@ -352,8 +348,13 @@ class GPT2FlashForCausalLM(GPT2FlashPreTrainedModel, GenerationMixin):
         loss = None
         if has_labels:
             covers_all = logits is not None and isinstance(logits_to_keep, int) and logits_to_keep == 0
-            all_logits = logits if covers_all else None
-            loss = self._loss(hidden_states, all_logits, labels, shift_labels, num_items_in_batch, chunk_size)
+            loss = self._loss(
+                hidden_states,
+                logits if covers_all else None,
+                labels,
+                shift_labels=shift_labels if shift_labels is None else shift_labels.contiguous(),
+                num_items_in_batch=num_items_in_batch,
+            )
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -362,33 +363,18 @@ class GPT2FlashForCausalLM(GPT2FlashPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
 
-    def _loss(
-        self,
-        hidden_states: Tensor,
-        logits: Tensor | None,
-        labels: Tensor | None,
-        shift_labels: Tensor | None,
-        num_items_in_batch: Tensor | int | None,
-        chunk_size: int,
-    ) -> Tensor:
+    def _loss(self, hidden_states: Tensor, logits: Tensor | None, labels: Tensor | None, **how: Any) -> Tensor:
         """From the logits where all of them are at hand, else from the hidden states in chunks."""
         # Something may stand in for the head, an adapter say, whose output its weight alone does not tell.
         if logits is None and type(self.lm_head) is nn.Linear:
-            return causal_lm_loss(
-                hidden_states,
-                self.lm_head.weight,
-                labels,
-                shift_labels=shift_labels,
-                num_items_in_batch=num_items_in_batch,
-                chunk_size=chunk_size,
-            )
-        return self.loss_function(
-            self.lm_head(hidden_states) if logits is None else logits,
-            labels,
-            vocab_size=self.lm_head.weight.shape[0],
-            num_items_in_batch=num_items_in_batch,
-            shift_labels=shift_labels,
-        )
+            return causal_lm_loss(hidden_states, self.lm_head.weight, labels, chunk_size=self._chunk_size(), **how)
+        if logits is None:
+            logits = self.lm_head(hidden_states)
+        return self.loss_function(logits, labels, vocab_size=logits.shape[-1], **how)
+
+    def _chunk_size(self) -> int:
+        # Stock GPT-2's configuration class, which is taken as well, does not have the field.
+        return getattr(self.config, "loss_chunk_size", GPT2FlashConfig.loss_chunk_size)
 
     def _validate_generated_length(  # called by generate() once it knows how far it would go
         self, generation_config: Any, input_ids_length: int, has_default_max_length: bool
