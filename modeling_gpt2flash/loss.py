@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+CPU_PIECE_ROWS = 32  # x 50,257 x 4 bytes = 6.4 MB
+
 
 def causal_lm_loss(
     hidden: Tensor,
@@ -95,6 +97,20 @@ def _at_least_fp32(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
+def _score(logits_PV: Tensor, targets_P: Tensor, ignore_index: int, needs_grad: bool) -> Tensor:
+    """The summed loss of P rows; its gradient is left where the logits were if `needs_grad`, else nothing of use."""
+    counted_P1 = (targets_P != ignore_index)[:, None]
+    targets_P1 = targets_P[:, None].masked_fill(~counted_P1, 0)
+    logits_PV -= logits_PV.amax(dim=-1, keepdim=True)
+    target_logits_P1 = logits_PV.gather(-1, targets_P1)
+    exp_sums_P1 = logits_PV.exp_().sum(dim=-1, keepdim=True)
+    if needs_grad:  # softmax - one-hot, and 0 in the rows that do not count
+        counted = counted_P1.to(logits_PV.dtype)
+        logits_PV *= counted / exp_sums_P1
+        logits_PV.scatter_add_(-1, targets_P1, -counted)
+    return (exp_sums_P1.log() - target_logits_P1).masked_fill(~counted_P1, 0).sum()
+
+
 class _ChunkedLoss(torch.autograd.Function):
     """The summed loss, with its gradients taken in the same pass.
 
@@ -124,39 +140,28 @@ class _ChunkedLoss(torch.autograd.Function):
             d_weight = weight_VD.new_zeros(weight_VD.shape, dtype=sum_dtype) if grad_weight else None
             # One chunk's logits, their memory used again by each: fresh pages for every chunk cost a third more time.
             most_rows = min(chunk_size, rows_ND.shape[0])
-            narrow = rows_ND.new_empty((most_rows, weight.shape[0]), dtype=compute_dtype)
-            wide = narrow if compute_dtype == sum_dtype else torch.empty_like(narrow, dtype=sum_dtype)
-            d_weight_chunk = None if d_weight is None or narrow is wide else torch.empty_like(weight)
+            logits_CV = rows_ND.new_empty((most_rows, weight.shape[0]), dtype=compute_dtype)
+            # A product wants many rows; the passes over its result want few on a CPU, so that they stay in the cache.
+            piece_rows = min(CPU_PIECE_ROWS, most_rows) if rows_ND.device.type == "cpu" else most_rows
+            rounded = compute_dtype != sum_dtype
+            wide = logits_CV.new_empty((piece_rows, weight.shape[0]), dtype=sum_dtype) if rounded else None
+            d_weight_chunk = torch.empty_like(weight) if d_weight is not None and rounded else None
 
             for start in range(0, rows_ND.shape[0], chunk_size):
                 rows_CD = rows_ND[start : start + chunk_size].to(compute_dtype)
-                targets_C1 = targets_N[start : start + chunk_size, None]
-                counted_C1 = targets_C1 != ignore_index
-                targets_C1 = targets_C1.masked_fill(~counted_C1, 0)
-
-                narrow_CV, wide_CV = narrow[: len(rows_CD)], wide[: len(rows_CD)]
-                torch.mm(rows_CD, weight.T, out=narrow_CV)
-                if narrow is not wide:
-                    wide_CV.copy_(narrow_CV)
-                wide_CV -= wide_CV.amax(dim=-1, keepdim=True)
-                target_logits_C1 = wide_CV.gather(-1, targets_C1)
-                exp_sums_C1 = wide_CV.exp_().sum(dim=-1, keepdim=True)
-                total += (exp_sums_C1.log() - target_logits_C1).masked_fill(~counted_C1, 0).sum()
-                if d_rows is None and d_weight is None:
-                    continue
-
-                # d loss / d logits = softmax - one-hot, and 0 in the rows that do not count.
-                counted = counted_C1.to(sum_dtype)
-                wide_CV *= counted / exp_sums_C1
-                wide_CV.scatter_add_(-1, targets_C1, -counted)
-                if narrow is not wide:
-                    narrow_CV.copy_(wide_CV)
+                targets_C = targets_N[start : start + chunk_size]
+                chunk_CV = torch.mm(rows_CD, weight.T, out=logits_CV[: len(rows_CD)])
+                for piece_PV, targets_P in zip(chunk_CV.split(piece_rows), targets_C.split(piece_rows), strict=True):
+                    wide_PV = piece_PV if wide is None else wide[: len(piece_PV)].copy_(piece_PV)
+                    total += _score(wide_PV, targets_P, ignore_index, grad_rows or grad_weight)
+                    if wide is not None:
+                        piece_PV.copy_(wide_PV)
                 if d_rows is not None:
-                    d_rows[start : start + chunk_size] = narrow_CV @ weight
+                    d_rows[start : start + chunk_size] = chunk_CV @ weight
                 if d_weight is not None and d_weight_chunk is not None:
-                    d_weight += torch.mm(narrow_CV.T, rows_CD, out=d_weight_chunk)
+                    d_weight += torch.mm(chunk_CV.T, rows_CD, out=d_weight_chunk)
                 elif d_weight is not None:
-                    d_weight.addmm_(narrow_CV.T, rows_CD)
+                    d_weight.addmm_(chunk_CV.T, rows_CD)
 
         ctx.save_for_backward(d_rows, d_weight.to(weight_VD.dtype) if d_weight is not None else None)
         return total

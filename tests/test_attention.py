@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_gpt2 import TINY, gradients, make_ours, pad, tokens
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 from transformers import modeling_flash_attention_utils as flash_utils
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from modeling_gpt2flash import ATTENTION_NAMES, GPT2FlashConfig, GPT2FlashForCausalLM, attention, choose_attention
+from tests.tiny_gpt2 import TINY, gradients, make_ours, pad, tokens
 
 FLASH = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
 AMPERE, HOPPER, BLACKWELL, TURING = (8, 0), (9, 0), (10, 0), (7, 5)

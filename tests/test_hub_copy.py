@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_gpt2 import make_ours
 
 import modeling_gpt2flash
 from modeling_gpt2flash import GPT2FlashConfig, GPT2FlashForCausalLM
+from tests.tiny_gpt2 import make_ours
 
 PACKAGE = Path(modeling_gpt2flash.__file__).parent
 

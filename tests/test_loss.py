@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from tiny_gpt2 import make_ours, tokens
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from modeling_gpt2flash import causal_lm_loss
+from tests.tiny_gpt2 import make_ours, tokens
 
 BATCH, LENGTH, WIDTH, WORDS = 3, 7, 8, 29
 

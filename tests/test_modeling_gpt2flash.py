@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_gpt2 import TINY, gradients, make_ours, make_pair, pad, tokens
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import (
@@ -22,6 +21,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from modeling_gpt2flash import GPT2FlashConfig, GPT2FlashForCausalLM, GPT2FlashModel
+from tests.tiny_gpt2 import TINY, gradients, make_ours, make_pair, pad, tokens
 
 VARIANTS = {
     "plain": {},

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tiny_gpt2 import make_ours, pad, tokens
 from transformers import DynamicCache, StaticCache
 
 from modeling_gpt2flash import GPT2FlashModel
+from tests.tiny_gpt2 import make_ours, pad, tokens
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -17,7 +17,9 @@ def validate(engine: AcceleratedEngine, batches: EvalBatches, micro_batch_size: 
     steps = batches.steps(engine.world_size, micro_batch_size)
     steps = steps if max_steps is None else min(steps, max_steps)
     sums = torch.zeros(2, dtype=torch.float64, device=engine.device)
-    for step in tqdm(range(steps), desc="validation", unit="batch", leave=False, disable=not engine.is_main):
+    for step in tqdm(
+        range(steps), desc="validation", unit="batch", leave=False, mininterval=1, disable=not engine.is_main
+    ):
         sums += engine.eval_step(batches.micro_batch(step, engine.rank, engine.world_size, micro_batch_size))
     nll, tokens = engine.sum_over_processes(sums).tolist()
     if not engine.is_main:

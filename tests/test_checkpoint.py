@@ -1,0 +1,111 @@
+"""What is left in a run folder when things go wrong, and what is made of it."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from modeling_gpt2flash import GPT2FlashConfig, GPT2FlashForCausalLM
+from tests.conftest import SMALL, losses
+from train import checkpoint as checkpoints
+from train.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def model() -> GPT2FlashForCausalLM:
+    torch.manual_seed(0)
+    return GPT2FlashForCausalLM(GPT2FlashConfig(**SMALL, vocab_size=50257))
+
+
+def save(folder: Path, model: GPT2FlashForCausalLM, step: int, keep: int | None = None) -> Path:
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    moments = {f"exp_avg.{name}": torch.full_like(p, step) for name, p in weights.items()}
+    return checkpoints.save(folder, model.config, weights, moments, {"step": step}, keep)
+
+
+def test_save_find_read(tmp_path: Path, model: GPT2FlashForCausalLM) -> None:
+    save(tmp_path, model, 3)
+    found = checkpoints.find("latest", tmp_path)
+    assert (found.step, found.folder) == (3, tmp_path / "step-3")
+    weights, moments = checkpoints.read_tensors(found)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(weights[name], parameter)
+        assert torch.equal(moments[f"exp_avg.{name}"], torch.full_like(parameter, 3))
+    assert checkpoints.find(str(tmp_path), Path("elsewhere")).step == 3
+    assert checkpoints.find(str(tmp_path / "step-3"), Path("elsewhere")).step == 3
+
+
+def test_only_the_newest_are_kept(tmp_path: Path, model: GPT2FlashForCausalLM) -> None:
+    for step in (2, 9, 10):
+        save(tmp_path, model, step, keep=2)
+    assert sorted(path.name for path in tmp_path.glob("*step*")) == ["step-10", "step-9"]
+
+
+def test_saving_the_same_step_again_replaces_it(tmp_path: Path, model: GPT2FlashForCausalLM) -> None:
+    save(tmp_path, model, 1)
+    (tmp_path / "step-1" / "foreign").touch()
+    save(tmp_path, model, 1)
+    assert not (tmp_path / "step-1" / "foreign").exists()
+
+
+def test_an_unfinished_folder_is_never_taken_for_a_checkpoint(tmp_path: Path, model: GPT2FlashForCausalLM) -> None:
+    save(tmp_path, model, 1)
+    shutil.copytree(tmp_path / "step-1", tmp_path / ".step-2.tmp")
+    assert checkpoints.find("latest", tmp_path).step == 1
+    checkpoints.claim(tmp_path, overwrite=False)
+    assert not (tmp_path / ".step-2.tmp").exists()
+
+
+@pytest.mark.parametrize(
+    ("damage", "names"),
+    [
+        (lambda run: (run / "step-1" / "training_state.json").unlink(), ["training_state.json", "step-N"]),
+        (lambda run: (run / "step-1" / "training_state.json").write_text("{"), ["training_state.json"]),
+        (lambda run: (run / "step-1" / "training_state.json").write_text("{}"), ["training_state.json"]),
+        (lambda run: shutil.rmtree(run / "step-1"), ["step-1"]),
+        (lambda run: (run / "step-1" / "model.safetensors").write_bytes(b"123"), ["damaged"]),
+        (lambda run: (run / "step-1" / "optimizer.safetensors").unlink(), ["damaged", "optimizer.safetensors"]),
+    ],
+)
+def test_damage_is_named(tmp_path: Path, model: GPT2FlashForCausalLM, damage, names: list[str]) -> None:
+    save(tmp_path, model, 1)
+    damage(tmp_path)
+    with pytest.raises(UserError) as error:
+        checkpoints.read_tensors(checkpoints.find("latest", tmp_path))
+    assert all(name in str(error.value) for name in names), str(error.value)
+
+
+def test_overwrite_spares_a_folder_that_holds_no_run(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(UserError, match="holds files but no run"):
+        checkpoints.check_free(tmp_path, resuming=False, overwrite=True)
+
+
+def test_a_killed_run_goes_on_where_its_last_checkpoint_is(flags: list[str], finished: Path, tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "train", *flags, "--save_interval=1", f"--checkpoint_path={tmp_path}"]
+    latest = tmp_path / "baseline" / "latest"
+    process = subprocess.Popen(
+        words, cwd=tmp_path, env=os.environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not latest.exists() or latest.read_text().strip() in ("", "step-1"):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not (tmp_path / "baseline" / "metrics.json").exists()
+    step = checkpoints.find("latest", tmp_path / "baseline").step
+    assert 2 <= step < 8
+    subprocess.run([*words, "--resume_from_checkpoint"], cwd=tmp_path, check=True, capture_output=True)
+    assert losses(tmp_path / "baseline") == losses(finished)
+    assert json.loads((tmp_path / "baseline" / "metrics.json").read_text())["steps"] == 8
