@@ -1,0 +1,89 @@
+"""The training loss, forward and backward: full logits, ours in chunks, and torch's `linear_cross_entropy`.
+
+    python -m benchmarks.loss --rows 2048 --width 128 --dtype bfloat16
+
+The sides alternate within each round, so that a machine whose speed drifts treats them alike; the ratio is taken round
+by round. Each side runs once before it is timed, and its loss is held against an fp64 reference.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from modeling_gpt2flash.loss import causal_lm_loss
+
+VOCABULARY = 50257
+Side = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def full(rows: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(rows, weight).float(), targets)
+
+
+def ours(chunk: int) -> Side:
+    return lambda rows, weight, targets: causal_lm_loss(
+        rows[None], weight, None, shift_labels=targets[None], chunk_size=chunk
+    )
+
+
+def torchs(chunk: int, policy: Any) -> Side:
+    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=chunk, acc_policy=policy)
+    return lambda rows, weight, targets: F.linear_cross_entropy(rows, weight, targets, options=options)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=2048, help="batch x block")
+    parser.add_argument("--width", type=int, default=128, help="hidden width: 128 is tiny's, 768 gpt2's")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+
+    sides: dict[str, Side] = {"full logits": full} | {f"ours, {c} rows": ours(c) for c in (256, 512, 1024)}
+    if hasattr(F, "linear_cross_entropy"):  # torch 2.13 and later
+        sides |= {f"torch, 512 rows, {policy}": torchs(512, policy) for policy in ("auto", "accurate", "compact")}
+
+    torch.manual_seed(0)
+    dtype = getattr(torch, args.dtype)
+    rows = torch.randn(args.rows, args.width, device=args.device).to(dtype).requires_grad_()
+    weight = (0.02 * torch.randn(VOCABULARY, args.width, device=args.device)).to(dtype).requires_grad_()
+    targets = torch.randint(VOCABULARY, (args.rows,), device=args.device)
+    reference = F.cross_entropy(rows.detach().double() @ weight.detach().double().T, targets).item()
+
+    def seconds(side: Side) -> float:
+        rows.grad = weight.grad = None
+        began = time.perf_counter()
+        side(rows, weight, targets).backward()
+        if rows.is_cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+    errors = {name: side(rows, weight, targets).item() - reference for name, side in sides.items()}
+    for side in sides.values():
+        seconds(side)
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(args.rounds):
+        for name, side in sides.items():
+            times[name].append(seconds(side))
+
+    where = torch.cuda.get_device_name() if args.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    print(f"{args.rows} rows, width {args.width}, {args.dtype}; {where}, torch {torch.__version__}\n")
+    print("\n| loss, forward and backward | median (s) | min to max (s) | speed-up | error of the loss |")
+    print("| --- | ---: | ---: | ---: | ---: |")
+    for name, taken in times.items():
+        ratio = statistics.median(a / b for a, b in zip(times["full logits"], taken, strict=True))
+        print(
+            f"| {name} | {statistics.median(taken):.3f} | {min(taken):.3f} to {max(taken):.3f} | {ratio:.2f} "
+            f"| {errors[name]:+.1e} |"
+        )
+
+
+if __name__ == "__main__":
+    main()
