@@ -143,7 +143,13 @@ def _settle_attention(config: RunConfig, shape: GPT2FlashConfig) -> tuple[str, s
     assert config.attn_implementation is not None
     dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
     try:
-        return choose_attention(config.attn_implementation, choose_device().type, dtype, shape.n_embd // shape.n_head)
+        return choose_attention(
+            config.attn_implementation,
+            choose_device().type,
+            dtype,
+            shape.n_embd // shape.n_head,
+            dropout=shape.attn_pdrop,
+        )
     except ValueError as error:
         raise UserError(f"--attn_implementation {config.attn_implementation}: {error}") from None
 
