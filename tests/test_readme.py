@@ -90,17 +90,20 @@ def walked(workplace: Path, flags: list[str]) -> Path:
     return workplace
 
 
+@pytest.mark.slow
 def test_every_command_runs_in_the_order_of_the_readme(walked: Path) -> None:
     assert (walked / "checkpoint" / "report" / "report.md").exists()
     assert (walked / "data_notes" / "train.bin").exists()
     assert json.loads((walked / "checkpoint" / "baseline" / "metrics.json").read_text())["steps"] == 3, "resumed"
 
 
+@pytest.mark.slow
 def test_the_python_of_the_readme_runs(walked: Path) -> None:
     for source in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
         command(sys.executable, "-c", source, cwd=walked)
 
 
+@pytest.mark.slow
 def test_the_commands_for_several_machines_train_together(
     walked: Path, flags: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

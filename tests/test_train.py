@@ -119,7 +119,7 @@ def test_accumulation_is_the_same_as_a_larger_batch(flags: list[str], finished: 
     assert losses(tmp_path / "baseline") == pytest.approx(losses(finished), abs=1e-5)
 
 
-def test_checkpointing_and_compilation_change_no_number(flags: list[str], finished: Path, tmp_path: Path) -> None:
+def test_checkpointing_and_chunks_change_no_number(flags: list[str], finished: Path, tmp_path: Path) -> None:
     run(flags, tmp_path, "--activation_checkpointing", "--attn_implementation=sdpa", "--loss_chunk_size=17")
     assert losses(tmp_path / "baseline") == pytest.approx(losses(finished), abs=1e-5)
 
@@ -183,6 +183,21 @@ def test_bad_tokens_are_a_sentence_and_nothing_is_written(
     assert all(name in done.stderr for name in names), done.stderr
     assert done.stderr.count("\n") == 1
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_checkpoint_path_that_is_a_file_is_a_sentence(flags: list[str], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    done = python("-m", "train", *flags, f"--checkpoint_path={tmp_path}/file", cwd=tmp_path, check=False)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.slow
+def test_compiled_blocks_compute_the_same(flags: list[str], finished: Path, tmp_path: Path) -> None:
+    run(flags, tmp_path, "--torch_compile")
+    assert losses(tmp_path / "baseline") == pytest.approx(losses(finished), abs=1e-5)
 
 
 @pytest.mark.parametrize(

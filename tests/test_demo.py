@@ -1,0 +1,25 @@
+"""`make demo`, whole, as a newcomer starts it."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT, command
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
+def test_the_demo_ends_with_a_comparison_a_report_and_a_sample(tmp_path: Path) -> None:
+    done = command("make", "demo", f"DEMO={tmp_path}/demo", cwd=ROOT, timeout=2300)
+    assert "| Training throughput (tokens/s)" in done.stdout
+    assert f"Report: {tmp_path}/demo/report/report.md" in done.stdout
+    assert done.stdout.split("--prompt")[-1].count("\n") > 3, "the sample comes last"
+    baseline, optimized = (
+        json.loads((tmp_path / "demo" / "checkpoint" / kind / "metrics.json").read_text())
+        for kind in ("baseline", "optimized")
+    )
+    assert baseline["val_loss"] < 4.5
+    assert optimized["val_loss"] < 4.5
+    assert optimized["val_loss"] < baseline["val_loss"] + 0.02
+    assert optimized["peak_memory_bytes"] <= 0.6 * baseline["peak_memory_bytes"]
