@@ -102,6 +102,21 @@ def test_the_tied_weights_gradient_is_the_sum_of_both_ends() -> None:
     torch.testing.assert_close(sum(parts), model.transformer.wte.weight.grad)
 
 
+def test_checkpointed_blocks_are_computed_twice_and_nothing_else() -> None:
+    model = make_ours()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    calls = dict.fromkeys(["wte", "attn", "ln_f"], 0)
+    for name, module in model.named_modules():
+        if (short := name.split(".")[-1]) in calls:
+            module.register_forward_pre_hook(lambda *_, short=short: calls.update({short: calls[short] + 1}))
+    passed = tokens()
+    for layer in pp.model_layers(model)[:-1]:
+        passed = layer(passed)
+    pp.model_layers(model)[-1].loss(passed, tokens()).backward()
+    assert calls == {"wte": 1, "attn": 2 * model.config.n_layer, "ln_f": 1}
+
+
 def test_logits_are_the_whole_models() -> None:
     model, passed = make_ours(), tokens()
     expected = model(passed).logits
