@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SMALL = {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 64}
+LOSS_TOLERANCE = 1e-5  # between layouts that compute the same
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -44,6 +46,19 @@ def command(*words: object, cwd: Path, check: bool = True, timeout: float = 300)
 
 def python(*words: object, cwd: Path, check: bool = True) -> subprocess.CompletedProcess[str]:
     return command(sys.executable, *words, cwd=cwd, check=check)
+
+
+def accelerate(*words: object, cwd: Path, processes: int = 2, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Train under `accelerate launch` with the shipped configuration."""
+    config = ROOT / "accelerate_configs" / "deepspeed.yaml"
+    launch = ["accelerate", "launch", "--config_file", config, "--num_processes", processes, "--main_process_port", 0]
+    return command(*launch, "-m", "train", *words, cwd=cwd, check=check)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def records(run_folder: Path) -> list[dict[str, Any]]:

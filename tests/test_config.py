@@ -72,7 +72,7 @@ def test_yaml_mistakes_name_key_value_and_remedy(tmp_path: Path, text: str, name
         ["--report_to", "tensorbord"],
         ["--resume_from_checkpoint", "--overwrite"],
         ["--deepspeed_config", "ds_configs/zero2.json"],
-        ["--run_type", "optimized", "--pipeline_stages", "2"],
+        ["--run_type", "optimized", "--pipeline_stages", "0"],
         ["--pipeline_stages", "2"],
         ["--config", "missing.yaml"],
     ],

@@ -81,13 +81,48 @@ def test_bf16_follows_flag_then_hardware(tmp_path: Path, asked: str | None, fast
         ({"zero_optimization": {"stage": 4}}, {}, ["stage"]),
         ({"optimizer": {"type": "AdamW"}}, {}, ["optimizer", "--learning_rate"]),
         ({"scheduler": {}}, {}, ["scheduler", "--lr_schedule"]),
-        ({"pipeline": {"stages": 2}}, {}, ["pipeline"]),
+        ({"pipeline": 2}, {}, ["pipeline", "stages"]),
+        ({"pipeline": {"stages": 2, "seed_layers": True}}, {}, ["pipeline.seed_layers", "not obeyed"]),
+        ({"pipeline": {"stages": 0}}, {}, ["pipeline.stages", "0"]),
+        ({"pipeline": {"stages": 2}}, {"pipeline_stages": 1}, ["pipeline.stages", "2", "--pipeline_stages is 1"]),
+        ({"pipeline": {"partition": "cost"}}, {}, ["how many stages", "--pipeline_stages"]),
+        ({"pipeline": {"stages": 1, "partition": [5]}}, {}, ["pipeline.partition", "[5]", "one stage"]),
+        ({}, {"pipeline_stages": 3}, ["3 pipeline stages", "3, 6, 9", "there are 2"]),
+        ({}, {"pipeline_stages": 4}, ["4 pipeline stages", "4, 8, 12", "there are 2"]),
+        ({"zero_optimization": {"stage": 0}}, {"pipeline_stages": 2}, ["ZeRO stage 0", "first stage", '"stage": 1']),
+        ({"zero_optimization": {"stage": 2}}, {"pipeline_stages": 2}, ["ZeRO stage 2", "micro-batches"]),
+        ({"zero_optimization": {"stage": 3}}, {"pipeline_stages": 2}, ["ZeRO stage 3", "whole"]),
+        ({"wall_clock_breakdown": True}, {"pipeline_stages": 2}, ["wall_clock_breakdown", "turn it off"]),
+        ({"flops_profiler": {"enabled": True}}, {"pipeline_stages": 2}, ["flops_profiler", "turn it off"]),
+        ({"train_batch_size": 8, "pipeline": {"stages": 2}}, {}, ["8", "1 data-parallel", "= 4"]),
     ],
 )
 def test_contradictions_and_unknown_keys_are_named(tmp_path: Path, settings: dict, flags: dict, names: list) -> None:
     with pytest.raises(UserError) as error:
         resolve(tmp_path, settings, **flags)
     assert all(name in str(error.value) for name in names), str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "asked"),
+    [({}, 2), ({"pipeline": {"stages": 2}}, None), ({"pipeline": {"stages": 2}}, 2), ({"pipeline": {}}, 2)],
+)
+@pytest.mark.parametrize("zero", [{}, {"zero_optimization": {}}, {"zero_optimization": {"stage": "auto"}}])
+def test_stages_come_from_flag_or_json_and_zero_1_with_them(
+    tmp_path: Path, settings: dict, asked: int | None, zero: dict
+) -> None:
+    config, filled = resolve(tmp_path, settings | zero, world_size=6, pipeline_stages=asked)
+    assert config.pipeline_stages == 2
+    assert filled["pipeline"] == {"stages": 2, "partition": "cost"}
+    assert filled["zero_optimization"]["stage"] == 1
+    assert filled["train_batch_size"] == 4 * 1 * 3  # data-parallel processes, not all six
+
+
+def test_one_stage_is_no_pipeline(tmp_path: Path) -> None:
+    config, filled = resolve(tmp_path, {"pipeline": {"stages": 1}})
+    assert config.pipeline_stages == 1
+    assert "pipeline" not in filled
+    assert resolve(tmp_path, {})[0].pipeline_stages == 1
 
 
 def test_broken_files_are_named_with_the_line(tmp_path: Path) -> None:
@@ -104,7 +139,8 @@ def test_broken_files_are_named_with_the_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("file", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda file: file.name)
 def test_shipped_files_resolve(file: Path) -> None:
-    config = RunConfig(run_type="optimized", deepspeed_config=str(file))
+    stages = 2 if file.stem == "pipeline" else None
+    config = RunConfig(run_type="optimized", deepspeed_config=str(file), pipeline_stages=stages)
     _, filled = deepspeed_json.resolve(config, 2, True)
     assert "auto" not in json.dumps(filled)
 

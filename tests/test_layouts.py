@@ -1,28 +1,19 @@
 """Every launcher and layout computes what one process computes: real processes over gloo, real DeepSpeed."""
 
 import json
-import socket
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import ROOT, command, losses, python, records
-
-LOSS_TOLERANCE = 1e-5
+from tests.conftest import LOSS_TOLERANCE, ROOT, accelerate, command, free_port, losses, python, records
 
 
 @pytest.fixture(scope="module")
 def two_processes(flags: list[str]) -> list[str]:
     """The flags of the `finished` run, its global batch of 4 sequences shared by two processes."""
     return [*flags, "--train_micro_batch_size_per_gpu=2", "--mixed_precision=no", "--save_interval=4"]
-
-
-def accelerate(*words: object, cwd: Path, processes: int = 2, check: bool = True):
-    config = ROOT / "accelerate_configs" / "deepspeed.yaml"
-    launch = ["accelerate", "launch", "--config_file", config, "--num_processes", processes, "--main_process_port", 0]
-    return command(*launch, "-m", "train", *words, cwd=cwd, check=check)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -104,9 +95,3 @@ def test_a_mistake_is_said_once_whatever_the_number_of_processes(two_processes: 
     done = accelerate(*two_processes, "--run_type=optimized", cwd=tmp_path, check=False)
     assert done.returncode != 0
     assert done.stderr.count("error: --run_type optimized: trains through DeepSpeed") == 1
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

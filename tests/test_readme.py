@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, command
-from tests.test_layouts import free_port
+from tests.conftest import ROOT, command, free_port
 from train.config import RunConfig
 
 README = (ROOT / "README.md").read_text()

@@ -7,8 +7,9 @@
    epoch g // n). So each epoch predicts each token once, in an order of its own, and nothing repeats inside it.
 3. Optimizer step s takes the samples s·G … s·G + G - 1. When n is no multiple of the global batch G, a batch at the
    border takes the rest of one epoch and the beginning of the next.
-4. Micro-step j of rank r takes entries (j·world + r)·B … + B - 1 of the global batch. Which ranks there are, and
-   how they accumulate, changes who computes a sample and never which samples a step sees.
+4. Micro-step j of data-parallel rank r takes entries (j·D + r)·B … + B - 1 of the global batch, where D is how many
+   such ranks there are (the stages of a pipeline share one). Which ranks there are, and how they accumulate, changes
+   who computes a sample and never which samples a step sees.
 """
 
 import math

@@ -9,11 +9,13 @@ from accelerate.utils import set_seed
 
 from modeling_gpt2flash import GPT2FlashConfig
 from modeling_gpt2flash.attention import choose_attention
+from modeling_gpt2flash.pipeline import Partition, partition
 from train import checkpoint as checkpoints
 from train.batches import EvalBatches, TrainBatches
 from train.config import RunConfig
 from train.engines import deepspeed_json
-from train.engines.accelerated import AcceleratedEngine, choose_device, world_size
+from train.engines.accelerated import AcceleratedEngine
+from train.engines.base import Engine, choose_device, world_size
 from train.errors import UserError
 from train.metrics import cpu_has_bf16
 from train.models import build_model, model_config
@@ -33,7 +35,8 @@ class Run:
     attention: tuple[str, str]  # implementation, why
     train: TrainBatches
     val: EvalBatches
-    micro_batch_size: int  # sequences per process
+    partition: Partition | None  # None without a pipeline
+    micro_batch_size: int  # sequences per data-parallel process
     accumulation: int  # micro-batches per step
     total_steps: int
     warmup_steps: int
@@ -88,7 +91,9 @@ def settle(config: RunConfig) -> Run:
         raise UserError(
             f"--block_size {block_size}: {config.model} has {shape.n_positions} positions; ask for that many or fewer"
         )
-    sequences = micro_batch_size * accumulation * world_size()
+    stages = config.pipeline_stages
+    assert stages is not None
+    sequences = micro_batch_size * accumulation * (world_size() // stages)
     train = TrainBatches(open_tokens(config.train_data_path, shape.vocab_size), block_size, sequences, config.seed)
     val = EvalBatches(open_tokens(config.val_data_path, shape.vocab_size), block_size)
     total_steps = config.max_steps or train.updates(config.epochs)
@@ -99,6 +104,7 @@ def settle(config: RunConfig) -> Run:
         attention=_settle_attention(config, shape),
         train=train,
         val=val,
+        partition=_settle_partition(deepspeed, shape, stages, block_size) if stages > 1 else None,
         micro_batch_size=micro_batch_size,
         accumulation=accumulation,
         total_steps=total_steps,
@@ -135,6 +141,7 @@ def _settle_engine(config: RunConfig) -> tuple[RunConfig, dict[str, Any] | None]
             "train_micro_batch_size_per_gpu": 4,
             "gradient_accumulation_steps": 1,
             "max_grad_norm": 1.0,
+            "pipeline_stages": 1,
         }
     return dataclasses.replace(config, **{k: v for k, v in defaults.items() if getattr(config, k) is None}), deepspeed
 
@@ -154,9 +161,19 @@ def _settle_attention(config: RunConfig, shape: GPT2FlashConfig) -> tuple[str, s
         raise UserError(f"--attn_implementation {config.attn_implementation}: {error}") from None
 
 
-def build(run: Run) -> AcceleratedEngine:
+def _settle_partition(
+    deepspeed: dict[str, Any] | None, shape: GPT2FlashConfig, stages: int, block_size: int
+) -> Partition:
+    assert deepspeed is not None
+    try:
+        return partition(shape, stages, deepspeed["pipeline"]["partition"], block_size=block_size)
+    except ValueError as error:
+        raise UserError(f"--pipeline_stages {stages}: {error}") from None
+
+
+def build(run: Run) -> Engine:
     """The engine with the model in it, at the step of the run's checkpoint; the run folder is this run's from here."""
-    engine = AcceleratedEngine(run.config, run.deepspeed)
+    engine = _create_engine(run)
     if engine.is_main:
         checkpoints.claim(run.config.run_folder, run.config.overwrite)
     engine.wait()
@@ -166,3 +183,12 @@ def build(run: Run) -> AcceleratedEngine:
         weights, moments = checkpoints.read_tensors(run.checkpoint)
         engine.load_state(weights, moments, run.checkpoint.step)
     return engine
+
+
+def _create_engine(run: Run) -> Engine:
+    if run.partition is None:
+        return AcceleratedEngine(run.config, run.deepspeed)
+    assert run.deepspeed is not None
+    from train.engines.pipelined import PipelinedEngine  # imports DeepSpeed, which takes seconds
+
+    return PipelinedEngine(run.config, run.deepspeed, run.partition)

@@ -85,7 +85,9 @@ class RunConfig:
     torch_compile: bool = _flag(False, "compile the transformer blocks (needs a C++ compiler on CPU)")
     activation_checkpointing: bool = _flag(False, "recompute each block's activations in the backward pass")
     deepspeed_config: str | None = _flag(None, "DeepSpeed JSON of an optimized run, for example ds_configs/zero2.json")
-    pipeline_stages: int = _flag(1, "pipeline stages of an optimized run")
+    pipeline_stages: int | None = _flag(
+        None, "pipeline stages of an optimized run (default: the DeepSpeed JSON's number, else 1)"
+    )
     resume_from_checkpoint: str | None = _flag(
         None, "continue from this step folder, or from the run's last whole one (latest)", nargs="?", const="latest"
     )
@@ -233,7 +235,5 @@ def check(config: RunConfig) -> None:
     if config.run_type == "baseline":
         if config.deepspeed_config:
             refuse("deepspeed_config", "the baseline is plain PyTorch; drop the flag or use --run_type optimized")
-        if config.pipeline_stages > 1:
+        if config.pipeline_stages is not None and config.pipeline_stages > 1:
             refuse("pipeline_stages", "the baseline is one whole model per process; use --run_type optimized")
-    if config.pipeline_stages > 1:
-        refuse("pipeline_stages", "pipeline training is not in this release yet; use --pipeline_stages 1")

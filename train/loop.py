@@ -23,6 +23,8 @@ def train(run: Run) -> None:
     log = RunLog(engine.accelerator, config.run_folder, dataclasses.asdict(config), run.total_steps)
     first = run.checkpoint.step if run.checkpoint else 0
     log.start(first, run.checkpoint.folder.parent / "metrics.jsonl" if run.checkpoint else log.file)
+    if run.partition is not None:
+        log.say(run.partition.table())
     log.say(f"attention: {run.attention[0]} ({run.attention[1]}); precision: {config.mixed_precision}")
     for step in range(first, run.total_steps):
         began = time.perf_counter()
@@ -35,7 +37,7 @@ def train(run: Run) -> None:
             schedule=config.lr_schedule,
         )
         micro_batches = (
-            run.train.micro_batch(step, micro_step, engine.rank, engine.world_size, run.micro_batch_size)
+            run.train.micro_batch(step, micro_step, engine.data_rank, engine.data_world_size, run.micro_batch_size)
             for micro_step in range(run.accumulation)
         )
         result = engine.train_step(step, micro_batches, rate)

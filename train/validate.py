@@ -4,23 +4,23 @@ import torch
 from tqdm import tqdm
 
 from train.batches import EvalBatches
-from train.engines.accelerated import AcceleratedEngine
+from train.engines.base import Engine
 from train.evaluate_metrics import load_perplexity_metric
 
 
-def validate(engine: AcceleratedEngine, batches: EvalBatches, micro_batch_size: int, max_steps: int | None) -> dict:
+def validate(engine: Engine, batches: EvalBatches, micro_batch_size: int, max_steps: int | None) -> dict:
     """{"val_loss": mean nats per token, "perplexity"}, every predicted token counted once.
 
     All processes make the same number of steps (a forward pass may be collective); windows that do not divide among
-    them are filled with labels that count nothing. `max_steps` limits the batches per process.
+    them are filled with labels that count nothing. `max_steps` limits the batches per data-parallel process.
     """
-    steps = batches.steps(engine.world_size, micro_batch_size)
+    steps = batches.steps(engine.data_world_size, micro_batch_size)
     steps = steps if max_steps is None else min(steps, max_steps)
     sums = torch.zeros(2, dtype=torch.float64, device=engine.device)
     for step in tqdm(
         range(steps), desc="validation", unit="batch", leave=False, mininterval=1, disable=not engine.is_main
     ):
-        sums += engine.eval_step(batches.micro_batch(step, engine.rank, engine.world_size, micro_batch_size))
+        sums += engine.eval_step(batches.micro_batch(step, engine.data_rank, engine.data_world_size, micro_batch_size))
     nll, tokens = engine.sum_over_processes(sums).tolist()
     if not engine.is_main:
         return {}

@@ -12,10 +12,10 @@ from train.errors import UserError
 ENGINE_KEYS = frozenset({
     "aio", "bf16", "checkpoint", "comms_logger", "communication_data_type", "csv_monitor", "data_types",
     "disable_allgather", "disable_python_gc", "dump_state", "flops_profiler", "fp16", "gradient_accumulation_steps",
-    "gradient_clipping", "gradient_predivide_factor", "log_level", "memory_breakdown", "prescale_gradients",
-    "sparse_gradients", "steps_per_print", "tensorboard", "timers", "torch_autocast", "train_batch_size",
-    "train_micro_batch_size_per_gpu", "wall_clock_breakdown", "wandb", "zero_allow_untested_optimizer",
-    "zero_force_ds_cpu_optimizer", "zero_optimization",
+    "gradient_clipping", "gradient_predivide_factor", "log_level", "memory_breakdown", "pipeline",
+    "prescale_gradients", "sparse_gradients", "steps_per_print", "tensorboard", "timers", "torch_autocast",
+    "train_batch_size", "train_micro_batch_size_per_gpu", "wall_clock_breakdown", "wandb",
+    "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "zero_optimization",
 })  # fmt: skip
 ELSEWHERE = {
     "optimizer": "the optimizer is set by --learning_rate, --weight_decay, --adam_beta1 and --adam_beta2",
@@ -54,11 +54,13 @@ def resolve(config: RunConfig, world_size: int, bf16_is_fast: bool) -> tuple[Run
             raise UserError(f'{file}: "{key}" is {value!r}; write a whole number of at least 1, or "auto"')
     if type(clipping) not in (int, float) or clipping < 0:
         raise UserError(f'{file}: "gradient_clipping" is {clipping!r}; write a number of at least 0, or "auto"')
-    product = micro_batch * accumulation * world_size
+    stages = _pipeline(config, settings, file, world_size)
+    product = micro_batch * accumulation * (world_size // stages)
     if settings.get("train_batch_size", "auto") not in ("auto", product):
         raise UserError(
             f'{file}: "train_batch_size" is {settings["train_batch_size"]}, but {micro_batch} per process x '
-            f'{accumulation} accumulated x {world_size} processes = {product}; make them agree or write "auto"'
+            f"{accumulation} accumulated x {world_size // stages} {'data-parallel ' if stages > 1 else ''}processes = "
+            f'{product}; make them agree or write "auto"'
         )
     bf16 = _bf16(config, settings, file, bf16_is_fast)
     settings |= {
@@ -75,6 +77,7 @@ def resolve(config: RunConfig, world_size: int, bf16_is_fast: bool) -> tuple[Run
         train_micro_batch_size_per_gpu=micro_batch,
         gradient_accumulation_steps=accumulation,
         max_grad_norm=float(clipping),
+        pipeline_stages=stages,
         mixed_precision="bf16" if bf16 else "no",
     )
     return config, settings
@@ -95,11 +98,68 @@ def read(file: Path) -> dict[str, Any]:
     for key in settings:
         if key in ELSEWHERE:
             raise UserError(f'{file}: "{key}" is not obeyed; {ELSEWHERE[key]}, and remove the block')
-        if key == "pipeline":
-            raise UserError(f'{file}: "pipeline" is not in this release yet; remove the block')
         if key not in ENGINE_KEYS:
             raise UserError(f'{file}: nothing reads the key "{key}"; correct its spelling or remove it')
     return settings
+
+
+def _pipeline(config: RunConfig, settings: dict[str, Any], file: Path, world_size: int) -> int:
+    """The number of stages; with more than one, the block is filled in and ZeRO is at the stage that goes with it."""
+    block = settings.pop("pipeline", None)
+    if block is not None and not isinstance(block, dict):
+        raise UserError(f'{file}: "pipeline" is {block!r}; write {{"stages": "auto", "partition": "cost"}}')
+    for key in block or {}:
+        if key not in ("stages", "partition"):
+            raise UserError(f'{file}: "pipeline.{key}" is not obeyed; "stages" and "partition" are, remove the others')
+    asked, written = config.pipeline_stages, (block or {}).get("stages", "auto")
+    if written != "auto":
+        if type(written) is not int or written < 1:
+            raise UserError(f'{file}: "pipeline.stages" is {written!r}; write a whole number of at least 1, or "auto"')
+        if asked is not None and asked != written:
+            raise UserError(
+                f'{file}: "pipeline.stages" is {written} and --pipeline_stages is {asked}; make them agree or write '
+                '"auto"'
+            )
+    elif block is not None and asked is None:
+        raise UserError(
+            f'{file}: has a "pipeline" block, but nothing says how many stages; give --pipeline_stages, or write '
+            '"stages"'
+        )
+    stages = asked or (1 if written == "auto" else written)
+    method = (block or {}).get("partition", "auto")
+    if stages == 1:
+        if isinstance(method, list):
+            raise UserError(
+                f'{file}: "pipeline.partition" is {method}, but there is one stage; give --pipeline_stages'
+            )
+        return 1
+
+    if world_size % stages != 0:
+        raise UserError(
+            f"{stages} pipeline stages need {stages}, {2 * stages}, {3 * stages}, ... processes, but there are "
+            f"{world_size}; start so many, or ask for a number of stages that divides {world_size}"
+        )
+    for key, on in (
+        ("wall_clock_breakdown", settings.get("wall_clock_breakdown")),
+        ("flops_profiler", settings.get("flops_profiler", {}).get("enabled")),
+    ):
+        if on:
+            raise UserError(f'{file}: "{key}" crashes DeepSpeed\'s pipeline of several stages; turn it off')
+    settings["pipeline"] = {"stages": stages, "partition": "cost" if method == "auto" else method}
+    zero = settings.setdefault("zero_optimization", {})
+    if isinstance(zero, dict) and zero.get("stage", "auto") == "auto":
+        zero["stage"] = 1
+    reasons = {
+        0: "without ZeRO, DeepSpeed clips by the norm of the first stage's gradients alone",
+        2: "a stage adds up the gradients of many micro-batches, and ZeRO-2 would shard them at each",
+        3: "a stage holds its layers whole, and ZeRO-3 would shard them again",
+    }
+    if isinstance(zero, dict) and zero["stage"] in reasons:
+        raise UserError(
+            f"{file}: ZeRO stage {zero['stage']} with {stages} pipeline stages: {reasons[zero['stage']]}; "
+            'write "stage": 1'
+        )
+    return stages
 
 
 def _bf16(config: RunConfig, settings: dict[str, Any], file: Path, bf16_is_fast: bool) -> bool:

@@ -1,0 +1,234 @@
+"""What every engine is: the processes of a run, joined through Accelerate, and the surface that the loop sees.
+
+Weights and AdamW moments pass in and out whole, in fp32, under GPT-2's parameter names, so that what one layout saves
+any other layout loads.
+"""
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
+from accelerate.utils import ProjectConfiguration
+from torch import nn
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from modeling_gpt2flash import GPT2FlashForCausalLM
+from train.config import RunConfig
+from train.engines.state import MOMENTS, create_moments, set_whole, torch_optimizer, whole
+from train.errors import UserError
+from train.metrics import peak_memory
+from train.optim import build_optimizer
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Mean loss over the global batch, and the gradient's norm before clipping (None where the engine hides it)."""
+
+    loss: float
+    grad_norm: float | None
+
+
+def world_size() -> int:
+    """Processes that the launcher started, by its own word."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def choose_device() -> torch.device:
+    """This process's accelerator, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+class Engine(ABC):
+    """Model and optimizer of one process. Every method is collective: all processes call it, in the same order."""
+
+    def __init__(self, config: RunConfig, deepspeed: dict[str, Any] | None) -> None:
+        self.config = config
+        self.deepspeed = deepspeed
+        self.accelerator = _deepspeed_accelerator(config, deepspeed) if deepspeed else _plain_accelerator(config)
+        if self.accelerator.num_processes != world_size():
+            raise UserError(
+                f"the launcher started {world_size()} processes, but Accelerate counts "
+                f"{self.accelerator.num_processes}: each would train alone; launch with deepspeed, torchrun or "
+                "accelerate launch --config_file accelerate_configs/deepspeed.yaml"
+            )
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    @property
+    def rank(self) -> int:
+        return self.accelerator.process_index
+
+    @property
+    def world_size(self) -> int:
+        return self.accelerator.num_processes
+
+    @property
+    def is_main(self) -> bool:
+        return self.accelerator.is_main_process
+
+    @property
+    def data_rank(self) -> int:
+        """Which share of the data is this process's."""
+        return self.rank
+
+    @property
+    def data_world_size(self) -> int:
+        """Into how many shares the data is divided."""
+        return self.world_size
+
+    def prepare(self, model: GPT2FlashForCausalLM) -> None:
+        """Take the model in: activation checkpointing, compilation, optimizer, sharding."""
+        config = self.config
+        if config.activation_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        if config.torch_compile:
+            for block in model.transformer.h:
+                block.compile()
+        module = self._take(model)
+        optimizer = build_optimizer(
+            module,
+            learning_rate=config.learning_rate,
+            weight_decay=config.weight_decay,
+            betas=(config.adam_beta1, config.adam_beta2),
+            fused=config.optimized,
+        )
+        self.model, self.optimizer = self.accelerator.prepare(module, optimizer)
+        create_moments(self.optimizer, config.optimized)
+
+    @abstractmethod
+    def _take(self, model: GPT2FlashForCausalLM) -> nn.Module:
+        """What of the model is to be trained here."""
+
+    @abstractmethod
+    def train_step(
+        self, step: int, micro_batches: Iterable[dict[str, torch.Tensor]], learning_rate: float
+    ) -> StepResult:
+        """One optimizer update from this process's share of the global batch.
+
+        Dropout is drawn from (seed, step, rank) alone, so a resumed run repeats it without any saved state.
+        """
+
+    def _begin_step(self, step: int, learning_rate: float) -> None:
+        torch.manual_seed(_mix(self.config.seed, step, self.rank))
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+
+    @abstractmethod
+    def eval_step(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """(summed negative log-likelihood in nats, predicted tokens), float64, shape (2,).
+
+        Summed over all processes, they are those of all processes' batches.
+        """
+
+    def sum_over_processes(self, values: torch.Tensor) -> torch.Tensor:
+        return self.accelerator.reduce(values, "sum")
+
+    def peak_memory(self) -> dict[str, Any]:
+        """`metrics.peak_memory` of the process with the most."""
+        memory = peak_memory(self.device)
+        for key in ("peak_memory_bytes", "peak_memory_reserved_bytes"):
+            if memory[key] is not None:
+                value = torch.tensor([memory[key]], dtype=torch.int64, device=self.device)
+                memory[key] = int(self.accelerator.gather(value).max())
+        return memory
+
+    def wait(self) -> None:
+        self.accelerator.wait_for_everyone()
+
+    def close(self) -> None:
+        """Finish the trackers and leave the process group; from here each process is on its own."""
+        self.accelerator.end_training()
+
+    @abstractmethod
+    def parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The parameters that this process trains (or holds shards of), under GPT-2's names."""
+
+    def _whole_states(self) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+        """Every parameter of the model once, as {"weight": ..., a moment: ...}; read on the main process only."""
+        for name, parameter in self.parameters():
+            yield name, self._whole_state(parameter)
+
+    def _whole_state(self, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
+        moments = {key: whole(self.optimizer, parameter, key) for key in MOMENTS}
+        return {"weight": whole(self.optimizer, parameter), **moments}
+
+    def gather_state(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """(weights by name, moments by `moment.name`), whole, fp32, on the CPU of the main process; else empty."""
+        weights: dict[str, torch.Tensor] = {}
+        moments: dict[str, torch.Tensor] = {}
+        for name, state in self._whole_states():
+            if self.is_main:
+                weights[name] = state["weight"].to("cpu", torch.float32).contiguous()
+                moments |= {f"{key}.{name}": state[key].to("cpu", torch.float32).contiguous() for key in MOMENTS}
+        return weights, moments
+
+    def load_state(
+        self, weights: Mapping[str, torch.Tensor], moments: Mapping[str, torch.Tensor], updates: int
+    ) -> None:
+        """Put back what `gather_state` gave after `updates` optimizer updates, exactly."""
+        for state in torch_optimizer(self.optimizer).state.values():
+            state["step"].fill_(updates)
+        for name, parameter in self.parameters():
+            set_whole(self.optimizer, parameter, weights[name].to(self.device))
+            for key in MOMENTS:
+                set_whole(self.optimizer, parameter, moments[f"{key}.{name}"].to(self.device), key)
+
+
+def _mix(seed: int, step: int, rank: int) -> int:
+    """One seed from three, far apart for neighbours (the odd constants are SplitMix64's)."""
+    mixed = seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + rank * 0x94D049BB133111EB
+    return (mixed ^ (mixed >> 31)) % 2**63
+
+
+def _tracking(config: RunConfig) -> dict[str, Any]:
+    return {
+        "log_with": None if config.report_to == "none" else config.report_to.split(","),
+        "project_config": ProjectConfiguration(project_dir=str(config.run_folder)),
+    }
+
+
+def _plain_accelerator(config: RunConfig) -> Accelerator:
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        raise UserError(
+            "--run_type baseline: the launcher asks for DeepSpeed, and the baseline is plain PyTorch; "
+            "start it with python -m train or torchrun, or use --run_type optimized"
+        )
+    return Accelerator(
+        cpu=choose_device().type == "cpu",
+        mixed_precision=config.mixed_precision,
+        gradient_accumulation_steps=config.gradient_accumulation_steps or 1,
+        **_tracking(config),
+    )
+
+
+def _deepspeed_accelerator(config: RunConfig, deepspeed: dict[str, Any]) -> Accelerator:
+    handlers = []
+    if choose_device().type == "cpu":
+        handlers.append(InitProcessGroupKwargs(backend="gloo"))
+        # Without this DeepSpeed would build its shared-memory collectives with a C++ compiler at every first start.
+        import deepspeed.ops as deepspeed_ops
+
+        deepspeed_ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if "LOCAL_RANK" not in os.environ:  # a single process without a launcher
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+        os.environ.update(alone)
+    accelerator = Accelerator(
+        deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=deepspeed),
+        mixed_precision=config.mixed_precision,
+        gradient_accumulation_steps=config.gradient_accumulation_steps or 1,
+        step_scheduler_with_optimizer=False,
+        kwargs_handlers=handlers,
+        **_tracking(config),
+    )
+    # Else transformers would build every model under ZeRO-3's `zero.Init`, where the initial weights are other draws
+    # than in any other layout, and the model that is loaded to write the sample would be sharded as well.
+    unset_hf_deepspeed_config()
+    return accelerator
