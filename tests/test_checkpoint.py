@@ -15,6 +15,7 @@ import torch
 from modeling_gpt2flash import GPT2FlashConfig, GPT2FlashForCausalLM
 from tests.conftest import SMALL, losses
 from train import checkpoint as checkpoints
+from train.engines.state import MOMENTS
 from train.errors import UserError
 
 
@@ -26,7 +27,7 @@ def model() -> GPT2FlashForCausalLM:
 
 def save(folder: Path, model: GPT2FlashForCausalLM, step: int, keep: int | None = None) -> Path:
     weights = {name: p.detach() for name, p in model.named_parameters()}
-    moments = {f"exp_avg.{name}": torch.full_like(p, step) for name, p in weights.items()}
+    moments = {f"{key}.{name}": torch.full_like(p, step) for key in MOMENTS for name, p in weights.items()}
     return checkpoints.save(folder, model.config, weights, moments, {"step": step}, keep)
 
 
@@ -34,7 +35,7 @@ def test_save_find_read(tmp_path: Path, model: GPT2FlashForCausalLM) -> None:
     save(tmp_path, model, 3)
     found = checkpoints.find("latest", tmp_path)
     assert (found.step, found.folder) == (3, tmp_path / "step-3")
-    weights, moments = checkpoints.read_tensors(found)
+    weights, moments = checkpoints.read_tensors(found, model)
     for name, parameter in model.named_parameters():
         assert torch.equal(weights[name], parameter)
         assert torch.equal(moments[f"exp_avg.{name}"], torch.full_like(parameter, 3))
@@ -48,6 +49,40 @@ def test_only_the_newest_are_kept(tmp_path: Path, model: GPT2FlashForCausalLM) -
     assert sorted(path.name for path in tmp_path.glob("*step*")) == ["step-10", "step-9"]
 
 
+def test_going_on_from_an_earlier_step_drops_the_later_ones(tmp_path: Path, model: GPT2FlashForCausalLM) -> None:
+    for step in (4, 8):
+        save(tmp_path, model, step)
+    (tmp_path / "step-8-copy").mkdir()
+    checkpoints.claim(tmp_path, checkpoints.find(str(tmp_path / "step-4"), tmp_path), overwrite=False)
+    assert checkpoints.find("latest", tmp_path).step == 4
+    save(tmp_path, model, 5, keep=1)
+    assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-5", "step-8-copy"]
+
+
+def test_a_missing_tensor_is_named(tmp_path: Path, model: GPT2FlashForCausalLM) -> None:
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    checkpoints.save(
+        tmp_path, model.config, weights, {"exp_avg.transformer.wte.weight": torch.ones(1)}, {"step": 1}, None
+    )
+    with pytest.raises(UserError, match="exp_avg_sq.transformer.wte.weight is missing"):
+        checkpoints.read_tensors(checkpoints.find("latest", tmp_path), model)
+
+
+def test_a_save_that_fails_leaves_nothing(
+    tmp_path: Path, model: GPT2FlashForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, model, 1)
+
+    def full_disk(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoints, "save_file", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        save(tmp_path, model, 2)
+    assert sorted(path.name for path in tmp_path.glob("*step*")) == ["step-1"]
+    assert sorted(path.name for path in tmp_path.glob(".*")) == []
+
+
 def test_saving_the_same_step_again_replaces_it(tmp_path: Path, model: GPT2FlashForCausalLM) -> None:
     save(tmp_path, model, 1)
     (tmp_path / "step-1" / "foreign").touch()
@@ -59,7 +94,7 @@ def test_an_unfinished_folder_is_never_taken_for_a_checkpoint(tmp_path: Path, mo
     save(tmp_path, model, 1)
     shutil.copytree(tmp_path / "step-1", tmp_path / ".step-2.tmp")
     assert checkpoints.find("latest", tmp_path).step == 1
-    checkpoints.claim(tmp_path, overwrite=False)
+    checkpoints.claim(tmp_path, None, overwrite=False)
     assert not (tmp_path / ".step-2.tmp").exists()
 
 
@@ -78,14 +113,14 @@ def test_damage_is_named(tmp_path: Path, model: GPT2FlashForCausalLM, damage, na
     save(tmp_path, model, 1)
     damage(tmp_path)
     with pytest.raises(UserError) as error:
-        checkpoints.read_tensors(checkpoints.find("latest", tmp_path))
+        checkpoints.read_tensors(checkpoints.find("latest", tmp_path), model)
     assert all(name in str(error.value) for name in names), str(error.value)
 
 
 def test_overwrite_spares_a_folder_that_holds_no_run(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(UserError, match="holds files but no run"):
-        checkpoints.check_free(tmp_path, resuming=False, overwrite=True)
+        checkpoints.check_free(tmp_path, continuing=False, overwrite=True)
 
 
 def test_a_killed_run_goes_on_where_its_last_checkpoint_is(flags: list[str], finished: Path, tmp_path: Path) -> None:

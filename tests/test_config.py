@@ -66,6 +66,8 @@ def test_yaml_mistakes_name_key_value_and_remedy(tmp_path: Path, text: str, name
         ["--learning_rate", "-1"],
         ["--dropout", "1"],
         ["--seed", "-1"],
+        ["--seed", "4294967296"],
+        ["--resume_from_checkpoint", ""],
         ["--train_micro_batch_size_per_gpu", "0"],
         ["--max_grad_norm", "-1"],
         ["--min_learning_rate_ratio", "2"],

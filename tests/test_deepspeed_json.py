@@ -79,6 +79,12 @@ def test_bf16_follows_flag_then_hardware(tmp_path: Path, asked: str | None, fast
         ({"zero_optimisation": {"stage": 2}}, {}, ["zero_optimisation", "spelling"]),
         ({"zero_optimization": {"stage": 2, "overlap_com": True}}, {}, ["zero_optimization.overlap_com"]),
         ({"zero_optimization": {"stage": 4}}, {}, ["stage"]),
+        ({"bf16": {"enabld": True}}, {}, ["enabld"]),
+        ({"flops_profiler": {"enabledd": True}}, {}, ["flops_profiler.enabledd"]),
+        ({"flops_profiler": True}, {}, ["flops_profiler"]),
+        ({"tensorboard": {"enabledd": 1}}, {}, ["enabledd"]),
+        ({"gradient_clipping": float("inf")}, {}, ["gradient_clipping"]),
+        ({"data_types": {"grad_accum_dtype": "fp32"}}, {}, ["data_types", "remove"]),
         ({"optimizer": {"type": "AdamW"}}, {}, ["optimizer", "--learning_rate"]),
         ({"scheduler": {}}, {}, ["scheduler", "--lr_schedule"]),
         ({"pipeline": 2}, {}, ["pipeline", "stages"]),
@@ -123,6 +129,11 @@ def test_one_stage_is_no_pipeline(tmp_path: Path) -> None:
     assert config.pipeline_stages == 1
     assert "pipeline" not in filled
     assert resolve(tmp_path, {})[0].pipeline_stages == 1
+
+
+def test_offload_keeps_our_optimizer(tmp_path: Path) -> None:
+    zero = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
+    assert resolve(tmp_path, {"zero_optimization": zero})[1]["zero_force_ds_cpu_optimizer"] is False
 
 
 def test_broken_files_are_named_with_the_line(tmp_path: Path) -> None:

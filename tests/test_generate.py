@@ -7,7 +7,7 @@ from transformers import GPT2LMHeadModel
 from tests.conftest import python
 from train.errors import UserError
 from train.generate import main
-from train.inference import complete, load, measure_latency
+from train.inference import complete, load_model, load_tokenizer, measure_latency
 
 
 def test_the_command_writes_prompt_and_continuation(finished: Path, tmp_path: Path) -> None:
@@ -20,7 +20,8 @@ def test_the_command_writes_prompt_and_continuation(finished: Path, tmp_path: Pa
 
 
 def test_greedy_text_is_that_of_stock_gpt2(finished: Path) -> None:
-    model, tokenizer = load(finished)
+    model = load_model(finished)
+    tokenizer = load_tokenizer(finished, model)
     stock = GPT2LMHeadModel.from_pretrained(finished).eval()
     inputs = tokenizer("class A:", return_tensors="pt")
     expected = stock.generate(**inputs, max_new_tokens=20, do_sample=False)
@@ -58,10 +59,7 @@ def test_mistakes_are_sentences(
     assert all(name in str(error.value) for name in names), str(error.value)
 
 
-def test_latency_is_positive_and_the_parts_make_the_whole(small_model: Path) -> None:
-    model, _ = load(small_model)
-    latency = measure_latency(model, torch.arange(8)[None], new_tokens=16)
+def test_latency_has_both_parts(small_model: Path) -> None:
+    latency = measure_latency(load_model(small_model), torch.arange(8)[None], new_tokens=48)
     assert latency.first_token > 0
-    assert latency.per_token > 0
-    whole = latency.first_token + 15 * latency.per_token
-    assert latency.tokens_per_second == pytest.approx(16 / whole)
+    assert latency.per_token > 0  # 47 tokens against the noise of one

@@ -357,3 +357,12 @@ def test_help_teaches() -> None:
         "2357",
     ):
         assert word in result.stdout
+
+
+def test_a_json_that_is_no_sidecar_is_not_replaced(tmp_path: Path) -> None:
+    source = tmp_path / "train.json"
+    source.write_text('{"text": "mine"}\n' * 30)
+    with pytest.raises(UserError, match="in the way of a sidecar"):
+        main(["--dataset", "json", "--data_files", str(source), "--out_dir", str(tmp_path), "--val_fraction", "0.3"])
+    assert source.read_text().startswith('{"text": "mine"}')
+    assert [path.name for path in tmp_path.iterdir()] == ["train.json"]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -90,12 +91,22 @@ def test_the_first_loss_is_that_of_stock_gpt2_on_the_same_windows(
     assert losses(finished)[0] == pytest.approx(expected.item(), abs=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["baseline", "optimized"])
-def test_resuming_gives_bit_for_bit_the_uninterrupted_losses(flags: list[str], tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "stage", "precision"),
+    [
+        ("baseline", 0, "no"),
+        ("optimized", 2, "bf16"),
+        pytest.param("optimized", 1, "no", marks=pytest.mark.slow),
+        pytest.param("optimized", 3, "bf16", marks=pytest.mark.slow),
+    ],
+)
+def test_resuming_gives_bit_for_bit_the_uninterrupted_losses(
+    flags: list[str], tmp_path: Path, kind: str, stage: int, precision: str
+) -> None:
     flags = [*flags, f"--run_type={kind}", "--gradient_accumulation_steps=2", "--dropout=0.1", "--save_interval=4",
              "--train_micro_batch_size_per_gpu=2", "--mixed_precision=no"]  # fmt: skip
     if kind == "optimized":
-        (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 2}, "bf16": {"enabled": "auto"}}')
+        (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": stage}}))
         flags.append(f"--deepspeed_config={tmp_path}/ds.json")
     run(flags, tmp_path)
     resumed = tmp_path / "resumed"
@@ -110,7 +121,8 @@ def test_resuming_gives_bit_for_bit_the_uninterrupted_losses(flags: list[str], t
 
 def test_the_two_run_types_compute_the_same_numbers_in_fp32(flags: list[str], finished: Path, tmp_path: Path) -> None:
     (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 2}}')
-    run(flags, tmp_path, "--run_type=optimized", f"--deepspeed_config={tmp_path}/ds.json", "--mixed_precision=no")
+    split = ["--train_micro_batch_size_per_gpu=1", "--gradient_accumulation_steps=4", "--mixed_precision=no"]
+    run(flags, tmp_path, "--run_type=optimized", f"--deepspeed_config={tmp_path}/ds.json", *split)
     assert losses(tmp_path / "optimized") == pytest.approx(losses(finished), abs=1e-5)
 
 
@@ -134,11 +146,29 @@ def test_a_run_already_there_is_refused_continued_or_replaced(flags: list[str], 
     done = run(flags, tmp_path, "--max_steps=2", "--resume_from_checkpoint", check=False)
     assert done.returncode == 2
     assert "has done all 2 steps" in done.stderr
+    (tmp_path / "baseline" / "metrics.json").unlink()  # as if killed while it was summed up
+    run(flags, tmp_path, "--max_steps=2", "--resume_from_checkpoint")
+    assert json.loads((tmp_path / "baseline" / "metrics.json").read_text())["steps"] == 2
     run(flags, tmp_path, "--max_steps=3", "--resume_from_checkpoint", "--save_total_limit=1")
     assert [line["step"] for line in records(tmp_path / "baseline")] == [1, 2, 3]
     assert [path.name for path in (tmp_path / "baseline").glob("step-*")] == ["step-3"]
     run(flags, tmp_path, "--max_steps=1", "--overwrite")
     assert [line["step"] for line in records(tmp_path / "baseline")] == [1]
+
+
+def test_a_failed_start_leaves_the_run_that_was_there(flags: list[str], finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "baseline")
+    (tmp_path / "broken").mkdir()
+    shutil.copy(finished / "config.json", tmp_path / "broken")
+    (tmp_path / "broken" / "model.safetensors").write_bytes(b"123")
+    done = run(flags, tmp_path, f"--model={tmp_path}/broken", "--overwrite", check=False)
+    assert done.returncode == 2
+    assert "cannot be read" in done.stderr
+    elsewhere = run(flags, tmp_path, f"--resume_from_checkpoint={finished}/step-4", check=False)
+    assert elsewhere.returncode == 2
+    assert "already holds a finished run" in elsewhere.stderr
+    assert losses(tmp_path / "baseline") == losses(finished)
+    assert (tmp_path / "baseline" / "metrics.json").exists()
 
 
 def test_a_checkpoint_of_another_run_is_refused(flags: list[str], finished: Path, tmp_path: Path) -> None:

@@ -1,11 +1,14 @@
 """A run made ready: everything settled and checked from files first, then the engine with the model in it."""
 
 import dataclasses
+import json
+import os
+import shutil
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate.utils import set_seed
+from accelerate.utils import gather_object, set_seed
 
 from modeling_gpt2flash import GPT2FlashConfig
 from modeling_gpt2flash.attention import choose_attention
@@ -20,8 +23,9 @@ from train.errors import UserError
 from train.metrics import cpu_has_bf16
 from train.models import build_model, model_config
 from train.runlog import check_trackers
-from train.tokens import TokenFile, open_tokens
+from train.tokens import TokenFile, gpt2_encoding, open_tokens
 
+CPP_COMPILERS = (os.environ.get("CXX", "g++"), "g++", "clang++")
 SHAPE = ("n_layer", "n_head", "n_embd", "n_inner", "n_positions", "vocab_size")
 
 
@@ -83,7 +87,9 @@ def settle(config: RunConfig) -> Run:
     assert accumulation is not None
     assert config.loss_chunk_size is not None
     resume = config.resume_from_checkpoint
-    checkpoints.check_free(config.run_folder, resume is not None, config.overwrite)
+    checkpoint = checkpoints.find(resume, config.run_folder) if resume else None
+    continuing = checkpoint is not None and checkpoint.folder.parent.resolve() == config.run_folder.resolve()
+    checkpoints.check_free(config.run_folder, continuing, config.overwrite)
 
     shape = model_config(config.model, dropout=config.dropout, loss_chunk_size=config.loss_chunk_size)
     block_size = config.block_size or shape.n_positions
@@ -91,6 +97,14 @@ def settle(config: RunConfig) -> Run:
         raise UserError(
             f"--block_size {block_size}: {config.model} has {shape.n_positions} positions; ask for that many or fewer"
         )
+    prompt_length = len(gpt2_encoding().encode_ordinary(config.prompt))
+    if config.max_new_tokens > 0 and prompt_length >= shape.n_positions:
+        raise UserError(
+            f"--prompt: its {prompt_length} tokens leave no room in the {shape.n_positions} positions of "
+            f"{config.model}; shorten it"
+        )
+    if config.torch_compile and choose_device().type == "cpu" and not any(map(shutil.which, CPP_COMPILERS)):
+        raise UserError("--torch_compile: needs a C++ compiler on the CPU; install g++ or clang++, or drop the flag")
     stages = config.pipeline_stages
     assert stages is not None
     sequences = micro_batch_size * accumulation * (world_size() // stages)
@@ -109,11 +123,12 @@ def settle(config: RunConfig) -> Run:
         accumulation=accumulation,
         total_steps=total_steps,
         warmup_steps=min(2000, total_steps // 20) if config.warmup_steps is None else config.warmup_steps,
-        checkpoint=checkpoints.find(resume, config.run_folder) if resume else None,
+        checkpoint=checkpoint,
     )
     if run.checkpoint is not None:
         checkpoints.check_same_run(run.checkpoint, run.state(run.checkpoint.step))
-        if run.checkpoint.step >= total_steps:
+        finished = not continuing or (config.run_folder / "metrics.json").exists()
+        if run.checkpoint.step > total_steps or (run.checkpoint.step == total_steps and finished):
             raise UserError(
                 f"{run.checkpoint.folder} has done all {total_steps} steps; ask for more with --max_steps or --epochs"
             )
@@ -122,7 +137,9 @@ def settle(config: RunConfig) -> Run:
 
 def _settle_engine(config: RunConfig) -> tuple[RunConfig, dict[str, Any] | None]:
     """Fill in what the run type, the hardware and the DeepSpeed JSON decide."""
-    bf16_is_fast = torch.cuda.is_bf16_supported() if choose_device().type == "cuda" else cpu_has_bf16()
+    bf16_is_fast = (
+        torch.cuda.is_bf16_supported(including_emulation=False) if choose_device().type == "cuda" else cpu_has_bf16()
+    )
     if config.optimized:
         if config.deepspeed_config is None:
             raise UserError(
@@ -133,8 +150,8 @@ def _settle_engine(config: RunConfig) -> tuple[RunConfig, dict[str, Any] | None]
         defaults: dict[str, Any] = {"attn_implementation": "auto", "loss_chunk_size": 512}
     else:
         deepspeed = None
-        precision = "bf16" if config.mixed_precision == "auto" and bf16_is_fast else "no"
-        config = dataclasses.replace(config, mixed_precision="bf16" if config.mixed_precision == "bf16" else precision)  # type: ignore[arg-type]
+        bf16 = config.mixed_precision == "bf16" or (config.mixed_precision == "auto" and bf16_is_fast)
+        config = dataclasses.replace(config, mixed_precision="bf16" if bf16 else "no")
         defaults = {
             "attn_implementation": "eager",
             "loss_chunk_size": 0,
@@ -174,14 +191,23 @@ def _settle_partition(
 def build(run: Run) -> Engine:
     """The engine with the model in it, at the step of the run's checkpoint; the run folder is this run's from here."""
     engine = _create_engine(run)
-    if engine.is_main:
-        checkpoints.claim(run.config.run_folder, run.config.overwrite)
-    engine.wait()
+    checkpoint = run.checkpoint
+    seen = gather_object([json.dumps(run.state(checkpoint.step if checkpoint else 0), sort_keys=True)])
+    if len(set(seen)) > 1:
+        raise UserError(
+            "the processes do not see the same flags, data or checkpoint; "
+            "give all machines the same command and the same folders"
+        )
     set_seed(run.config.seed)
-    engine.prepare(build_model(run.config.model, run.model_config, run.attention[0]))
-    if run.checkpoint is not None:
-        weights, moments = checkpoints.read_tensors(run.checkpoint)
-        engine.load_state(weights, moments, run.checkpoint.step)
+    model = build_model(run.config.model, run.model_config, run.attention[0])
+    tensors = checkpoints.read_tensors(checkpoint, model) if checkpoint else None
+    engine.wait()  # until everything is read, for what is claimed may be emptied
+    if engine.is_main:
+        checkpoints.claim(run.config.run_folder, checkpoint, run.config.overwrite)
+    engine.wait()
+    engine.prepare(model)
+    if checkpoint is not None and tensors is not None:
+        engine.load_state(*tensors, checkpoint.step)
     return engine
 
 

@@ -19,8 +19,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import nn
 
 from modeling_gpt2flash import GPT2FlashConfig, GPT2FlashForCausalLM
+from train.engines.state import MOMENTS
 from train.errors import UserError
 from train.files import flush_to_disk, write_text
 from train.tokens import VOCABULARY_SIZE, gpt2_tokenizer
@@ -54,18 +56,11 @@ def save(
     target = run_folder / f"step-{state['step']}"
     aside = run_folder / f".{target.name}.tmp"
     shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    with torch.device("meta"):
-        shell = GPT2FlashForCausalLM(model_config)  # gives the folder its layout; the weights come from `weights`
-    shell.save_pretrained(aside, state_dict=weights)
-    if model_config.vocab_size >= VOCABULARY_SIZE:
-        gpt2_tokenizer(model_max_length=model_config.n_positions).save_pretrained(aside)
-    model_files = sorted(path.name for path in aside.iterdir())
-    save_file(moments, aside / OPTIMIZER, metadata={"format": "pt"})
-    (aside / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-    for file in aside.iterdir():
-        flush_to_disk(file)
-    flush_to_disk(aside)
+    try:
+        model_files = _write(aside, model_config, weights, moments, state)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)  # a full disk gets its room back
+        raise
     _move_away(target)
     aside.rename(target)
     flush_to_disk(run_folder)
@@ -73,9 +68,32 @@ def save(
     for name in model_files:
         _link(target / name, run_folder / name)
     if keep is not None:
-        for old in sorted(run_folder.glob("step-*"), key=_step_of)[:-keep]:
+        for old in _step_folders(run_folder)[:-keep]:
             _move_away(old)
     return target
+
+
+def _write(
+    folder: Path,
+    model_config: GPT2FlashConfig,
+    weights: dict[str, torch.Tensor],
+    moments: dict[str, torch.Tensor],
+    state: dict[str, Any],
+) -> list[str]:
+    """Write and flush the files of a step folder; the names of those that make it a model folder."""
+    folder.mkdir(parents=True)
+    with torch.device("meta"):
+        shell = GPT2FlashForCausalLM(model_config)  # gives the folder its layout; the weights come from `weights`
+    shell.save_pretrained(folder, state_dict=weights)
+    if model_config.vocab_size >= VOCABULARY_SIZE:
+        gpt2_tokenizer(model_max_length=model_config.n_positions).save_pretrained(folder)
+    model_files = sorted(path.name for path in folder.iterdir())
+    save_file(moments, folder / OPTIMIZER, metadata={"format": "pt"})
+    (folder / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+    for file in folder.iterdir():
+        flush_to_disk(file)
+    flush_to_disk(folder)
+    return model_files
 
 
 def _move_away(folder: Path) -> None:
@@ -97,9 +115,13 @@ def _link(source: Path, link: Path) -> None:
     aside.replace(link)
 
 
+def _step_folders(run_folder: Path) -> list[Path]:
+    """The step folders that are whole, oldest first; a user's `step-8-copy` is none."""
+    return sorted((path for path in run_folder.glob("step-*") if path.name[5:].isdigit()), key=_step_of)
+
+
 def _step_of(folder: Path) -> int:
-    number = folder.name.removeprefix("step-")
-    return int(number) if number.isdigit() else -1
+    return int(folder.name.removeprefix("step-"))
 
 
 def find(asked: str, run_folder: Path) -> Checkpoint:
@@ -148,25 +170,29 @@ class _Tensors(dict):
         return super().__getitem__(name).get_tensor(name)
 
 
-def read_tensors(checkpoint: Checkpoint) -> tuple[_Tensors, _Tensors]:
-    """(weights, moments) of a checkpoint by name, read lazily.
+def read_tensors(checkpoint: Checkpoint, model: nn.Module) -> tuple[_Tensors, _Tensors]:
+    """(weights, moments) of a checkpoint by name, all that `model` needs, read lazily.
 
     Raises:
-        UserError: when a file is missing or damaged.
+        UserError: when a file or a tensor is missing or damaged.
     """
     try:
-        return _Tensors(sorted(checkpoint.folder.glob("model*.safetensors"))), _Tensors(
-            [checkpoint.folder / OPTIMIZER]
-        )
+        weights = _Tensors(sorted(checkpoint.folder.glob("model*.safetensors")))
+        moments = _Tensors([checkpoint.folder / OPTIMIZER])
     except (OSError, SafetensorError) as error:
         raise UserError(f"{checkpoint.folder}: damaged checkpoint: {error}") from None
+    for name, _ in model.named_parameters():
+        for wanted, found in ((name, weights), *((f"{moment}.{name}", moments) for moment in MOMENTS)):
+            if wanted not in found:
+                raise UserError(f"{checkpoint.folder}: damaged checkpoint: {wanted} is missing")
+    return weights, moments
 
 
-def check_free(run_folder: Path, resuming: bool, overwrite: bool) -> None:
-    """Refuse a run folder that holds another run, unless it is to be replaced or continued."""
+def check_free(run_folder: Path, continuing: bool, overwrite: bool) -> None:
+    """Refuse a run folder that holds a run, unless that is to be replaced or continued."""
     if overwrite and run_folder.exists() and any(run_folder.iterdir()) and not _holds_a_run(run_folder):
         raise UserError(f"--overwrite: {run_folder} holds files but no run; name another --checkpoint_path")
-    if not resuming and not overwrite and _holds_a_run(run_folder):
+    if not continuing and not overwrite and _holds_a_run(run_folder):
         kind = "a finished run" if (run_folder / "metrics.json").exists() else "an unfinished run"
         raise UserError(
             f"{run_folder} already holds {kind}: --overwrite replaces it, --resume_from_checkpoint continues it, "
@@ -174,14 +200,19 @@ def check_free(run_folder: Path, resuming: bool, overwrite: bool) -> None:
         )
 
 
-def claim(run_folder: Path, overwrite: bool) -> None:
-    """Make the run folder this run's, free of what a killed one left behind. Main process only."""
+def claim(run_folder: Path, checkpoint: Checkpoint | None, overwrite: bool) -> None:
+    """Make the run folder this run's, free of what an earlier one left after `checkpoint`. Main process only."""
     if overwrite and run_folder.exists():
         shutil.rmtree(run_folder)
     run_folder.mkdir(parents=True, exist_ok=True)
     for leftover in [*run_folder.glob(".step-*.tmp"), *run_folder.glob(".step-*.old")]:
         shutil.rmtree(leftover)
     (run_folder / "metrics.json").unlink(missing_ok=True)  # a run that goes on is not finished
+    if checkpoint is not None and checkpoint.folder.parent.resolve() == run_folder.resolve():
+        write_text(run_folder / LATEST, checkpoint.folder.name + "\n")
+        for folder in _step_folders(run_folder):
+            if _step_of(folder) > checkpoint.step:
+                _move_away(folder)
 
 
 def _holds_a_run(run_folder: Path) -> bool:

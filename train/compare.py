@@ -70,6 +70,9 @@ def differences(runs: Sequence[Run]) -> list[dict[str, Any]]:
     work: dict[str, list[Any]] = {key: [run.get(key) for run in runs] for key in ("tokens_per_step", "steps")}
     work["block_size"] = [run.get("block_size") for run in runs]
     work["seed"] = [run.get("config.seed") for run in runs]
+    work["model"] = [run.get("config.model") for run in runs]
+    work["dropout"] = [run.get("config.dropout") for run in runs]
+    work["val_tokens"] = [run.get("val_tokens") for run in runs]
     work["train_data"] = data_names(runs, "train")
     work["val_data"] = data_names(runs, "val")
     work |= {f"model.{key}": [run.get(f"model.{key}") for run in runs] for key in model_keys}

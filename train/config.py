@@ -230,6 +230,10 @@ def check(config: RunConfig) -> None:
         for name in config.report_to.split(","):
             if name.strip() not in TRACKERS:
                 raise UserError(f"--report_to {name}: unknown tracker; choose from {', '.join(TRACKERS)}, or none")
+    if config.seed >= 2**32:
+        refuse("seed", "must be below 2^32")
+    if config.resume_from_checkpoint == "":
+        refuse("resume_from_checkpoint", "is empty; name a step folder, or latest")
     if config.resume_from_checkpoint and config.overwrite:
         raise UserError("--resume_from_checkpoint and --overwrite contradict each other; give one of them")
     if config.run_type == "baseline":

@@ -29,11 +29,12 @@ def main(argv: list[str] | None = None) -> None:
     from train.quiet import quiet_libraries
 
     quiet_libraries()
-    from train.inference import complete, load
+    from train.inference import complete, load_model, load_tokenizer
 
-    model, tokenizer = load(args.checkpoint)
+    model = load_model(args.checkpoint)
+    tokenizer = load_tokenizer(args.checkpoint, model)
     limit = model.config.n_positions
-    asked = len(tokenizer(args.prompt).input_ids) + args.max_new_tokens
+    asked = len(tokenizer(args.prompt or tokenizer.eos_token).input_ids) + args.max_new_tokens
     if asked > limit:
         raise UserError(
             f"--max_new_tokens {args.max_new_tokens}: prompt and new tokens make {asked}, the model has {limit} "

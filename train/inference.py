@@ -11,22 +11,19 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from modeling_gpt2flash import GPT2FlashForCausalLM
 from train.errors import UserError
-from train.tokens import gpt2_tokenizer
+from train.tokens import VOCABULARY_SIZE, gpt2_tokenizer
 
 
 @dataclass(frozen=True)
 class Latency:
-    """Seconds to the first token (prompt included), seconds for each further one, and tokens per second over all."""
+    """Seconds to the first token (prompt included), and seconds for each further one."""
 
     first_token: float
     per_token: float
-    tokens_per_second: float
 
 
-def load(folder: str | Path, dtype: str = "auto") -> tuple[Any, PreTrainedTokenizerBase]:
-    """Model (in evaluation mode, on this machine's accelerator) and tokenizer of any GPT-2 folder, a run's included.
-
-    A folder without a tokenizer gets GPT-2's own.
+def load_model(folder: str | Path, dtype: str = "auto") -> Any:
+    """The model of any GPT-2 folder, a run's included: in evaluation mode, on this machine's accelerator.
 
     Raises:
         UserError: when the folder is not there or is no GPT-2.
@@ -38,13 +35,25 @@ def load(folder: str | Path, dtype: str = "auto") -> tuple[Any, PreTrainedTokeni
         raise UserError(f"--checkpoint {folder}: has no config.json; name a step-N folder or a finished run's folder")
     try:
         model: Any = GPT2FlashForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
-        if (path / "tokenizer_config.json").exists():
-            tokenizer = AutoTokenizer.from_pretrained(path)
-        else:
-            tokenizer = gpt2_tokenizer(model_max_length=model.config.n_positions)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"--checkpoint {folder}: cannot be loaded: {str(error).splitlines()[0]}") from None
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
+    except Exception as error:  # a foreign or damaged folder fails in many ways
+        raise UserError(f"--checkpoint {folder}: cannot be loaded: {' '.join(str(error).split())[:200]}") from None
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def load_tokenizer(folder: str | Path, model: Any) -> PreTrainedTokenizerBase:
+    """The folder's tokenizer, else GPT-2's own if the model has its vocabulary.
+
+    Raises:
+        UserError: when there is none that fits.
+    """
+    if (Path(folder) / "tokenizer_config.json").exists():
+        return AutoTokenizer.from_pretrained(folder)
+    if model.config.vocab_size < VOCABULARY_SIZE:
+        raise UserError(
+            f"--checkpoint {folder}: has no tokenizer, and its {model.config.vocab_size} tokens are not GPT-2's; "
+            "save one into it"
+        )
+    return gpt2_tokenizer(model_max_length=model.config.n_positions)
 
 
 def complete(
@@ -86,4 +95,4 @@ def measure_latency(model: Any, prompt_ids: torch.Tensor, new_tokens: int, round
     seconds(2)
     first = median(seconds(1) for _ in range(rounds))
     whole = median(seconds(new_tokens) for _ in range(rounds))
-    return Latency(first, (whole - first) / (new_tokens - 1), prompt_ids.shape[0] * new_tokens / whole)
+    return Latency(first, (whole - first) / (new_tokens - 1))

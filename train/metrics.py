@@ -316,6 +316,7 @@ def summarise(
         "inference_latency_seconds": inference_latency_seconds,
         "inference_seconds_per_token": inference_seconds_per_token,
         "inference_tokens_per_second": 1 / inference_seconds_per_token if inference_seconds_per_token else None,
+        "val_tokens": next((r["val_tokens"] for r in reversed(records) if r.get("val_tokens")), None),
         "peak_memory_bytes": memory["peak_memory_bytes"],
         "peak_memory_kind": memory["peak_memory_kind"],
         "peak_memory_reserved_bytes": memory["peak_memory_reserved_bytes"],

@@ -38,7 +38,7 @@ def model_config(name: str, *, dropout: float, loss_chunk_size: int) -> GPT2Flas
         )
     try:
         return GPT2FlashConfig.from_pretrained(name, **run)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a foreign or damaged folder fails in many ways
         raise UserError(f"--model {name}: not a GPT-2 model that can be read: {_first_line(error)}") from None
 
 
@@ -54,7 +54,7 @@ def build_model(name: str, config: GPT2FlashConfig, attn_implementation: str) ->
             dtype="float32",
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # as above
         raise UserError(f"--model {name}: its weights cannot be read: {_first_line(error)}") from None
     model, report = loaded
     if report["missing_keys"]:

@@ -47,6 +47,7 @@ from train.tokens import (
     VOCABULARY_SIZE,
     TokenWriter,
     gpt2_encoding,
+    is_sidecar,
     sidecar_path,
 )
 
@@ -194,6 +195,10 @@ def check_arguments(args: argparse.Namespace) -> None:
     present = [str(path) for path in (out_dir / "train.bin", out_dir / "val.bin") if path.exists()]
     if present and not args.overwrite:
         raise UserError(f"{' and '.join(present)} exist already: give --overwrite, or another --out_dir")
+    for path in (out_dir / "train.bin", out_dir / "val.bin"):
+        sidecar = sidecar_path(path)
+        if sidecar.exists() and not is_sidecar(sidecar):
+            raise UserError(f"{sidecar} is in the way of a sidecar and is not one: name another --out_dir")
 
 
 def rows_to_split(args: argparse.Namespace, source: Source, dataset: "IterableDataset") -> int:

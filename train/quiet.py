@@ -6,7 +6,7 @@ import warnings
 
 
 def quiet_libraries() -> None:
-    """Call before the first import of torch, transformers or DeepSpeed. Warnings that mean something stay."""
+    """Call before DeepSpeed is imported. Warnings that mean something stay."""
     import torch
     from transformers.utils import logging as transformers_logging
 

@@ -34,7 +34,7 @@ class RunLog:
         self.total_steps = total_steps
         self.records: list[dict[str, Any]] = []
         known = (bool, int, float, str)
-        accelerator.init_trackers("tensorboard", {k: v if isinstance(v, known) else str(v) for k, v in config.items()})
+        accelerator.init_trackers("gpt2flash", {k: v if isinstance(v, known) else str(v) for k, v in config.items()})
 
     def start(self, step: int, earlier: Path) -> None:
         """Open the log at `step`, after the records up to it that the file `earlier` holds (a resumed run's)."""

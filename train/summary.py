@@ -18,11 +18,14 @@ def write_summary(run: Run, records: list[dict[str, Any]], world_size: int, memo
     """Write metrics.json into the run folder, from its checkpoint. Main process only, with the engine closed."""
     config = run.config
     precision = "bf16" if config.mixed_precision == "bf16" else "fp32"
-    model, tokenizer = inference.load(config.run_folder, dtype="bfloat16" if precision == "bf16" else "float32")
-    prompt_ids = torch.tensor(run.val.tokens.ids[None, :LATENCY_TOKENS].astype("int64"), device=model.device)
-    latency = inference.measure_latency(model, prompt_ids, LATENCY_TOKENS)
+    folder = config.run_folder / f"step-{run.total_steps}"
+    model = inference.load_model(folder, dtype="bfloat16" if precision == "bf16" else "float32")
+    length = min(LATENCY_TOKENS, run.model_config.n_positions // 2)
+    prompt_ids = torch.tensor(run.val.tokens.ids[None, :length].astype("int64"), device=model.device)
+    latency = inference.measure_latency(model, prompt_ids, length)
     sample = None
     if config.max_new_tokens > 0 and run.model_config.vocab_size >= VOCABULARY_SIZE:
+        tokenizer = inference.load_tokenizer(folder, model)
         room = run.model_config.n_positions - len(tokenizer(config.prompt).input_ids)
         text = inference.complete(model, tokenizer, config.prompt, min(config.max_new_tokens, room))[0]
         sample = {"prompt": config.prompt, "text": text}

@@ -282,6 +282,14 @@ def read_sidecar(path: Path) -> dict[str, Any] | None:
     return value
 
 
+def is_sidecar(path: Path) -> bool:
+    """Whether a JSON file is one of ours, and so may be replaced together with its tokens."""
+    try:
+        return sidecar_fault(json.loads(path.read_text(encoding="utf-8"))) is None
+    except (OSError, ValueError):
+        return False
+
+
 def sidecar_fault(value: Any) -> str | None:
     """What is wrong with a sidecar's content; None when nothing is."""
     if not isinstance(value, dict):

@@ -9,7 +9,7 @@ from train.evaluate_metrics import load_perplexity_metric
 
 
 def validate(engine: Engine, batches: EvalBatches, micro_batch_size: int, max_steps: int | None) -> dict:
-    """{"val_loss": mean nats per token, "perplexity"}, every predicted token counted once.
+    """{"val_loss": mean nats per token, "perplexity", "val_tokens"}, every predicted token counted once.
 
     All processes make the same number of steps (a forward pass may be collective); windows that do not divide among
     them are filled with labels that count nothing. `max_steps` limits the batches per data-parallel process.
@@ -24,4 +24,4 @@ def validate(engine: Engine, batches: EvalBatches, micro_batch_size: int, max_st
     nll, tokens = engine.sum_over_processes(sums).tolist()
     if not engine.is_main:
         return {}
-    return load_perplexity_metric().compute(nll=[nll], tokens=[int(tokens)])
+    return load_perplexity_metric().compute(nll=[nll], tokens=[int(tokens)]) | {"val_tokens": int(tokens)}

@@ -190,8 +190,10 @@ def _mix(seed: int, step: int, rank: int) -> int:
 
 def _tracking(config: RunConfig) -> dict[str, Any]:
     return {
-        "log_with": None if config.report_to == "none" else config.report_to.split(","),
-        "project_config": ProjectConfiguration(project_dir=str(config.run_folder)),
+        "log_with": None if config.report_to == "none" else [name.strip() for name in config.report_to.split(",")],
+        "project_config": ProjectConfiguration(
+            project_dir=str(config.run_folder), logging_dir=str(config.run_folder / "tensorboard")
+        ),
     }
 
 

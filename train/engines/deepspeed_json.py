@@ -1,5 +1,6 @@
 """The DeepSpeed JSON of an optimized run: read, checked against the flags, and every "auto" in it filled in."""
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -10,18 +11,27 @@ from train.errors import UserError
 
 # The blocks that DeepSpeed 0.19 reads at the top level and that this trainer leaves to it.
 ENGINE_KEYS = frozenset({
-    "aio", "bf16", "checkpoint", "comms_logger", "communication_data_type", "csv_monitor", "data_types",
+    "aio", "bf16", "comms_logger", "communication_data_type", "csv_monitor",
     "disable_allgather", "disable_python_gc", "dump_state", "flops_profiler", "fp16", "gradient_accumulation_steps",
     "gradient_clipping", "gradient_predivide_factor", "log_level", "memory_breakdown", "pipeline",
-    "prescale_gradients", "sparse_gradients", "steps_per_print", "tensorboard", "timers", "torch_autocast",
+    "prescale_gradients", "steps_per_print", "tensorboard", "timers",
     "train_batch_size", "train_micro_batch_size_per_gpu", "wall_clock_breakdown", "wandb",
     "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "zero_optimization",
 })  # fmt: skip
+UNCHECKED_BLOCKS = {  # DeepSpeed reads these key by key and does not see the others
+    "flops_profiler": {"enabled", "recompute_fwd_factor", "profile_step", "module_depth", "top_modules", "detailed",
+                       "output_file"},
+    "aio": {"block_size", "queue_depth", "intra_op_parallelism", "thread_count", "single_submit", "overlap_events",
+            "use_gds"},
+}  # fmt: skip
 ELSEWHERE = {
     "optimizer": "the optimizer is set by --learning_rate, --weight_decay, --adam_beta1 and --adam_beta2",
     "scheduler": "the schedule is set by --learning_rate, --lr_schedule and --warmup_steps",
     "activation_checkpointing": "use --activation_checkpointing",
     "amp": "apex is not supported; use bf16",
+    "torch_autocast": "the precision is set by bf16",
+    "data_types": "weights, moments and sums are fp32",
+    "checkpoint": "checkpoints are written by the trainer",
     "compile": "use --torch_compile",
 }
 
@@ -52,7 +62,7 @@ def resolve(config: RunConfig, world_size: int, bf16_is_fast: bool) -> tuple[Run
     for key, value in (("train_micro_batch_size_per_gpu", micro_batch), ("gradient_accumulation_steps", accumulation)):
         if type(value) is not int or value < 1:
             raise UserError(f'{file}: "{key}" is {value!r}; write a whole number of at least 1, or "auto"')
-    if type(clipping) not in (int, float) or clipping < 0:
+    if type(clipping) not in (int, float) or not 0 <= clipping < float("inf"):
         raise UserError(f'{file}: "gradient_clipping" is {clipping!r}; write a number of at least 0, or "auto"')
     stages = _pipeline(config, settings, file, world_size)
     product = micro_batch * accumulation * (world_size // stages)
@@ -72,6 +82,7 @@ def resolve(config: RunConfig, world_size: int, bf16_is_fast: bool) -> tuple[Run
         "fp16": {"enabled": False},
     }
     _check_zero(settings, file, bf16)
+    _check_with_deepspeed(settings, file)
     config = replace(
         config,
         train_micro_batch_size_per_gpu=micro_batch,
@@ -188,13 +199,33 @@ def _check_zero(settings: dict[str, Any], file: Path, bf16: bool) -> None:
         raise UserError(f'{file}: "zero_optimization" needs a "stage" of 0, 1, 2 or 3')
     if zero.get("stage", 0) == 0 and bf16:
         raise UserError(f"{file}: ZeRO stage 0 with bf16 starts with a false AdamW step in DeepSpeed; use stage 1")
-    # Checked by DeepSpeed's own model of the block, imported here because importing it takes seconds.
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    if zero.get("offload_optimizer"):
+        # Else Accelerate puts DeepSpeed's own CPU optimizer in place of ours, whose learning rate no longer moves
+        # after resuming.
+        settings.setdefault("zero_force_ds_cpu_optimizer", False)
+
+
+def _check_with_deepspeed(settings: dict[str, Any], file: Path) -> None:
+    """Let DeepSpeed judge what is inside its blocks, now instead of when the engine is built."""
+    for block, keys in UNCHECKED_BLOCKS.items():
+        found = settings.get(block, {})
+        if not isinstance(found, dict):
+            raise UserError(f'{file}: "{block}" is {found!r}; it is an object')
+        for key in found:
+            if key not in keys:
+                raise UserError(f'{file}: nothing reads the key "{block}.{key}"; correct its spelling or remove it')
+    # Imported here because importing it takes seconds.
+    from deepspeed.runtime.config import DeepSpeedConfig
     from pydantic import ValidationError
 
+    trial = copy.deepcopy({key: value for key, value in settings.items() if key != "pipeline"})
+    trial["train_batch_size"] = trial["train_micro_batch_size_per_gpu"] * trial["gradient_accumulation_steps"]
+    trial["zero_optimization"] = {key: v for key, v in trial["zero_optimization"].items() if v != "auto"}
     try:
-        DeepSpeedZeroConfig(**{key: value for key, value in zero.items() if value != "auto"})
+        DeepSpeedConfig(trial)
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(["zero_optimization", *map(str, first["loc"])])
-        raise UserError(f'{file}: "{key}" is {first["input"]!r}: {first["msg"]}') from None
+        key = ".".join(map(str, first["loc"]))
+        raise UserError(f'{file}: DeepSpeed refuses "{key}", {first["input"]!r}: {first["msg"]}') from None
+    except Exception as error:  # each block has its own way to fail
+        raise UserError(f"{file}: DeepSpeed refuses it: {' '.join(str(error).split())[:200]}") from None
