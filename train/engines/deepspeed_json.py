@@ -54,7 +54,8 @@ def resolve(config: RunConfig, world_size: int, bf16_is_fast: bool) -> tuple[Run
             raise UserError(f'{file}: "{key}" is {value!r}; write a whole number of at least 1, or "auto"')
     if type(clipping) not in (int, float) or clipping < 0:
         raise UserError(f'{file}: "gradient_clipping" is {clipping!r}; write a number of at least 0, or "auto"')
-    stages = _pipeline(config, settings, file, world_size)
+    bf16 = _bf16(config, settings, file, bf16_is_fast)
+    stages = _pipeline(config, settings, file, world_size, bf16)
     product = micro_batch * accumulation * (world_size // stages)
     if settings.get("train_batch_size", "auto") not in ("auto", product):
         raise UserError(
@@ -62,7 +63,6 @@ def resolve(config: RunConfig, world_size: int, bf16_is_fast: bool) -> tuple[Run
             f"{accumulation} accumulated x {world_size // stages} {'data-parallel ' if stages > 1 else ''}processes = "
             f'{product}; make them agree or write "auto"'
         )
-    bf16 = _bf16(config, settings, file, bf16_is_fast)
     settings |= {
         "train_batch_size": product,
         "train_micro_batch_size_per_gpu": micro_batch,
@@ -103,7 +103,7 @@ def read(file: Path) -> dict[str, Any]:
     return settings
 
 
-def _pipeline(config: RunConfig, settings: dict[str, Any], file: Path, world_size: int) -> int:
+def _pipeline(config: RunConfig, settings: dict[str, Any], file: Path, world_size: int, bf16: bool) -> int:
     """The number of stages; with more than one, the block is filled in and ZeRO is at the stage that goes with it."""
     block = settings.pop("pipeline", None)
     if block is not None and not isinstance(block, dict):
@@ -139,12 +139,14 @@ def _pipeline(config: RunConfig, settings: dict[str, Any], file: Path, world_siz
             f"{stages} pipeline stages need {stages}, {2 * stages}, {3 * stages}, ... processes, but there are "
             f"{world_size}; start so many, or ask for a number of stages that divides {world_size}"
         )
-    for key, on in (
-        ("wall_clock_breakdown", settings.get("wall_clock_breakdown")),
-        ("flops_profiler", settings.get("flops_profiler", {}).get("enabled")),
+    accumulate_fp32 = bf16 and settings.get("data_types", {}).get("grad_accum_dtype") == "fp32"
+    for key, asked_for, trouble in (
+        ("wall_clock_breakdown", settings.get("wall_clock_breakdown"), "crashes"),
+        ("flops_profiler", settings.get("flops_profiler", {}).get("enabled"), "crashes"),
+        ("data_types.grad_accum_dtype", accumulate_fp32, "loses gradients with bf16 in"),
     ):
-        if on:
-            raise UserError(f'{file}: "{key}" crashes DeepSpeed\'s pipeline of several stages; turn it off')
+        if asked_for:
+            raise UserError(f'{file}: "{key}" {trouble} DeepSpeed\'s pipeline of several stages; remove it')
     settings["pipeline"] = {"stages": stages, "partition": "cost" if method == "auto" else method}
     zero = settings.setdefault("zero_optimization", {})
     if isinstance(zero, dict) and zero.get("stage", "auto") == "auto":
