@@ -84,6 +84,7 @@ def test_bf16_follows_flag_then_hardware(tmp_path: Path, asked: str | None, fast
         ({"pipeline": 2}, {}, ["pipeline", "stages"]),
         ({"pipeline": {"stages": 2, "seed_layers": True}}, {}, ["pipeline.seed_layers", "not obeyed"]),
         ({"pipeline": {"stages": 0}}, {}, ["pipeline.stages", "0"]),
+        ({"pipeline": {"stages": 2, "partition": 5}}, {}, ["pipeline.partition", "5"]),
         ({"pipeline": {"stages": 2}}, {"pipeline_stages": 1}, ["pipeline.stages", "2", "--pipeline_stages is 1"]),
         ({"pipeline": {"partition": "cost"}}, {}, ["how many stages", "--pipeline_stages"]),
         ({"pipeline": {"stages": 1, "partition": [5]}}, {}, ["pipeline.partition", "[5]", "one stage"]),

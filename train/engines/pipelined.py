@@ -1,9 +1,9 @@
 """The model in stages, each on one process or several, through DeepSpeed's pipeline engine.
 
-With D processes a place in the pipeline, rank r is data-parallel rank r mod D at place r // D. Under 1F1B stage s is
-at place s. Under DualPipeV there are twice as many stages as places, and place p has stage p and, on the way back,
-stage 2 · places - 1 - p. The first stage reads the tokens, the last one the labels; hidden states go forward between
-them and their gradients back.
+With D processes a pipeline rank, global rank r is data-parallel rank r mod D of pipeline rank r // D. Under 1F1B,
+pipeline rank p has stage p. Under DualPipeV there are twice as many stages as pipeline ranks, and p has stage p and,
+on the way back, stage 2 · pipeline ranks - 1 - p. The first stage reads the tokens, the last one the labels; hidden
+states go forward between them and their gradients back.
 """
 
 import contextlib
@@ -24,21 +24,21 @@ from train.engines.state import MOMENTS
 
 
 class PipelinedEngine(Engine):
-    """A place in the pipeline; losses, norms and state are those of the whole model."""
+    """One pipeline rank's stages; losses, norms and state are those of the whole model."""
 
     def __init__(self, config: RunConfig, deepspeed: dict[str, Any], partition: Partition) -> None:
         super().__init__(config, deepspeed)
         assert config.pipeline_stages is not None
         assert self.world_size % config.pipeline_stages == 0
         self.partition = partition
-        self.places = config.pipeline_stages
+        self.pipeline_size = config.pipeline_stages
         self.two_way = config.pipeline_schedule == "dualpipev"
-        assert partition.stages == self.places * (2 if self.two_way else 1)
-        self.place = self.rank // self.data_world_size
-        self.has_loss = self.place == self._place_of(partition.stages - 1)
+        assert partition.stages == self.pipeline_size * (2 if self.two_way else 1)
+        self.pipeline_rank = self.rank // self.data_world_size
+        self.has_loss = self.pipeline_rank == self._owner(partition.stages - 1)
 
-    def _place_of(self, stage: int) -> int:
-        return min(stage, 2 * self.places - 1 - stage) if self.two_way else stage
+    def _owner(self, stage: int) -> int:
+        return min(stage, 2 * self.pipeline_size - 1 - stage) if self.two_way else stage
 
     @property
     def data_rank(self) -> int:
@@ -46,7 +46,7 @@ class PipelinedEngine(Engine):
 
     @property
     def data_world_size(self) -> int:
-        return self.world_size // self.places
+        return self.world_size // self.pipeline_size
 
     def _take(self, model: GPT2FlashForCausalLM) -> nn.Module:
         layers = model_layers(model)
@@ -57,13 +57,13 @@ class PipelinedEngine(Engine):
             index: layers[index]
             for stage in range(self.partition.stages)
             for index in self.partition.layers(stage)
-            if self._place_of(stage) == self.place
+            if self._owner(stage) == self.pipeline_rank
         }
         # DeepSpeed prints random seeds that nothing here uses, and broadcasts the tied weight into autograd's sight.
         with contextlib.redirect_stdout(None), torch.no_grad():
             kind = _TwoStages if self.two_way else _Stage
-            stage = kind(layers, self.layers, self.partition.bounds, self.places, self.tied)
-        assert stage.stage_id == self.place
+            stage = kind(layers, self.layers, self.partition.bounds, self.pipeline_size, self.tied)
+        assert stage.stage_id == self.pipeline_rank
         own = set(stage.parameters())
         for parameter in model.parameters():
             if parameter not in own:
@@ -88,7 +88,7 @@ class PipelinedEngine(Engine):
 
     def eval_step(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         # DualPipeV goes no shorter way; what fills it up has no label that counts.
-        fillers = 2 * self.places - 1 if self.two_way else 0
+        fillers = 2 * self.pipeline_size - 1 if self.two_way else 0
         filler = (batch["input_ids"], torch.full_like(batch["shift_labels"], IGNORED_LABEL))
         inputs = iter([(batch["input_ids"], batch["shift_labels"]), *[filler] * fillers])
         mean_nll = self.model.eval_batch(inputs, num_micro_batches=1 + fillers, bcast_loss=False)
@@ -102,9 +102,9 @@ class PipelinedEngine(Engine):
         own = dict(self.parameters())
         for name, shape in self.shapes.items():
             # A tied weight is fetched from the first stage: its copies are equal.
-            place = self._place_of(self.partition.stage_of(locate(name, self.n_layer)[0]))
-            state = self._whole_state(own[name]) if self.place == place else {}
-            sender = place * self.data_world_size
+            owner = self._owner(self.partition.stage_of(locate(name, self.n_layer)[0]))
+            state = self._whole_state(own[name]) if self.pipeline_rank == owner else {}
+            sender = owner * self.data_world_size
             for key in ("weight", *MOMENTS):
                 if self.is_main and sender != self.rank:
                     state[key] = torch.empty(shape, dtype=torch.float32, device=self.device)
@@ -115,10 +115,10 @@ class PipelinedEngine(Engine):
 
 
 class _Stage(PipelineModule):
-    """DeepSpeed's module of the layers at one place; it holds no reference to the layers of others."""
+    """DeepSpeed's module of the layers of one pipeline rank; it holds no reference to the layers of others."""
 
     def __init__(
-        self, layers: list[nn.Module], own: Container[int], bounds: Sequence[int], places: int, tied: bool
+        self, layers: list[nn.Module], own: Container[int], bounds: Sequence[int], size: int, tied: bool
     ) -> None:
         self.bounds = bounds
         specs = [_Built(layer if index in own else None) for index, layer in enumerate(layers)]
@@ -134,17 +134,18 @@ class _Stage(PipelineModule):
             assert isinstance(head, HeadLayer)
             return head.loss(hidden_states, shift_labels, num_items_in_batch=None if self.training else 1)
 
-        super().__init__(specs, num_stages=places, loss_fn=loss)
-        # DeepSpeed sums the squares of the gradient's norm over the places once for each parameter group, so all of
-        # them need both groups, and embeddings or head alone have no vectors, the final norm no matrix.
+        super().__init__(specs, num_stages=size, loss_fn=loss)
+        # DeepSpeed sums the squares of the gradient's norm over the pipeline ranks once for each parameter group: a
+        # rank with fewer groups would leave the others waiting. Embeddings or head alone have no vectors, the final
+        # norm no matrix.
         for name, shape in (("no_matrix", (1, 1)), ("no_vector", (1,))):
             if not any(min(parameter.ndim, 2) == len(shape) for parameter in self.parameters()):
                 self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
 
     def _partition_layers(self, method: str = "") -> None:
         self.parts = list(self.bounds)
-        place = self._topo.get_coord(self.global_rank).pipe
-        self._set_bounds(self.bounds[place], self.bounds[place + 1])
+        rank = self._topo.get_coord(self.global_rank).pipe
+        self._set_bounds(self.bounds[rank], self.bounds[rank + 1])
 
 
 class _TwoStages(DualPipeVModule, _Stage):
