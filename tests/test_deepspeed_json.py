@@ -90,6 +90,7 @@ def test_bf16_follows_flag_then_hardware(tmp_path: Path, asked: str | None, fast
         ({"pipeline": 2}, {}, ["pipeline", "stages"]),
         ({"pipeline": {"stages": 2, "seed_layers": True}}, {}, ["pipeline.seed_layers", "not obeyed"]),
         ({"pipeline": {"stages": 0}}, {}, ["pipeline.stages", "0"]),
+        ({"pipeline": {"stages": 2, "partition": 5}}, {}, ["pipeline.partition", "5"]),
         ({"pipeline": {"stages": 2}}, {"pipeline_stages": 1}, ["pipeline.stages", "2", "--pipeline_stages is 1"]),
         ({"pipeline": {"partition": "cost"}}, {}, ["how many stages", "--pipeline_stages"]),
         ({"pipeline": {"stages": 1, "partition": [5]}}, {}, ["pipeline.partition", "[5]", "one stage"]),
@@ -98,8 +99,13 @@ def test_bf16_follows_flag_then_hardware(tmp_path: Path, asked: str | None, fast
         ({"zero_optimization": {"stage": 0}}, {"pipeline_stages": 2}, ["ZeRO stage 0", "first stage", '"stage": 1']),
         ({"zero_optimization": {"stage": 2}}, {"pipeline_stages": 2}, ["ZeRO stage 2", "micro-batches"]),
         ({"zero_optimization": {"stage": 3}}, {"pipeline_stages": 2}, ["ZeRO stage 3", "whole"]),
-        ({"wall_clock_breakdown": True}, {"pipeline_stages": 2}, ["wall_clock_breakdown", "turn it off"]),
-        ({"flops_profiler": {"enabled": True}}, {"pipeline_stages": 2}, ["flops_profiler", "turn it off"]),
+        ({"wall_clock_breakdown": True}, {"pipeline_stages": 2}, ["wall_clock_breakdown", "remove it"]),
+        ({"flops_profiler": {"enabled": True}}, {"pipeline_stages": 2}, ["flops_profiler", "remove it"]),
+        (
+            {"data_types": {"grad_accum_dtype": "fp32"}},
+            {"pipeline_stages": 2, "mixed_precision": "bf16"},
+            ["data_types.grad_accum_dtype", "bf16", "remove it"],
+        ),
         ({"train_batch_size": 8, "pipeline": {"stages": 2}}, {}, ["8", "1 data-parallel", "= 4"]),
     ],
 )

@@ -110,6 +110,16 @@ def test_stages_without_matrices_or_without_vectors(
 
 
 @pytest.mark.slow
+def test_dualpipev_computes_what_one_process_does(flags: list[str], finished: Path, tmp_path: Path) -> None:
+    dual = ["--pipeline_schedule=dualpipev", "--train_micro_batch_size_per_gpu=1", "--gradient_accumulation_steps=4"]
+    whole, half = tmp_path / "whole", tmp_path / "half"
+    accelerate(*flags, *layout(whole, 2, 2, [2, 1, 1, 1]), *dual, cwd=tmp_path)
+    check_parity(whole / "optimized", finished)
+    accelerate(*flags, *layout(half, 2, 2), *dual, f"--resume_from_checkpoint={whole}/optimized/step-4", cwd=tmp_path)
+    assert losses(half / "optimized") == pytest.approx(losses(finished), abs=LOSS_TOLERANCE)
+
+
+@pytest.mark.slow
 def test_activation_checkpointing_changes_nothing(
     two_stages: tuple[Path, str], flags: list[str], tmp_path: Path
 ) -> None:
@@ -145,6 +155,21 @@ def test_stages_that_the_model_cannot_have_are_refused(
     with pytest.raises(UserError) as error:
         settle(config)
     assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_dualpipev_is_refused_where_it_cannot_be(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dual = [*flags, "--pipeline_schedule=dualpipev"]
+    with pytest.raises(UserError, match="--pipeline_schedule dualpipev: there is one stage"):
+        settle(parse(dual))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"needs --gradient_accumulation_steps 4 or more .*, not 2"):
+        settle(parse([*dual, *layout(tmp_path, 2, 2)]))
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    three = [*dual, *layout(tmp_path, 3, 3), "--gradient_accumulation_steps=6"]
+    with pytest.raises(UserError, match="dualpipev: 6 pipeline stages for 5 layers"):
+        settle(parse(three))
 
 
 def test_the_global_batch_counts_data_parallel_processes(

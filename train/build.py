@@ -107,6 +107,8 @@ def settle(config: RunConfig) -> Run:
         raise UserError("--torch_compile: needs a C++ compiler on the CPU; install g++ or clang++, or drop the flag")
     stages = config.pipeline_stages
     assert stages is not None
+    if stages == 1 and config.pipeline_schedule != "1f1b":
+        raise UserError(f"--pipeline_schedule {config.pipeline_schedule}: there is one stage; give --pipeline_stages")
     sequences = micro_batch_size * accumulation * (world_size() // stages)
     train = TrainBatches(open_tokens(config.train_data_path, shape.vocab_size), block_size, sequences, config.seed)
     val = EvalBatches(open_tokens(config.val_data_path, shape.vocab_size), block_size)
@@ -118,7 +120,7 @@ def settle(config: RunConfig) -> Run:
         attention=_settle_attention(config, shape),
         train=train,
         val=val,
-        partition=_settle_partition(deepspeed, shape, stages, block_size) if stages > 1 else None,
+        partition=_settle_partition(config, deepspeed, shape, block_size) if stages > 1 else None,
         micro_batch_size=micro_batch_size,
         accumulation=accumulation,
         total_steps=total_steps,
@@ -179,13 +181,23 @@ def _settle_attention(config: RunConfig, shape: GPT2FlashConfig) -> tuple[str, s
 
 
 def _settle_partition(
-    deepspeed: dict[str, Any] | None, shape: GPT2FlashConfig, stages: int, block_size: int
+    config: RunConfig, deepspeed: dict[str, Any] | None, shape: GPT2FlashConfig, block_size: int
 ) -> Partition:
     assert deepspeed is not None
+    assert config.pipeline_stages is not None
+    assert config.gradient_accumulation_steps is not None
+    stages, asked = config.pipeline_stages, f"--pipeline_stages {config.pipeline_stages}"
+    if config.pipeline_schedule == "dualpipev":
+        stages, asked = 2 * stages, f"{asked} --pipeline_schedule dualpipev"
+        if config.gradient_accumulation_steps < stages:
+            raise UserError(
+                f"{asked}: needs --gradient_accumulation_steps {stages} or more (two for each of the "
+                f"{config.pipeline_stages}), not {config.gradient_accumulation_steps}"
+            )
     try:
         return partition(shape, stages, deepspeed["pipeline"]["partition"], block_size=block_size)
     except ValueError as error:
-        raise UserError(f"--pipeline_stages {stages}: {error}") from None
+        raise UserError(f"{asked}: {error}") from None
 
 
 def build(run: Run) -> Engine:

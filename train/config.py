@@ -88,6 +88,9 @@ class RunConfig:
     pipeline_stages: int | None = _flag(
         None, "pipeline stages of an optimized run (default: the DeepSpeed JSON's number, else 1)"
     )
+    pipeline_schedule: Literal["1f1b", "dualpipev"] = _flag(
+        "1f1b", "order of a pipeline's work; dualpipev cuts the model into twice as many stages, two a process"
+    )
     resume_from_checkpoint: str | None = _flag(
         None, "continue from this step folder, or from the run's last whole one (latest)", nargs="?", const="latest"
     )

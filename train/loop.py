@@ -24,7 +24,7 @@ def train(run: Run) -> None:
     first = run.checkpoint.step if run.checkpoint else 0
     log.start(first, run.checkpoint.folder.parent / "metrics.jsonl" if run.checkpoint else log.file)
     if run.partition is not None:
-        log.say(run.partition.table())
+        log.say(f"{run.partition.table()}\nschedule {config.pipeline_schedule}")
     log.say(f"attention: {run.attention[0]} ({run.attention[1]}); precision: {config.mixed_precision}")
     for step in range(first, run.total_steps):
         began = time.perf_counter()

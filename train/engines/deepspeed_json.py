@@ -64,7 +64,8 @@ def resolve(config: RunConfig, world_size: int, bf16_is_fast: bool) -> tuple[Run
             raise UserError(f'{file}: "{key}" is {value!r}; write a whole number of at least 1, or "auto"')
     if type(clipping) not in (int, float) or not 0 <= clipping < float("inf"):
         raise UserError(f'{file}: "gradient_clipping" is {clipping!r}; write a number of at least 0, or "auto"')
-    stages = _pipeline(config, settings, file, world_size)
+    bf16 = _bf16(config, settings, file, bf16_is_fast)
+    stages = _pipeline(config, settings, file, world_size, bf16)
     product = micro_batch * accumulation * (world_size // stages)
     if settings.get("train_batch_size", "auto") not in ("auto", product):
         raise UserError(
@@ -72,7 +73,6 @@ def resolve(config: RunConfig, world_size: int, bf16_is_fast: bool) -> tuple[Run
             f"{accumulation} accumulated x {world_size // stages} {'data-parallel ' if stages > 1 else ''}processes = "
             f'{product}; make them agree or write "auto"'
         )
-    bf16 = _bf16(config, settings, file, bf16_is_fast)
     settings |= {
         "train_batch_size": product,
         "train_micro_batch_size_per_gpu": micro_batch,
@@ -114,62 +114,71 @@ def read(file: Path) -> dict[str, Any]:
     return settings
 
 
-def _pipeline(config: RunConfig, settings: dict[str, Any], file: Path, world_size: int) -> int:
+def _pipeline(config: RunConfig, settings: dict[str, Any], file: Path, world_size: int, bf16: bool) -> int:
     """The number of stages; with more than one, the block is filled in and ZeRO is at the stage that goes with it."""
     block = settings.pop("pipeline", None)
-    if block is not None and not isinstance(block, dict):
-        raise UserError(f'{file}: "pipeline" is {block!r}; write {{"stages": "auto", "partition": "cost"}}')
-    for key in block or {}:
-        if key not in ("stages", "partition"):
-            raise UserError(f'{file}: "pipeline.{key}" is not obeyed; "stages" and "partition" are, remove the others')
-    asked, written = config.pipeline_stages, (block or {}).get("stages", "auto")
-    if written != "auto":
-        if type(written) is not int or written < 1:
-            raise UserError(f'{file}: "pipeline.stages" is {written!r}; write a whole number of at least 1, or "auto"')
-        if asked is not None and asked != written:
-            raise UserError(
-                f'{file}: "pipeline.stages" is {written} and --pipeline_stages is {asked}; make them agree or write '
-                '"auto"'
-            )
-    elif block is not None and asked is None:
-        raise UserError(
-            f'{file}: has a "pipeline" block, but nothing says how many stages; give --pipeline_stages, or write '
-            '"stages"'
-        )
-    stages = asked or (1 if written == "auto" else written)
-    method = (block or {}).get("partition", "auto")
+    stages = _stages(config.pipeline_stages, block, file)
     if stages == 1:
-        if isinstance(method, list):
-            raise UserError(
-                f'{file}: "pipeline.partition" is {method}, but there is one stage; give --pipeline_stages'
-            )
         return 1
-
     if world_size % stages != 0:
         raise UserError(
             f"{stages} pipeline stages need {stages}, {2 * stages}, {3 * stages}, ... processes, but there are "
             f"{world_size}; start so many, or ask for a number of stages that divides {world_size}"
         )
-    for key, on in (
-        ("wall_clock_breakdown", settings.get("wall_clock_breakdown")),
-        ("flops_profiler", settings.get("flops_profiler", {}).get("enabled")),
-    ):
-        if on:
-            raise UserError(f'{file}: "{key}" crashes DeepSpeed\'s pipeline of several stages; turn it off')
+    method = (block or {}).get("partition", "auto")
     settings["pipeline"] = {"stages": stages, "partition": "cost" if method == "auto" else method}
-    zero = settings.setdefault("zero_optimization", {})
-    if isinstance(zero, dict) and zero.get("stage", "auto") == "auto":
-        zero["stage"] = 1
-    reasons = {
-        0: "without ZeRO, DeepSpeed clips by the norm of the first stage's gradients alone",
-        2: "a stage adds up the gradients of many micro-batches, and ZeRO-2 would shard them at each",
-        3: "a stage holds its layers whole, and ZeRO-3 would shard them again",
-    }
-    if isinstance(zero, dict) and zero["stage"] in reasons:
+
+    def written(block: str, key: str) -> Any:
+        return settings[block].get(key) if isinstance(settings.get(block), dict) else None
+
+    for key, asked_for, trouble in (
+        ("wall_clock_breakdown", settings.get("wall_clock_breakdown"), "crashes"),
+        ("flops_profiler", written("flops_profiler", "enabled"), "crashes"),
+        ("data_types.grad_accum_dtype", bf16 and written("data_types", "grad_accum_dtype") == "fp32",
+         "loses gradients with bf16 in"),
+    ):  # fmt: skip
+        if asked_for:
+            raise UserError(f'{file}: "{key}" {trouble} DeepSpeed\'s pipeline of several stages; remove it')
+    settings.setdefault("zero_optimization", {})
+    if written("zero_optimization", "stage") in (None, "auto") and isinstance(settings["zero_optimization"], dict):
+        settings["zero_optimization"]["stage"] = 1
+    for stage, reason in (
+        (0, "without ZeRO, DeepSpeed clips by the norm of the first stage's gradients alone"),
+        (2, "a stage adds up the gradients of many micro-batches, and ZeRO-2 would shard them at each"),
+        (3, "a stage holds its layers whole, and ZeRO-3 would shard them again"),
+    ):
+        if written("zero_optimization", "stage") == stage:
+            raise UserError(f'{file}: ZeRO stage {stage} with {stages} pipeline stages: {reason}; write "stage": 1')
+    return stages
+
+
+def _stages(asked: int | None, block: Any, file: Path) -> int:
+    """From --pipeline_stages or the JSON's "pipeline" block, which has to make sense with it."""
+    if block is None:
+        return asked or 1
+    if not isinstance(block, dict):
+        raise UserError(f'{file}: "pipeline" is {block!r}; write {{"stages": "auto", "partition": "cost"}}')
+    for key in block:
+        if key not in ("stages", "partition"):
+            raise UserError(f'{file}: "pipeline.{key}" is not obeyed; "stages" and "partition" are, remove the others')
+    stages, method = block.get("stages", "auto"), block.get("partition", "auto")
+    if stages == "auto":
+        if asked is None:
+            raise UserError(
+                f'{file}: has a "pipeline" block, but nothing says how many stages; give --pipeline_stages, or write '
+                '"stages"'
+            )
+        stages = asked
+    elif type(stages) is not int or stages < 1:
+        raise UserError(f'{file}: "pipeline.stages" is {stages!r}; write a whole number of at least 1, or "auto"')
+    elif asked not in (None, stages):
         raise UserError(
-            f"{file}: ZeRO stage {zero['stage']} with {stages} pipeline stages: {reasons[zero['stage']]}; "
-            'write "stage": 1'
+            f'{file}: "pipeline.stages" is {stages} and --pipeline_stages is {asked}; make them agree or write "auto"'
         )
+    if not isinstance(method, str | list):
+        raise UserError(f'{file}: "pipeline.partition" is {method!r}; write "cost" or a list of layers for each stage')
+    if stages == 1 and isinstance(method, list):
+        raise UserError(f'{file}: "pipeline.partition" is {method}, but there is one stage; give --pipeline_stages')
     return stages
 
 

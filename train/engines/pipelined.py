@@ -1,16 +1,17 @@
 """The model in stages, each on one process or several, through DeepSpeed's pipeline engine.
 
-With D processes a stage, rank r is data-parallel rank r mod D of stage r // D. The first stage reads the tokens, the
-last one the labels; hidden states go forward between them and their gradients back.
+With D processes a pipeline rank, global rank r is data-parallel rank r mod D of pipeline rank r // D. Under 1F1B,
+pipeline rank p has stage p. Under DualPipeV there are twice as many stages as pipeline ranks, and p has stage p and,
+on the way back, stage 2 · pipeline ranks - 1 - p. The first stage reads the tokens, the last one the labels; hidden
+states go forward between them and their gradients back.
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+from deepspeed.pipe import DualPipeVModule, LayerSpec, PipelineModule, TiedLayerSpec
 from torch import distributed as dist
 from torch import nn
 
@@ -23,14 +24,21 @@ from train.engines.state import MOMENTS
 
 
 class PipelinedEngine(Engine):
-    """A stage of the model and its optimizer; losses, norms and state are those of the whole model."""
+    """One pipeline rank's stages; losses, norms and state are those of the whole model."""
 
     def __init__(self, config: RunConfig, deepspeed: dict[str, Any], partition: Partition) -> None:
         super().__init__(config, deepspeed)
-        assert self.world_size % partition.stages == 0
+        assert config.pipeline_stages is not None
+        assert self.world_size % config.pipeline_stages == 0
         self.partition = partition
-        self.stage = self.rank // self.data_world_size
-        self.is_last_stage = self.stage == partition.stages - 1
+        self.pipeline_size = config.pipeline_stages
+        self.two_way = config.pipeline_schedule == "dualpipev"
+        assert partition.stages == self.pipeline_size * (2 if self.two_way else 1)
+        self.pipeline_rank = self.rank // self.data_world_size
+        self.has_loss = self.pipeline_rank == self._owner(partition.stages - 1)
+
+    def _owner(self, stage: int) -> int:
+        return min(stage, 2 * self.pipeline_size - 1 - stage) if self.two_way else stage
 
     @property
     def data_rank(self) -> int:
@@ -38,18 +46,24 @@ class PipelinedEngine(Engine):
 
     @property
     def data_world_size(self) -> int:
-        return self.world_size // self.partition.stages
+        return self.world_size // self.pipeline_size
 
     def _take(self, model: GPT2FlashForCausalLM) -> nn.Module:
         layers = model_layers(model)
         self.n_layer = model.config.n_layer
         self.tied = is_tied(model)
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-        self.layers = {index: layers[index] for index in self.partition.layers(self.stage)}
+        self.layers = {
+            index: layers[index]
+            for stage in range(self.partition.stages)
+            for index in self.partition.layers(stage)
+            if self._owner(stage) == self.pipeline_rank
+        }
         # DeepSpeed prints random seeds that nothing here uses, and broadcasts the tied weight into autograd's sight.
         with contextlib.redirect_stdout(None), torch.no_grad():
-            stage = _Stage(layers, self.partition, self.stage, self.tied)
-        assert stage.stage_id == self.stage
+            kind = _TwoStages if self.two_way else _Stage
+            stage = kind(layers, self.layers, self.partition.bounds, self.pipeline_size, self.tied)
+        assert stage.stage_id == self.pipeline_rank
         own = set(stage.parameters())
         for parameter in model.parameters():
             if parameter not in own:
@@ -57,10 +71,12 @@ class PipelinedEngine(Engine):
         return stage
 
     def parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        found = {}
         for index, layer in self.layers.items():
             for local, parameter in layer.named_parameters():
                 name = full_name(index, local, self.n_layer)
-                yield ("transformer.wte.weight" if self.tied and name == "lm_head.weight" else name), parameter
+                found["transformer.wte.weight" if self.tied and name == "lm_head.weight" else name] = parameter
+        yield from found.items()
 
     def train_step(
         self, step: int, micro_batches: Iterable[dict[str, torch.Tensor]], learning_rate: float
@@ -71,20 +87,23 @@ class PipelinedEngine(Engine):
         return StepResult(float(loss), None if grad_norm is None else float(grad_norm))
 
     def eval_step(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        inputs = iter([(batch["input_ids"], batch["shift_labels"])])
-        mean_nll = self.model.eval_batch(inputs, num_micro_batches=1, bcast_loss=False)
-        if not self.is_last_stage:
+        # DualPipeV goes no shorter way; what fills it up has no label that counts.
+        fillers = 2 * self.pipeline_size - 1 if self.two_way else 0
+        filler = (batch["input_ids"], torch.full_like(batch["shift_labels"], IGNORED_LABEL))
+        inputs = iter([(batch["input_ids"], batch["shift_labels"]), *[filler] * fillers])
+        mean_nll = self.model.eval_batch(inputs, num_micro_batches=1 + fillers, bcast_loss=False)
+        if not self.has_loss:
             return torch.zeros(2, dtype=torch.float64, device=self.device)
-        # DeepSpeed has averaged over the last stage's processes, each of which adds this average once.
+        # DeepSpeed has averaged over the data-parallel processes as well, each of which adds this average once.
         predicted = (batch["shift_labels"] != IGNORED_LABEL).sum()
-        return torch.stack([mean_nll.double(), predicted.double().to(self.device)])
+        return torch.stack([mean_nll.double() * (1 + fillers), predicted.double().to(self.device)])
 
     def _whole_states(self) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
         own = dict(self.parameters())
         for name, shape in self.shapes.items():
             # A tied weight is fetched from the first stage: its copies are equal.
-            owner = self.partition.stage_of(locate(name, self.n_layer)[0])
-            state = self._whole_state(own[name]) if self.stage == owner else {}
+            owner = self._owner(self.partition.stage_of(locate(name, self.n_layer)[0]))
+            state = self._whole_state(own[name]) if self.pipeline_rank == owner else {}
             sender = owner * self.data_world_size
             for key in ("weight", *MOMENTS):
                 if self.is_main and sender != self.rank:
@@ -96,34 +115,45 @@ class PipelinedEngine(Engine):
 
 
 class _Stage(PipelineModule):
-    """DeepSpeed's module of the layers from `bounds[stage]` on; it holds no reference to the layers of others."""
+    """DeepSpeed's module of the layers of one pipeline rank; it holds no reference to the layers of others."""
 
-    def __init__(self, layers: list[nn.Module], partition: Partition, stage: int, tied: bool) -> None:
-        self.bounds = partition.bounds
-        own = partition.layers(stage)
+    def __init__(
+        self, layers: list[nn.Module], own: Container[int], bounds: Sequence[int], size: int, tied: bool
+    ) -> None:
+        self.bounds = bounds
         specs = [_Built(layer if index in own else None) for index, layer in enumerate(layers)]
         keys = ("wte", "wte") if tied else ("embeddings", "head")
         specs[0] = _BuiltTied(specs[0].layer, keys[0], "wte.weight", None)
         # The head's layer only passes the hidden states on: its product is part of the loss, which never holds all
         # logits.
-        specs[-1] = _BuiltTied(specs[-1].layer, keys[1], "lm_head.weight", lambda head, hidden_states: hidden_states)
+        specs[-1] = _BuiltTied(specs[-1].layer, keys[1], "lm_head.weight", lambda _, hidden_states: hidden_states)
         head = specs[-1].layer
-        loss = partial(_loss, head) if isinstance(head, HeadLayer) else None
-        super().__init__(specs, num_stages=partition.stages, loss_fn=loss)
-        # DeepSpeed sums the squares of the gradient's norm over the stages once for each parameter group, so every
-        # stage needs both groups, and embeddings or head alone have no vectors, the final norm no matrix.
+
+        def loss(hidden_states: torch.Tensor, shift_labels: torch.Tensor) -> torch.Tensor:
+            """The mean over a micro-batch while training, the sum while evaluating."""
+            assert isinstance(head, HeadLayer)
+            return head.loss(hidden_states, shift_labels, num_items_in_batch=None if self.training else 1)
+
+        super().__init__(specs, num_stages=size, loss_fn=loss)
+        # DeepSpeed sums the squares of the gradient's norm over the pipeline ranks once for each parameter group: a
+        # rank with fewer groups would leave the others waiting. Embeddings or head alone have no vectors, the final
+        # norm no matrix.
         for name, shape in (("no_matrix", (1, 1)), ("no_vector", (1,))):
             if not any(min(parameter.ndim, 2) == len(shape) for parameter in self.parameters()):
                 self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
 
     def _partition_layers(self, method: str = "") -> None:
         self.parts = list(self.bounds)
-        stage = self._topo.get_coord(self.global_rank).pipe
-        self._set_bounds(self.bounds[stage], self.bounds[stage + 1])
+        rank = self._topo.get_coord(self.global_rank).pipe
+        self._set_bounds(self.bounds[rank], self.bounds[rank + 1])
+
+
+class _TwoStages(DualPipeVModule, _Stage):
+    """The same for DualPipeV, which takes its bounds from `_Stage` and adds those of the way back."""
 
 
 class _Built(LayerSpec):
-    """A layer that exists already, or None where another stage has it."""
+    """A layer that exists already, or None where another process has it."""
 
     def __init__(self, layer: nn.Module | None) -> None:
         super().__init__(nn.Module)
@@ -140,8 +170,3 @@ class _BuiltTied(TiedLayerSpec):
 
     def build(self, log: bool = False) -> nn.Module | None:
         return self.layer
-
-
-def _loss(head: HeadLayer, hidden_states: torch.Tensor, shift_labels: torch.Tensor) -> torch.Tensor:
-    """The mean over a micro-batch while training, the sum while evaluating."""
-    return head.loss(hidden_states, shift_labels, num_items_in_batch=None if head.training else 1)
