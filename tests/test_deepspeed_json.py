@@ -101,11 +101,6 @@ def test_bf16_follows_flag_then_hardware(tmp_path: Path, asked: str | None, fast
         ({"zero_optimization": {"stage": 3}}, {"pipeline_stages": 2}, ["ZeRO stage 3", "whole"]),
         ({"wall_clock_breakdown": True}, {"pipeline_stages": 2}, ["wall_clock_breakdown", "remove it"]),
         ({"flops_profiler": {"enabled": True}}, {"pipeline_stages": 2}, ["flops_profiler", "remove it"]),
-        (
-            {"data_types": {"grad_accum_dtype": "fp32"}},
-            {"pipeline_stages": 2, "mixed_precision": "bf16"},
-            ["data_types.grad_accum_dtype", "bf16", "remove it"],
-        ),
         ({"train_batch_size": 8, "pipeline": {"stages": 2}}, {}, ["8", "1 data-parallel", "= 4"]),
     ],
 )
