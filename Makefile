@@ -7,7 +7,7 @@ DEMO := demo
 # 220 steps of 8 x 128 tokens: enough for text that looks like Python from a 7M-parameter GPT-2, on two CPU cores.
 DEMO_FLAGS := --model tiny --train_data_path $(DEMO)/data/train.bin --val_data_path $(DEMO)/data/val.bin \
 	--checkpoint_path $(DEMO)/checkpoint --block_size 128 --train_micro_batch_size_per_gpu 8 \
-	--gradient_accumulation_steps 1 --max_steps 220 --learning_rate 2e-3 --warmup_steps 10 --eval_interval 110 --overwrite
+	--gradient_accumulation_steps 1 --max_steps 220 --learning_rate 1e-3 --warmup_steps 40 --eval_interval 110 --overwrite
 
 .PHONY: demo test slow lint format clean
 
@@ -20,7 +20,7 @@ demo: $(VENV)/installed
 	$(BIN)/python -m train.preprocess_data --dataset stdlib --out_dir $(DEMO)/data --val_fraction 0.005 --overwrite
 	$(BIN)/python -m train --run_type baseline $(DEMO_FLAGS)
 	$(BIN)/accelerate launch --config_file accelerate_configs/deepspeed.yaml -m train --run_type optimized \
-		--deepspeed_config ds_configs/zero2.json --pipeline_stages 1 $(DEMO_FLAGS)
+		--deepspeed_config ds_configs/zero2.json --pipeline_stages 1 --loss_chunk_size 256 $(DEMO_FLAGS)
 	$(BIN)/python -m train.compare $(DEMO)/checkpoint/baseline $(DEMO)/checkpoint/optimized --out $(DEMO)/report
 	$(BIN)/python -m train.generate --checkpoint $(DEMO)/checkpoint/optimized --prompt "def " --max_new_tokens 120
 
