@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from modeling_gpt2flash import GPT2FlashForCausalLM
+from train.batches import IGNORED_LABEL
 from train.engines.base import Engine, StepResult
 
 
@@ -41,7 +42,7 @@ class AcceleratedEngine(Engine):
         self.model.eval()
         batch = self._on_device(batch)
         nll = self.model(**batch, use_cache=False, skip_logits=True, num_items_in_batch=1).loss
-        return torch.stack([nll.double(), (batch["shift_labels"] != -100).sum().double()])
+        return torch.stack([nll.double(), (batch["shift_labels"] != IGNORED_LABEL).sum().double()])
 
     def _on_device(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
