@@ -18,7 +18,8 @@ from train.batches import EvalBatches, TrainBatches
 from train.config import RunConfig
 from train.engines import deepspeed_json
 from train.engines.accelerated import AcceleratedEngine
-from train.engines.base import Engine, choose_device, world_size
+from train.engines.accelerators import device_type, world_size
+from train.engines.base import Engine
 from train.errors import UserError
 from train.metrics import cpu_has_bf16
 from train.models import build_model, model_config
@@ -103,7 +104,7 @@ def settle(config: RunConfig) -> Run:
             f"--prompt: its {prompt_length} tokens leave no room in the {shape.n_positions} positions of "
             f"{config.model}; shorten it"
         )
-    if config.torch_compile and choose_device().type == "cpu" and not any(map(shutil.which, CPP_COMPILERS)):
+    if config.torch_compile and device_type() == "cpu" and not any(map(shutil.which, CPP_COMPILERS)):
         raise UserError("--torch_compile: needs a C++ compiler on the CPU; install g++ or clang++, or drop the flag")
     stages = config.pipeline_stages
     assert stages is not None
@@ -140,7 +141,7 @@ def settle(config: RunConfig) -> Run:
 def _settle_engine(config: RunConfig) -> tuple[RunConfig, dict[str, Any] | None]:
     """Fill in what the run type, the hardware and the DeepSpeed JSON decide."""
     bf16_is_fast = (
-        torch.cuda.is_bf16_supported(including_emulation=False) if choose_device().type == "cuda" else cpu_has_bf16()
+        torch.cuda.is_bf16_supported(including_emulation=False) if device_type() == "cuda" else cpu_has_bf16()
     )
     if config.optimized:
         if config.deepspeed_config is None:
@@ -171,7 +172,7 @@ def _settle_attention(config: RunConfig, shape: GPT2FlashConfig) -> tuple[str, s
     try:
         return choose_attention(
             config.attn_implementation,
-            choose_device().type,
+            device_type(),
             dtype,
             shape.n_embd // shape.n_head,
             dropout=shape.attn_pdrop,

@@ -23,6 +23,7 @@ def train(run: Run) -> None:
     log = RunLog(engine.accelerator, config.run_folder, dataclasses.asdict(config), run.total_steps)
     first = run.checkpoint.step if run.checkpoint else 0
     log.start(first, run.checkpoint.folder.parent / "metrics.jsonl" if run.checkpoint else log.file)
+    log.say(engine.layout)
     if run.partition is not None:
         log.say(f"{run.partition.table()}\nschedule {config.pipeline_schedule}")
     log.say(f"attention: {run.attention[0]} ({run.attention[1]}); precision: {config.mixed_precision}")
@@ -58,11 +59,11 @@ def train(run: Run) -> None:
             record |= validate(engine, run.val, run.micro_batch_size, config.eval_steps)
         log.write(record)
         if due(done, config.save_interval, run.total_steps):
-            weights, moments = engine.gather_state()
+            tensors, state = engine.tensors(), run.state(done)
             if engine.is_main:
-                state = run.state(done)
-                checkpoints.save(config.run_folder, run.model_config, weights, moments, state, config.save_total_limit)
-            del weights, moments
+                checkpoints.save(config.run_folder, run.model_config, tensors, state, config.save_total_limit)
+            for _ in tensors:
+                pass  # the other processes only take part in the gathering
             engine.wait()
     log.close()
     main, processes, memory = engine.is_main, engine.world_size, engine.peak_memory()

@@ -1,13 +1,20 @@
-"""The whole model in every process, through Accelerate: plain PyTorch, DDP, or DeepSpeed's ZeRO."""
+"""The whole model in every process, at least while it computes, through Accelerate: plain, DDP, FSDP2 or ZeRO."""
 
 from collections.abc import Iterable, Iterator
+from socket import gethostname
+from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from modeling_gpt2flash import GPT2FlashForCausalLM
 from train.batches import IGNORED_LABEL
+from train.engines.accelerators import launcher_asks
 from train.engines.base import Engine, StepResult
+from train.engines.layout import Place
 
 
 class AcceleratedEngine(Engine):
@@ -16,7 +23,25 @@ class AcceleratedEngine(Engine):
         return model
 
     def parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for module in self.module.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # a forward pass alone, as in validation, leaves some whole
         return self.module.named_parameters()
+
+    def _asked_wrapping(self) -> str:
+        if self.deepspeed is not None:
+            return f"ZeRO-{self.deepspeed['zero_optimization']['stage']}"
+        return "plain" if self.world_size == 1 else "FSDP2" if launcher_asks("ACCELERATE_USE_FSDP") else "DDP"
+
+    def _place(self) -> Place:
+        model: Any = self.model
+        if isinstance(model, FSDPModule):
+            wrapping = "FSDP2"
+        elif isinstance(model, DistributedDataParallel):
+            wrapping = "DDP"
+        else:
+            wrapping = f"ZeRO-{model.zero_optimization_stage()}" if self.deepspeed else "plain"
+        return Place(self.rank, gethostname(), self.device.type, wrapping, stage=0, data_rank=self.rank)
 
     def train_step(
         self, step: int, micro_batches: Iterable[dict[str, torch.Tensor]], learning_rate: float
@@ -35,6 +60,8 @@ class AcceleratedEngine(Engine):
                 self.optimizer.zero_grad()
             losses.append(loss.detach().float())
         mean = self.accelerator.reduce(torch.stack(losses).mean(), "mean").item()
+        if isinstance(grad_norm, DTensor):
+            grad_norm = grad_norm.full_tensor()
         return StepResult(mean, None if grad_norm is None else float(grad_norm))
 
     @torch.no_grad()

@@ -8,6 +8,7 @@ states go forward between them and their gradients back.
 
 import contextlib
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from socket import gethostname
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from modeling_gpt2flash.pipeline import HeadLayer, Partition, full_name, is_tied
 from train.batches import IGNORED_LABEL
 from train.config import RunConfig
 from train.engines.base import Engine, StepResult
+from train.engines.layout import Place
 from train.engines.state import MOMENTS
 
 
@@ -69,6 +71,20 @@ class PipelinedEngine(Engine):
             if parameter not in own:
                 parameter.data = parameter.new_empty(0)  # now, not when the caller lets go of the model
         return stage
+
+    def _asked_wrapping(self) -> str:
+        return f"{self.config.pipeline_schedule} pipeline of {self.pipeline_size} with ZeRO-1"
+
+    def _asked_stage(self) -> int:
+        return self.pipeline_rank
+
+    def _place(self) -> Place:
+        engine: Any = self.model
+        schedule = "dualpipev" if isinstance(engine.module, DualPipeVModule) else "1f1b"
+        wrapping = f"{schedule} pipeline of {engine.num_stages} with ZeRO-{engine.zero_optimization_stage()}"
+        return Place(
+            self.rank, gethostname(), self.device.type, wrapping, engine.stage_id, engine.grid.data_parallel_id
+        )
 
     def parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
         found = {}
