@@ -15,7 +15,7 @@ from modeling_gpt2flash.attention import choose_attention
 from modeling_gpt2flash.pipeline import Partition, partition
 from train import checkpoint as checkpoints
 from train.batches import EvalBatches, TrainBatches
-from train.config import RunConfig
+from train.config import DEFAULTS, RunConfig
 from train.engines import deepspeed_json
 from train.engines.accelerated import AcceleratedEngine
 from train.engines.accelerators import device_type, world_size
@@ -144,26 +144,25 @@ def _settle_engine(config: RunConfig) -> tuple[RunConfig, dict[str, Any] | None]
         torch.cuda.is_bf16_supported(including_emulation=False) if device_type() == "cuda" else cpu_has_bf16()
     )
     if config.optimized:
+        launchers = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")  # `deepspeed_config_file` in Accelerate's YAML
+        if launchers not in (None, config.deepspeed_config or launchers):
+            raise UserError(
+                f"--deepspeed_config {config.deepspeed_config}: the launcher's deepspeed_config_file is {launchers}; "
+                "name one of them"
+            )
+        config = dataclasses.replace(config, deepspeed_config=config.deepspeed_config or launchers)
         if config.deepspeed_config is None:
             raise UserError(
                 "--run_type optimized: trains through DeepSpeed; "
                 "name its JSON, for example --deepspeed_config ds_configs/zero2.json"
             )
         config, deepspeed = deepspeed_json.resolve(config, world_size(), bf16_is_fast)
-        defaults: dict[str, Any] = {"attn_implementation": "auto", "loss_chunk_size": 512}
     else:
         deepspeed = None
         bf16 = config.mixed_precision == "bf16" or (config.mixed_precision == "auto" and bf16_is_fast)
         config = dataclasses.replace(config, mixed_precision="bf16" if bf16 else "no")
-        defaults = {
-            "attn_implementation": "eager",
-            "loss_chunk_size": 0,
-            "train_micro_batch_size_per_gpu": 4,
-            "gradient_accumulation_steps": 1,
-            "max_grad_norm": 1.0,
-            "pipeline_stages": 1,
-        }
-    return dataclasses.replace(config, **{k: v for k, v in defaults.items() if getattr(config, k) is None}), deepspeed
+    open_flags = {key: value for key, value in DEFAULTS[config.run_type].items() if getattr(config, key) is None}
+    return dataclasses.replace(config, **open_flags), deepspeed
 
 
 def _settle_attention(config: RunConfig, shape: GPT2FlashConfig) -> tuple[str, str]:

@@ -108,6 +108,19 @@ class RunConfig:
         return self.run_type == "optimized"
 
 
+# What a flag left open is, where neither the DeepSpeed JSON nor the hardware decides.
+ENGINE_DEFAULTS: dict[str, Any] = {
+    "train_micro_batch_size_per_gpu": 4,
+    "gradient_accumulation_steps": 1,
+    "max_grad_norm": 1.0,
+    "pipeline_stages": 1,
+}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "baseline": {"attn_implementation": "eager", "loss_chunk_size": 0, **ENGINE_DEFAULTS},
+    "optimized": {"attn_implementation": "auto", "loss_chunk_size": 512, **ENGINE_DEFAULTS},
+}
+
+
 def parse(argv: list[str] | None = None) -> RunConfig:
     """Command line and YAML file to a checked `RunConfig`.
 
@@ -141,7 +154,7 @@ class _Help(HfArgumentParser().formatter_class):  # type: ignore[misc]
         return "".join(indent + line for line in text.splitlines(keepends=True))
 
     def _get_help_string(self, action: Any) -> str | None:
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
 
 
 def read_yaml(file: Path) -> dict[str, Any]:

@@ -30,7 +30,8 @@ class AcceleratedEngine(Engine):
 
     def _asked_wrapping(self) -> str:
         if self.deepspeed is not None:
-            return f"ZeRO-{self.deepspeed['zero_optimization']['stage']}"
+            zero = self.deepspeed["zero_optimization"]
+            return _zero(zero.get("stage", 0), bool(zero.get("offload_optimizer")))
         return "plain" if self.world_size == 1 else "FSDP2" if launcher_asks("ACCELERATE_USE_FSDP") else "DDP"
 
     def _place(self) -> Place:
@@ -39,8 +40,10 @@ class AcceleratedEngine(Engine):
             wrapping = "FSDP2"
         elif isinstance(model, DistributedDataParallel):
             wrapping = "DDP"
+        elif self.deepspeed is not None:
+            wrapping = _zero(model.zero_optimization_stage(), model.zero_use_cpu_optimizer())
         else:
-            wrapping = f"ZeRO-{model.zero_optimization_stage()}" if self.deepspeed else "plain"
+            wrapping = "plain"
         return Place(self.rank, gethostname(), self.device.type, wrapping, stage=0, data_rank=self.rank)
 
     def train_step(
@@ -73,3 +76,7 @@ class AcceleratedEngine(Engine):
 
     def _on_device(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
+
+
+def _zero(stage: int, offload: bool) -> str:
+    return f"ZeRO-{stage}{' with its optimizer on the CPU' * offload}"

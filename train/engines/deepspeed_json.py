@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from train.config import RunConfig
+from train.config import ENGINE_DEFAULTS, RunConfig
 from train.errors import UserError
 
 # The blocks that DeepSpeed 0.19 reads at the top level and that this trainer leaves to it.
@@ -48,17 +48,17 @@ def resolve(config: RunConfig, world_size: int, bf16_is_fast: bool) -> tuple[Run
     file = Path(config.deepspeed_config)
     settings = read(file)
 
-    def agree(key: str, flag: str, default: Any) -> Any:
+    def agree(key: str, flag: str) -> Any:
         asked, written = getattr(config, flag), settings.get(key, "auto")
         if written == "auto":
-            return default if asked is None else asked
+            return ENGINE_DEFAULTS[flag] if asked is None else asked
         if asked is not None and asked != written:
             raise UserError(f'{file}: "{key}" is {written} and --{flag} is {asked}; make them agree or write "auto"')
         return written
 
-    micro_batch = agree("train_micro_batch_size_per_gpu", "train_micro_batch_size_per_gpu", 4)
-    accumulation = agree("gradient_accumulation_steps", "gradient_accumulation_steps", 1)
-    clipping = agree("gradient_clipping", "max_grad_norm", 1.0)
+    micro_batch = agree("train_micro_batch_size_per_gpu", "train_micro_batch_size_per_gpu")
+    accumulation = agree("gradient_accumulation_steps", "gradient_accumulation_steps")
+    clipping = agree("gradient_clipping", "max_grad_norm")
     for key, value in (("train_micro_batch_size_per_gpu", micro_batch), ("gradient_accumulation_steps", accumulation)):
         if type(value) is not int or value < 1:
             raise UserError(f'{file}: "{key}" is {value!r}; write a whole number of at least 1, or "auto"')
