@@ -12,6 +12,8 @@ from train.engines.base import Engine, StepResult
 
 class AcceleratedEngine(Engine):
     def _take(self, model: GPT2FlashForCausalLM) -> nn.Module:
+        if self.config.activation_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
         self.module = model
         return model
 

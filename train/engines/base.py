@@ -85,10 +85,8 @@ class Engine(ABC):
         return self.world_size
 
     def prepare(self, model: GPT2FlashForCausalLM) -> None:
-        """Take the model in: activation checkpointing, compilation, optimizer, sharding."""
+        """Take the model in: compilation, activation checkpointing, optimizer, sharding."""
         config = self.config
-        if config.activation_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
         if config.torch_compile:
             for block in model.transformer.h:
                 block.compile()
