@@ -57,6 +57,11 @@ def accelerate(
     return command(*launch, "-m", "train", *words, cwd=cwd, check=check)
 
 
+def torchrun(*words: object, cwd: Path, processes: int = 2) -> subprocess.CompletedProcess[str]:
+    launch = ["torchrun", "--nproc_per_node", processes, "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+    return command(*launch, *words, cwd=cwd)
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -110,6 +110,11 @@ def settle(config: RunConfig) -> Run:
     assert stages is not None
     if stages == 1 and config.pipeline_schedule != "1f1b":
         raise UserError(f"--pipeline_schedule {config.pipeline_schedule}: there is one stage; give --pipeline_stages")
+    if stages == 1 and config.activation_checkpointing not in (0, 1):
+        raise UserError(
+            f"--activation_checkpointing {config.activation_checkpointing}: without a pipeline each block is "
+            "recomputed by itself; write 1 (in the JSON too), or give --pipeline_stages"
+        )
     sequences = micro_batch_size * accumulation * (world_size() // stages)
     train = TrainBatches(open_tokens(config.train_data_path, shape.vocab_size), block_size, sequences, config.seed)
     val = EvalBatches(open_tokens(config.val_data_path, shape.vocab_size), block_size)

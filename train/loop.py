@@ -5,6 +5,7 @@ import time
 
 from train import checkpoint as checkpoints
 from train.build import Run, build
+from train.engines.base import Engine
 from train.runlog import RunLog
 from train.schedule import learning_rate
 from train.summary import write_summary
@@ -14,6 +15,17 @@ from train.validate import validate
 def due(step: int, interval: int, last: int) -> bool:
     """Whether something that happens every `interval` steps (0: never) and at the end happens after `step`."""
     return step == last or (interval > 0 and step % interval == 0)
+
+
+def save(engine: Engine, run: Run, step: int) -> None:
+    """Write the checkpoint after `step` steps, parameter by parameter."""
+    tensors = engine.tensors()
+    if engine.is_main:
+        config = run.config
+        checkpoints.save(config.run_folder, run.model_config, tensors, run.state(step), config.save_total_limit)
+    for _ in tensors:
+        pass  # the other processes only take part in the gathering
+    engine.wait()
 
 
 def train(run: Run) -> None:
@@ -59,12 +71,7 @@ def train(run: Run) -> None:
             record |= validate(engine, run.val, run.micro_batch_size, config.eval_steps)
         log.write(record)
         if due(done, config.save_interval, run.total_steps):
-            tensors, state = engine.tensors(), run.state(done)
-            if engine.is_main:
-                checkpoints.save(config.run_folder, run.model_config, tensors, state, config.save_total_limit)
-            for _ in tensors:
-                pass  # the other processes only take part in the gathering
-            engine.wait()
+            save(engine, run, done)
     log.close()
     main, processes, memory = engine.is_main, engine.world_size, engine.peak_memory()
     engine.close()

@@ -74,14 +74,12 @@ class Engine(ABC):
         return self.world_size
 
     def prepare(self, model: GPT2FlashForCausalLM) -> None:
-        """Take the model in: activation checkpointing, compilation, optimizer, sharding; `layout` is a table of it.
+        """Take the model in: compilation, activation checkpointing, optimizer, sharding; `layout` is a table of it.
 
         Raises:
             UserError: on all processes, when one of them is not what was asked for.
         """
         config = self.config
-        if config.activation_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
         if config.torch_compile:
             for block in model.transformer.h:
                 block.compile()

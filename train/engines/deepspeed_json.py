@@ -24,6 +24,7 @@ UNCHECKED_BLOCKS = {  # DeepSpeed reads these key by key and does not see the ot
     "aio": {"block_size", "queue_depth", "intra_op_parallelism", "thread_count", "single_submit", "overlap_events",
             "use_gds"},
 }  # fmt: skip
+PIPELINE_KEYS = ("stages", "partition", "activation_checkpoint_interval")
 ELSEWHERE = {
     "optimizer": "the optimizer is set by --learning_rate, --weight_decay, --adam_beta1 and --adam_beta2",
     "scheduler": "the schedule is set by --learning_rate, --lr_schedule and --warmup_steps",
@@ -65,7 +66,7 @@ def resolve(config: RunConfig, world_size: int, bf16_is_fast: bool) -> tuple[Run
     if type(clipping) not in (int, float) or not 0 <= clipping < float("inf"):
         raise UserError(f'{file}: "gradient_clipping" is {clipping!r}; write a number of at least 0, or "auto"')
     bf16 = _bf16(config, settings, file, bf16_is_fast)
-    stages = _pipeline(config, settings, file, world_size)
+    stages, interval = _pipeline(config, settings, file, world_size)
     product = micro_batch * accumulation * (world_size // stages)
     if settings.get("train_batch_size", "auto") not in ("auto", product):
         raise UserError(
@@ -89,6 +90,7 @@ def resolve(config: RunConfig, world_size: int, bf16_is_fast: bool) -> tuple[Run
         gradient_accumulation_steps=accumulation,
         max_grad_norm=float(clipping),
         pipeline_stages=stages,
+        activation_checkpointing=interval,
         mixed_precision="bf16" if bf16 else "no",
     )
     return config, settings
@@ -114,19 +116,27 @@ def read(file: Path) -> dict[str, Any]:
     return settings
 
 
-def _pipeline(config: RunConfig, settings: dict[str, Any], file: Path, world_size: int) -> int:
-    """The number of stages; with more than one, the block is filled in and ZeRO is at the stage that goes with it."""
+def _pipeline(config: RunConfig, settings: dict[str, Any], file: Path, world_size: int) -> tuple[int, int]:
+    """The number of stages, and of layers that are recomputed together.
+
+    With more than one stage, the block is filled in and ZeRO is at the stage that goes with it.
+    """
     block = settings.pop("pipeline", None)
     stages = _stages(config.pipeline_stages, block, file)
+    interval = _interval(config.activation_checkpointing, block or {}, file)
     if stages == 1:
-        return 1
+        return 1, interval
     if world_size % stages != 0:
         raise UserError(
             f"{stages} pipeline stages need {stages}, {2 * stages}, {3 * stages}, ... processes, but there are "
             f"{world_size}; start so many, or ask for a number of stages that divides {world_size}"
         )
     method = (block or {}).get("partition", "auto")
-    settings["pipeline"] = {"stages": stages, "partition": "cost" if method == "auto" else method}
+    settings["pipeline"] = {
+        "stages": stages,
+        "partition": "cost" if method == "auto" else method,
+        "activation_checkpoint_interval": interval,
+    }
 
     def written(block: str, key: str) -> Any:
         return settings[block].get(key) if isinstance(settings.get(block), dict) else None
@@ -147,7 +157,7 @@ def _pipeline(config: RunConfig, settings: dict[str, Any], file: Path, world_siz
     ):
         if written("zero_optimization", "stage") == stage:
             raise UserError(f'{file}: ZeRO stage {stage} with {stages} pipeline stages: {reason}; write "stage": 1')
-    return stages
+    return stages, interval
 
 
 def _stages(asked: int | None, block: Any, file: Path) -> int:
@@ -157,8 +167,10 @@ def _stages(asked: int | None, block: Any, file: Path) -> int:
     if not isinstance(block, dict):
         raise UserError(f'{file}: "pipeline" is {block!r}; write {{"stages": "auto", "partition": "cost"}}')
     for key in block:
-        if key not in ("stages", "partition"):
-            raise UserError(f'{file}: "pipeline.{key}" is not obeyed; "stages" and "partition" are, remove the others')
+        if key not in PIPELINE_KEYS:
+            raise UserError(
+                f'{file}: "pipeline.{key}" is not obeyed; {", ".join(PIPELINE_KEYS)} are, remove the others'
+            )
     stages, method = block.get("stages", "auto"), block.get("partition", "auto")
     if stages == "auto":
         if asked is None:
@@ -178,6 +190,24 @@ def _stages(asked: int | None, block: Any, file: Path) -> int:
     if stages == 1 and isinstance(method, list):
         raise UserError(f'{file}: "pipeline.partition" is {method}, but there is one stage; give --pipeline_stages')
     return stages
+
+
+def _interval(asked: int | None, block: dict[str, Any], file: Path) -> int:
+    """From --activation_checkpointing or the JSON's "pipeline" block; 0: nothing is recomputed."""
+    written = block.get("activation_checkpoint_interval", "auto")
+    if written == "auto":
+        return asked or 0
+    if type(written) is not int or written < 0:
+        raise UserError(
+            f'{file}: "pipeline.activation_checkpoint_interval" is {written!r}; write a whole number of at least 0, '
+            'or "auto"'
+        )
+    if asked not in (None, written):
+        raise UserError(
+            f'{file}: "pipeline.activation_checkpoint_interval" is {written} and --activation_checkpointing is '
+            f'{asked}; make them agree or write "auto"'
+        )
+    return written
 
 
 def _bf16(config: RunConfig, settings: dict[str, Any], file: Path, bf16_is_fast: bool) -> bool:
