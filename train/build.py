@@ -14,9 +14,10 @@ from modeling_gpt2flash import GPT2FlashConfig
 from modeling_gpt2flash.attention import choose_attention
 from modeling_gpt2flash.pipeline import Partition, partition
 from train import checkpoint as checkpoints
+from train import failure
 from train.batches import EvalBatches, TrainBatches
 from train.config import DEFAULTS, RunConfig
-from train.engines import deepspeed_json
+from train.engines import deepspeed_json, rendezvous
 from train.engines.accelerated import AcceleratedEngine
 from train.engines.accelerators import device_type, world_size
 from train.engines.base import Engine
@@ -46,6 +47,7 @@ class Run:
     total_steps: int
     warmup_steps: int
     checkpoint: checkpoints.Checkpoint | None
+    restarted: bool  # by the launcher, in the run folder of this job's earlier attempt
 
     @property
     def tokens_per_step(self) -> int:
@@ -82,6 +84,9 @@ def settle(config: RunConfig) -> Run:
         UserError: naming what cannot be, before anything is written or built.
     """
     check_trackers(config.report_to)
+    restarted = rendezvous.has_begun()
+    if restarted:
+        config = _go_on(config)
     config, deepspeed = _settle_engine(config)
     micro_batch_size, accumulation = config.train_micro_batch_size_per_gpu, config.gradient_accumulation_steps
     assert micro_batch_size is not None
@@ -90,7 +95,7 @@ def settle(config: RunConfig) -> Run:
     resume = config.resume_from_checkpoint
     checkpoint = checkpoints.find(resume, config.run_folder) if resume else None
     continuing = checkpoint is not None and checkpoint.folder.parent.resolve() == config.run_folder.resolve()
-    checkpoints.check_free(config.run_folder, continuing, config.overwrite)
+    checkpoints.check_free(config.run_folder, continuing or restarted, config.overwrite)
 
     shape = model_config(config.model, dropout=config.dropout, loss_chunk_size=config.loss_chunk_size)
     block_size = config.block_size or shape.n_positions
@@ -132,15 +137,23 @@ def settle(config: RunConfig) -> Run:
         total_steps=total_steps,
         warmup_steps=min(2000, total_steps // 20) if config.warmup_steps is None else config.warmup_steps,
         checkpoint=checkpoint,
+        restarted=restarted,
     )
     if run.checkpoint is not None:
         checkpoints.check_same_run(run.checkpoint, run.state(run.checkpoint.step))
-        finished = not continuing or (config.run_folder / "metrics.json").exists()
+        # After a restart the summary is written again: the processes may have ended in the middle of it.
+        finished = not continuing or ((config.run_folder / "metrics.json").exists() and not restarted)
         if run.checkpoint.step > total_steps or (run.checkpoint.step == total_steps and finished):
             raise UserError(
                 f"{run.checkpoint.folder} has done all {total_steps} steps; ask for more with --max_steps or --epochs"
             )
     return run
+
+
+def _go_on(config: RunConfig) -> RunConfig:
+    """The flags of a restarted run: from its last whole checkpoint, else from where it began."""
+    own = "latest" if (config.run_folder / checkpoints.LATEST).exists() else config.resume_from_checkpoint
+    return dataclasses.replace(config, overwrite=False, resume_from_checkpoint=own)
 
 
 def _settle_engine(config: RunConfig) -> tuple[RunConfig, dict[str, Any] | None]:
@@ -207,7 +220,9 @@ def _settle_partition(
 
 def build(run: Run) -> Engine:
     """The engine with the model in it, at the step of the run's checkpoint; the run folder is this run's from here."""
+    rendezvous.meet()
     engine = _create_engine(run)
+    failure.watch(gather_object([os.getpid()]))
     checkpoint = run.checkpoint
     seen = gather_object([json.dumps(run.state(checkpoint.step if checkpoint else 0), sort_keys=True)])
     if len(set(seen)) > 1:
@@ -221,6 +236,10 @@ def build(run: Run) -> Engine:
     engine.wait()  # until everything is read, for what is claimed may be emptied
     if engine.is_main:
         checkpoints.claim(run.config.run_folder, checkpoint, run.config.overwrite)
+        rendezvous.mark_begun()
+        if run.restarted:
+            start = f"goes on from {checkpoint.folder}" if checkpoint else "begins anew: there was no checkpoint"
+            print(f"restarted by the launcher: the run {start}", flush=True)
     engine.wait()
     engine.prepare(model)
     if checkpoint is not None and tensors is not None:
