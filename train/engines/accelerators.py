@@ -35,6 +35,7 @@ def plain_accelerator(config: RunConfig) -> Accelerator:
             "--run_type baseline: the launcher asks for DeepSpeed, and the baseline is plain PyTorch; "
             "start it with python -m train or torchrun, or use --run_type optimized"
         )
+    _check_launcher(config, {})
     fsdp = _fsdp_plugin(config) if launcher_asks("ACCELERATE_USE_FSDP") else None
     on_cpu = device_type() == "cpu"
     if fsdp and on_cpu:
@@ -55,6 +56,7 @@ def deepspeed_accelerator(config: RunConfig, deepspeed: dict[str, Any]) -> Accel
             "--run_type optimized: the launcher asks for FSDP, and the optimized run shards through DeepSpeed; launch "
             "with accelerate_configs/deepspeed.yaml, or use --run_type baseline"
         )
+    _check_launcher(config, deepspeed["zero_optimization"])
     handlers = []
     if device_type() == "cpu":
         handlers.append(InitProcessGroupKwargs(backend="gloo"))
@@ -81,6 +83,27 @@ def deepspeed_accelerator(config: RunConfig, deepspeed: dict[str, Any]) -> Accel
 
 def launcher_asks(variable: str) -> bool:
     return os.environ.get(variable, "false").lower() == "true"
+
+
+def _check_launcher(config: RunConfig, zero: dict[str, Any]) -> None:
+    """Refuse settings in Accelerate's file or command line that would be overruled, or would overrule the run's."""
+    nowhere = {"device": "none"}
+    for key, variable, settled in (
+        ("mixed_precision", "MIXED_PRECISION", config.mixed_precision),
+        ("gradient_accumulation_steps", "GRADIENT_ACCUMULATION_STEPS", config.gradient_accumulation_steps),
+        ("gradient_clipping", "GRADIENT_CLIPPING", config.max_grad_norm),
+        ("zero_stage", "DEEPSPEED_ZERO_STAGE", zero.get("stage", 0)),
+        ("offload_optimizer_device", "DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", zero.get("offload_optimizer", nowhere)),
+        ("offload_param_device", "DEEPSPEED_OFFLOAD_PARAM_DEVICE", zero.get("offload_param", nowhere)),
+    ):
+        value = settled["device"] if isinstance(settled, dict) else settled
+        asked = os.environ.get(f"ACCELERATE_{variable}", "auto")
+        left_open = ("auto", "no", "none")  # Accelerate says "no" also where nothing was said
+        if asked not in (*left_open, str(value)) and not (isinstance(value, float) and float(asked) == value):
+            raise UserError(
+                f"the launcher's {key} is {asked}, but the run's is {value}: remove it there; it is set by the run's "
+                "flags and DeepSpeed JSON"
+            )
 
 
 def _fsdp_plugin(config: RunConfig) -> FullyShardedDataParallelPlugin:

@@ -92,6 +92,7 @@ class Engine(ABC):
             fused=config.optimized,
         )
         self.model, self.optimizer = self.accelerator.prepare(module, optimizer)
+        assert isinstance(torch_optimizer(self.optimizer), torch.optim.AdamW), "DeepSpeed has put in its own optimizer"
         create_moments(self.optimizer, config.optimized)
         asked = Place(
             self.rank, gethostname(), device_type(), self._asked_wrapping(), self._asked_stage(), self.data_rank
