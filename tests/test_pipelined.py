@@ -232,6 +232,7 @@ def test_what_happens_between_steps_leaves_them_alone(flags: list[str], tmp_path
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_a_run_goes_through_every_layout(flags: list[str], tmp_path: Path) -> None:
     """Each leg goes on two steps after the beginning of the one before."""
     ten = ["--max_steps=10", "--save_interval=2"]
@@ -256,6 +257,7 @@ def test_a_run_goes_through_every_layout(flags: list[str], tmp_path: Path) -> No
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_two_stages_of_two_processes_from_text_on(tmp_path: Path) -> None:
     prepare = ["-m", "train.preprocess_data", "--dataset", "stdlib", "--out_dir", "data"]
     python(*prepare, "--max_documents", 60, "--val_fraction", 0.2, cwd=tmp_path)

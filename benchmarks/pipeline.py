@@ -1,0 +1,180 @@
+"""How long the stages of a pipeline idle, against theory, with the layers shared out evenly or by cost.
+
+    python -m benchmarks.pipeline
+
+In theory p equal stages idle for (p - 1) / (m + p - 1) of a step of m micro-batches. What is measured is DeepSpeed's
+1F1B schedule as the trainer drives it, one process a stage over gloo, on processes that are paced: each layer of a
+narrow stand-in runs, and then its process sleeps until the time has passed that the layer of the real shape would
+take on a device of constant speed (the modelled FLOPs, twice that in the backward pass; the head's three parts come at
+once, for the chunked loss computes its gradients in the forward pass). So four stages run side by side on two cores.
+The idle share is 1 - busy / (p x wall): busy is what the layers took; all else, communication and optimizer too, is
+idle.
+
+The sides alternate within each round.
+"""
+
+import argparse
+import copy
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState
+
+from modeling_gpt2flash import GPT2FlashConfig, GPT2FlashForCausalLM
+from modeling_gpt2flash.pipeline import HeadLayer, Partition, partition
+from train.config import RunConfig
+from train.engines import deepspeed_json
+from train.engines.pipelined import PipelinedEngine
+from train.models import model_config
+
+SHAPES = ("gpt2", "gpt2-medium")
+METHODS = ("uniform", "cost")
+STAGES = (2, 4)
+MICRO_BATCHES = (2, 8, 16)
+DS_CONFIG = Path(__file__).parent.parent / "ds_configs" / "pipeline.json"
+NARROW: dict[str, Any] = {"n_embd": 16, "n_head": 2, "n_positions": 16, "vocab_size": 64, "bos_token_id": 0,
+                          "eos_token_id": 0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}  # fmt: skip
+
+
+class Pace:
+    """Makes layers take their time, and counts it."""
+
+    def __init__(self) -> None:
+        self.busy = 0.0
+        self.began = 0.0
+
+    def start(self, *_: Any) -> None:
+        self.began = time.perf_counter()
+
+    def stop(self, seconds: float, *_: Any) -> None:
+        time.sleep(max(0.0, self.began + seconds - time.perf_counter()))
+        self.busy += time.perf_counter() - self.began
+
+    def set(self, engine: PipelinedEngine, seconds: list[float]) -> None:
+        """`seconds`: of each layer's forward pass."""
+        for index, layer in engine.layers.items():
+            if isinstance(layer, HeadLayer):
+                layer.loss = partial(self._loss, layer.loss, 3 * seconds[index])  # type: ignore[method-assign]
+                continue
+            layer.register_forward_pre_hook(self.start)
+            layer.register_forward_hook(partial(self.stop, seconds[index]))
+            if index > 0:  # tokens have no gradient that could tell when the embeddings' backward pass ends
+                layer.register_full_backward_pre_hook(self.start)
+                layer.register_full_backward_hook(partial(self.stop, 2 * seconds[index]))
+
+    def _loss(self, loss: Callable[..., torch.Tensor], seconds: float, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self.start()
+        value = loss(*args, **kwargs)
+        self.stop(seconds)
+        return value
+
+
+def shares(shape: str, stages: int, method: str) -> Partition:
+    return partition(model_config(shape, dropout=0.0, loss_chunk_size=512), stages, method)
+
+
+def build(
+    config: RunConfig, deepspeed: dict[str, Any], shape: str, method: str, seconds: float
+) -> tuple[PipelinedEngine, Pace]:
+    """The engine of this process; `seconds` is what a micro-batch takes in an average stage, forward and backward."""
+    stages = config.pipeline_stages
+    assert stages is not None
+    AcceleratorState._reset_state()  # Accelerate would have one engine a process
+    engine = PipelinedEngine(config, copy.deepcopy(deepspeed), shares(shape, stages, method))
+    flops = engine.partition.flops
+    engine.prepare(GPT2FlashForCausalLM(GPT2FlashConfig(n_layer=len(flops) - 3, **NARROW)))
+    pace = Pace()
+    pace.set(engine, [stages * seconds * layer / (3 * sum(flops)) for layer in flops])
+    return engine, pace
+
+
+def idle_share(engine: PipelinedEngine, pace: Pace, micro_batches: int) -> float:
+    """Of one training step."""
+    tokens = torch.ones(1, NARROW["n_positions"], dtype=torch.long)
+    engine.model.set_train_batch_size(micro_batches)
+    engine.wait()
+    pace.busy, began = 0.0, time.perf_counter()
+    engine.train_step(0, [{"input_ids": tokens, "shift_labels": tokens}] * micro_batches, 1e-4)
+    wall = time.perf_counter() - began
+    busy, walls = engine.sum_over_processes(torch.tensor([pace.busy, wall], dtype=torch.float64)).tolist()
+    return 1 - busy / walls
+
+
+def work(stages: int, rounds: int, seconds: float, out: Path) -> None:
+    """One process of the pipeline; the first writes {"shape method micro-batches": [idle share of each round]}."""
+    config = RunConfig(
+        run_type="optimized",
+        deepspeed_config=str(DS_CONFIG),
+        pipeline_stages=stages,
+        train_micro_batch_size_per_gpu=1,
+        mixed_precision="no",
+        report_to="none",
+    )
+    settled = deepspeed_json.resolve(config, stages, bf16_is_fast=False)
+    engines = {(shape, method): build(*settled, shape, method, seconds) for shape in SHAPES for method in METHODS}
+    found: dict[str, list[float]] = {}
+    for round_number in range(rounds + 1):
+        for micro_batches in MICRO_BATCHES:
+            for (shape, method), (engine, pace) in engines.items():
+                share = idle_share(engine, pace, micro_batches)
+                if round_number > 0:  # the first is not counted
+                    found.setdefault(f"{shape} {method} {micro_batches}", []).append(share)
+    if engine.is_main:
+        out.write_text(json.dumps(found))
+    engine.close()
+
+
+def launch(stages: int, rounds: int, seconds: float) -> dict[str, list[float]]:
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "found.json"
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(stages),
+                    "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]  # fmt: skip
+        own = ["--stages", str(stages), "--rounds", str(rounds), "--seconds", str(seconds), "--out", str(out)]
+        done = subprocess.run([*torchrun, "-m", "benchmarks.pipeline", *own], capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(done.stderr)
+        return json.loads(out.read_text())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=0.2, help="of a micro-batch in an average stage")
+    parser.add_argument("--stages", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.out:
+        work(args.stages, args.rounds, args.seconds, args.out)
+        return
+
+    print("| shape | stages | micro-batches | theory | uniform, idle (range) | by cost, idle (range) |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: |")
+    for stages in STAGES:
+        found = launch(stages, args.rounds, args.seconds)
+        for shape in SHAPES:
+            for micro_batches in MICRO_BATCHES:
+                cells = [
+                    f"{statistics.median(idle):.1%} ({min(idle):.1%} to {max(idle):.1%})"
+                    for idle in (found[f"{shape} {method} {micro_batches}"] for method in METHODS)
+                ]
+                theory = (stages - 1) / (micro_batches + stages - 1)
+                print(f"| {shape} | {stages} | {micro_batches} | {theory:.1%} | {' | '.join(cells)} |", flush=True)
+    print("\nThe largest stage's share of the arithmetic, where an even one would be 1 / stages:\n")
+    for shape in SHAPES:
+        for stages in STAGES:
+            sides = [shares(shape, stages, method) for method in METHODS]
+            largest = [max(sum(s.flops[i] for i in s.layers(n)) for n in range(stages)) / sum(s.flops) for s in sides]
+            print(f"- {shape}, {stages} stages: {largest[0]:.1%} uniform, {largest[1]:.1%} by cost")
+
+
+if __name__ == "__main__":
+    main()
