@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from subprocess import PIPE
 
 import pytest
 
@@ -36,7 +37,7 @@ def _joined_namespaces(stack: ExitStack) -> list[Machine]:
     holders: list[str] = []
     for make in (["unshare", "--user", "--map-root-user", "--net"], None):
         make = make or [*ENTER, holders[0], "unshare", "--net"]
-        holder = stack.enter_context(subprocess.Popen([*make, *HOLD], stdin=-1, stdout=-1, stderr=-3, text=True))
+        holder = stack.enter_context(subprocess.Popen([*make, *HOLD], stdin=PIPE, stdout=PIPE, text=True))
         stack.callback(holder.kill)
         assert holder.stdout is not None
         if holder.stdout.readline() != "ready\n":
