@@ -34,7 +34,7 @@ def end(error: Exception) -> NoReturn:
     """End this process of a job because of `error`, with exit code 1. Call it while `error` is being handled."""
     rank, size = job()
     first_line = f"{type(error).__name__}: {error}".partition("\n")[0]
-    if isinstance(error, RuntimeError | ConnectionError) and LOST.search(str(error)):
+    if isinstance(error, RuntimeError) and LOST.search(str(error)):
         time.sleep(PATIENCE_SECONDS)
         _say(f"rank {rank} of {size}: lost another process of the job: {first_line}")
     else:
