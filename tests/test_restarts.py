@@ -45,6 +45,7 @@ def test_a_restarted_job_ends_with_the_losses_of_an_uninterrupted_one(
     assert not list((broken / run).glob(".step-*")), "nothing half-written is left"
 
 
+@pytest.mark.slow
 def test_a_job_without_a_checkpoint_begins_anew(flags: list[str], finished: Path, tmp_path: Path) -> None:
     """From the checkpoint of another run, where it was told to begin there."""
     train = ["-m", "train", *flags, *layout("baseline"), "--max_steps=100", f"--checkpoint_path={tmp_path}"]
