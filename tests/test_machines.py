@@ -1,15 +1,21 @@
 """Two machines train together: network namespaces joined by a cable, or one machine twice where none can be had."""
 
+import os
 import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from subprocess import PIPE
 
+import psutil
 import pytest
 
-from tests.conftest import LOSS_TOLERANCE, ROOT, command, free_port, losses
+from tests.conftest import LOSS_TOLERANCE, ROOT, accelerate, command, free_port, losses, records
+from tests.jobs import END_SECONDS, job
+
+SLURM = ROOT / "accelerate_configs" / "slurm.sh"
 
 ENTER = ["nsenter", "--user", "--net", "--preserve-credentials", "--target"]
 # A namespace lives as long as a process in it. This one ends when its standard input does: with this test.
@@ -36,7 +42,7 @@ def _joined_namespaces(stack: ExitStack) -> list[Machine]:
     holders: list[str] = []
     for make in (["unshare", "--user", "--map-root-user", "--net"], None):
         make = make or [*ENTER, holders[0], "unshare", "--net"]
-        holder = stack.enter_context(subprocess.Popen([*make, *HOLD], stdin=-1, stdout=-1, stderr=-3, text=True))
+        holder = stack.enter_context(subprocess.Popen([*make, *HOLD], stdin=PIPE, stdout=PIPE, text=True))
         stack.callback(holder.kill)
         assert holder.stdout is not None
         if holder.stdout.readline() != "ready\n":
@@ -57,10 +63,10 @@ def launch(machines: list[Machine], folder: Path, *words: object, options: tuple
     return [
         [
             *machine.enter, "env", f"GLOO_SOCKET_IFNAME={machine.interface}",
-            "accelerate", "launch", "--config_file", f"{ROOT}/accelerate_configs/deepspeed.yaml",
+            "accelerate", "launch", "--config_file", f"{ROOT}/accelerate_configs/deepspeed_machines.yaml",
             "--num_machines", "2", "--num_processes", "2", "--machine_rank", str(rank),
             "--main_process_ip", machines[0].address, "--main_process_port", str(port),
-            "--deepspeed_multinode_launcher", "standard", "--same_network", *options,
+            *options,
             "-m", "train", "--run_type=optimized", f"--checkpoint_path={folder}", *map(str, words),
         ]
         for rank, machine in enumerate(machines)
@@ -91,3 +97,85 @@ def test_two_machines_compute_what_one_process_does(
     assert losses(run) == pytest.approx(losses(finished), abs=LOSS_TOLERANCE)
     assert "training: 100%" in done[0].stderr
     assert "training:" not in done[1].stderr
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_on_one_machine_ends_the_job_on_the_other(
+    machines: list[Machine], flags: list[str], tmp_path: Path
+) -> None:
+    one, two = launch(machines, tmp_path, *flags, *layout("zero2"), "--max_steps=100000", "--warmup_steps=0")
+    with job(*one, cwd=tmp_path) as first, job(*two, cwd=tmp_path) as second:
+        first.until_step(6, tmp_path / "optimized")
+        processes = [*first.processes(), *second.processes()]
+        second.worker(1).kill()
+        assert first.end(END_SECONDS) != 0
+        assert second.end(END_SECONDS) != 0
+        assert not psutil.wait_procs(processes, timeout=5)[1]
+        assert "rank 0 of 2: lost another process of the job" in first.said()
+
+
+@pytest.mark.slow
+def test_a_job_of_two_machines_restarts(machines: list[Machine], flags: list[str], tmp_path: Path) -> None:
+    train = [*flags, *layout("zero2"), "--max_steps=40"]
+    accelerate(*train, "--run_type=optimized", f"--checkpoint_path={tmp_path}/whole", cwd=tmp_path)
+    one, two = launch(machines, tmp_path, *train, options=("--max_restarts", "1"))
+    with job(*one, cwd=tmp_path) as first, job(*two, cwd=tmp_path) as second:
+        first.until_step(6, tmp_path / "optimized")
+        second.worker(1).kill()
+        assert first.end() == 0, first.said() + second.said()
+        assert second.end() == 0, second.said()
+        assert first.said().count("restarted by the launcher: the run goes on from") == 1
+    assert losses(tmp_path / "optimized") == losses(tmp_path / "whole" / "optimized")
+
+
+@pytest.mark.slow
+def test_the_hostfile_starts_one_job(
+    machines: list[Machine], flags: list[str], finished: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "hostfile").write_text((ROOT / "ds_configs" / "hostfile").read_text().replace("slots=8", "slots=1"))
+    port = free_port()
+    commands = [
+        [
+            *machine.enter, "env", f"GLOO_SOCKET_IFNAME={machine.interface}",
+            "deepspeed", "--hostfile", "hostfile", "--no_ssh", "--node_rank", rank,
+            "--master_addr", machines[0].address, "--master_port", port, "--module", "train",
+            *flags, *layout("zero2"), "--run_type=optimized", f"--checkpoint_path={tmp_path}",
+        ]
+        for rank, machine in enumerate(machines)
+    ]  # fmt: skip
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda words: command(*words, cwd=tmp_path), commands))
+    assert losses(tmp_path / "optimized") == pytest.approx(losses(finished), abs=LOSS_TOLERANCE)
+
+
+def test_the_slurm_script_is_a_script() -> None:
+    command("bash", "-n", SLURM, cwd=ROOT)
+
+
+@pytest.mark.slow
+def test_the_slurm_script_trains_and_goes_on_when_requeued(
+    machines: list[Machine], flags: list[str], finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slurm's own commands are stand-ins that only start what they are given, once a node."""
+    for name in ("accelerate_configs", "ds_configs"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    nodes = [
+        f'SLURM_NODEID={rank} GLOO_SOCKET_IFNAME={machine.interface} {" ".join(machine.enter)} "${{@:2}}" &'
+        for rank, machine in enumerate(machines)
+    ]
+    (programs / "srun").write_text("\n".join(["#!/bin/bash", *nodes, "wait -n && wait -n", ""]))
+    (programs / "scontrol").write_text(f"#!/bin/bash\nprintf '{machines[0].address}\\n{machines[1].address}\\n'\n")
+    for program in programs.iterdir():
+        program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    slurm = {"JOB_ID": str(free_port()), "JOB_NODELIST": "node[1-2]", "NNODES": "2", "GPUS_ON_NODE": "1"}
+    for key, value in slurm.items():
+        monkeypatch.setenv(f"SLURM_{key}", value)
+    run = tmp_path / "checkpoint" / "optimized"
+    command("bash", SLURM, *flags, *layout("zero2"), cwd=tmp_path)
+    assert losses(run) == pytest.approx(losses(finished), abs=LOSS_TOLERANCE)
+    command("bash", SLURM, *flags, *layout("zero2"), "--max_steps=10", cwd=tmp_path)
+    assert [record["step"] for record in records(run)] == list(range(1, 11))
+    assert losses(run)[:8] == pytest.approx(losses(finished), abs=LOSS_TOLERANCE)

@@ -84,7 +84,7 @@ def settle(config: RunConfig) -> Run:
         UserError: naming what cannot be, before anything is written or built.
     """
     check_trackers(config.report_to)
-    restarted = rendezvous.has_begun()
+    restarted = rendezvous.has_begun(config.run_folder)
     if restarted:
         config = _go_on(config)
     config, deepspeed = _settle_engine(config)
@@ -236,7 +236,7 @@ def build(run: Run) -> Engine:
     engine.wait()  # until everything is read, for what is claimed may be emptied
     if engine.is_main:
         checkpoints.claim(run.config.run_folder, checkpoint, run.config.overwrite)
-        rendezvous.mark_begun()
+        rendezvous.mark_begun(run.config.run_folder)
         if run.restarted:
             start = f"goes on from {checkpoint.folder}" if checkpoint else "begins anew: there was no checkpoint"
             print(f"restarted by the launcher: the run {start}", flush=True)

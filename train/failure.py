@@ -34,7 +34,7 @@ def end(error: Exception) -> NoReturn:
     """End this process of a job because of `error`, with exit code 1. Call it while `error` is being handled."""
     rank, size = job()
     first_line = f"{type(error).__name__}: {error}".partition("\n")[0]
-    if isinstance(error, RuntimeError | ConnectionError) and LOST.search(str(error)):
+    if isinstance(error, RuntimeError) and LOST.search(str(error)):
         time.sleep(PATIENCE_SECONDS)
         _say(f"rank {rank} of {size}: lost another process of the job: {first_line}")
     else:
@@ -49,26 +49,33 @@ def end(error: Exception) -> NoReturn:
 def watch(pids: Sequence[int]) -> None:
     """From now on say it when a signal ends the next rank on this machine, and end with the launcher.
 
-    `pids` are those of all ranks, in their order. Does nothing without a launcher, and where the system has no pidfds.
+    `pids` are those of all ranks, in their order. The launcher is torchelastic's agent or DeepSpeed's. Where the
+    system has no pidfds, nothing is watched.
     """
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
     if len(pids) == 1 or not hasattr(os, "pidfd_open"):
         return
-    rank, local_rank = job()[0], int(os.environ["LOCAL_RANK"])
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
+    rank, local_rank = job()[0], int(os.environ.get("LOCAL_RANK", "0"))
     neighbour = rank - local_rank + (local_rank + 1) % local_size
     parent = os.getppid()
-    watched = {neighbour: pids[neighbour]} if local_size > 1 and _parent_of(pids[neighbour]) == parent else {}
+    files: dict[int, int | None] = {}
     try:
-        files: dict[int, int | None] = {os.pidfd_open(pid): of for of, pid in watched.items()}
-        files[os.pidfd_open(parent)] = None
+        if "TORCHELASTIC_RUN_ID" in os.environ or "CROSS_SIZE" in os.environ:  # else the parent may be a mere shell
+            files[os.pidfd_open(parent)] = None
+        if local_size > 1 and _parent_of(pids[neighbour]) == parent:
+            files[os.pidfd_open(pids[neighbour])] = neighbour
     except OSError:
         return
     threading.Thread(target=_watch, args=(files, pids), daemon=True).start()
 
 
 def _watch(files: dict[int, int | None], pids: Sequence[int]) -> None:
+    poll = select.poll()
+    for file in files:
+        poll.register(file, select.POLLIN)
     while files:
-        for file in select.select(list(files), [], [])[0]:
+        for file, _ in poll.poll():
+            poll.unregister(file)
             rank = files.pop(file)
             if rank is None:
                 _say(f"rank {job()[0]} of {len(pids)}: the launcher is gone")

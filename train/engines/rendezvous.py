@@ -2,32 +2,31 @@
 
 torchelastic hands its workers the address of a store that its agent holds as long as the job lives. PyTorch meets in
 that store under the same keys at every attempt, and so finds the addresses of dead processes. Here rank 0 of each
-attempt holds a store of its own, and the agent's store only says where; and it remembers that the job has begun to
-write its run folder, so that a later attempt may go on in it.
+attempt holds a store of its own, and the agent's store only says where; and it remembers which run folder the job has
+begun to write, so that a later attempt may go on in it.
 """
 
 import functools
 import os
 import socket
 import time
+from pathlib import Path
 
 from torch.distributed import TCPStore
 
-MEETING = "gpt2flash/meeting"  # "host port" of the store of the newest attempt's rank 0
-BEGUN = "gpt2flash/begun"
 TIMEOUT_SECONDS = 300.0
 
 
-def has_begun() -> bool:
+def has_begun(run_folder: Path) -> bool:
     """Whether an earlier attempt of this job has made the run folder its own."""
-    store = _agent_store()
-    return store is not None and store.check([BEGUN])
+    store, key = _agent_store(), _key("begun")
+    return store is not None and store.check([key]) and store.get(key).decode() == str(run_folder)
 
 
-def mark_begun() -> None:
+def mark_begun(run_folder: Path) -> None:
     store = _agent_store()
     if store is not None:
-        store.set(BEGUN, "yes")
+        store.set(_key("begun"), str(run_folder))
 
 
 @functools.cache  # rank 0 holds the store until its end
@@ -44,7 +43,7 @@ def meet() -> TCPStore | None:
     if rank == "0":
         address = _own_address(agent.host, agent.port)
         store = TCPStore(address, 0, is_master=True, wait_for_workers=False)
-        agent.set(MEETING, f"{address} {store.port}")
+        agent.set(_key("meeting"), f"{address} {store.port}")
     else:
         store = _join(agent, rank)
     os.environ |= {"MASTER_ADDR": store.host, "MASTER_PORT": str(store.port)}
@@ -59,6 +58,12 @@ def _agent_store() -> TCPStore | None:
     return TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
 
 
+def _key(name: str) -> str:
+    """Jobs without an --rdzv_endpoint of their own share a store, and their --rdzv_id is the same by default."""
+    agent = str(os.getppid()) if os.environ.get("GROUP_WORLD_SIZE", "1") == "1" else ""
+    return f"gpt2flash/{os.environ.get('TORCHELASTIC_RUN_ID')}/{agent}/{name}"
+
+
 def _own_address(host: str, port: int) -> str:
     """Where the others reach this machine: by the network that leads to `host`, or as `host` when that is here."""
     with socket.create_connection((host, port)) as probe:
@@ -69,7 +74,7 @@ def _own_address(host: str, port: int) -> str:
 def _join(agent: TCPStore, rank: str) -> TCPStore:
     deadline = time.monotonic() + TIMEOUT_SECONDS
     while time.monotonic() < deadline:
-        host, port = agent.get(MEETING).decode().split()
+        host, port = agent.get(_key("meeting")).decode().split()
         try:
             socket.create_connection((host, int(port)), timeout=5).close()
             store = TCPStore(host, int(port), is_master=False)

@@ -1,0 +1,116 @@
+"""A job that its launcher restarts goes on from its last whole checkpoint, to the losses of one never interrupted."""
+
+import os
+import sys
+from pathlib import Path
+from subprocess import PIPE, Popen
+
+import pytest
+from torch.distributed import TCPStore
+
+from tests.conftest import command, losses, records
+from tests.jobs import job, launcher, layout
+
+STEPS = ["--max_steps=40", "--save_interval=10"]
+RESTARTED = "restarted by the launcher: the run"
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "victim"),
+    [
+        ("torchrun", "baseline", 1),
+        ("accelerate", "zero1", 0),
+        pytest.param("accelerate", "pipeline", 1, marks=pytest.mark.slow),
+    ],
+)
+def test_a_restarted_job_ends_with_the_losses_of_an_uninterrupted_one(
+    flags: list[str], tmp_path: Path, name: str, kind: str, victim: int
+) -> None:
+    train = ["-m", "train", *flags, *layout(kind), *STEPS, "--overwrite"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    command(*launcher(name), *train, f"--checkpoint_path={whole}", cwd=tmp_path)
+    run = "baseline" if kind == "baseline" else "optimized"
+    restarting = launcher(name, "--max_restarts=1")
+    with job(*restarting, *train, f"--checkpoint_path={broken}", cwd=tmp_path) as started:
+        started.until_step(13, broken / run)
+        started.worker(victim).kill()
+        assert started.end() == 0, started.said()
+        said = started.said()
+        assert f"rank {victim} of 2: ended by SIGKILL" in said
+        assert said.count(RESTARTED) == 1
+        assert f"{RESTARTED} goes on from {broken / run}/step-" in said
+    assert losses(broken / run) == losses(whole / run)
+    assert [record["step"] for record in records(broken / run)] == list(range(1, 41))
+    assert (broken / run / "metrics.json").exists()
+    assert not list((broken / run).glob(".step-*")), "nothing half-written is left"
+
+
+@pytest.mark.slow
+def test_a_job_without_a_checkpoint_begins_anew(flags: list[str], finished: Path, tmp_path: Path) -> None:
+    """From the checkpoint of another run, where it was told to begin there."""
+    train = ["-m", "train", *flags, *layout("baseline"), "--max_steps=100", f"--checkpoint_path={tmp_path}"]
+    half = f"--resume_from_checkpoint={finished}/step-4"
+    with job(*launcher("torchrun", "--max_restarts=1"), *train, half, cwd=tmp_path) as started:
+        started.until_step(10, tmp_path / "baseline")
+        started.worker(1).kill()
+        assert started.end() == 0, started.said()
+        assert f"{RESTARTED} goes on from {finished}/step-4" in started.said()
+    assert [record["step"] for record in records(tmp_path / "baseline")] == list(range(1, 101))
+
+
+def test_a_restart_leaves_an_earlier_run_alone(flags: list[str], tmp_path: Path) -> None:
+    (tmp_path / "baseline").mkdir()
+    (tmp_path / "baseline" / "metrics.json").write_text("{}")
+    train = ["-m", "train", *flags, *layout("baseline"), f"--checkpoint_path={tmp_path}"]
+    done = command(*launcher("torchrun", "--max_restarts=1"), *train, cwd=tmp_path, check=False)
+    assert done.returncode != 0
+    assert done.stderr.count("already holds a finished run") == 2, "at both attempts"
+    assert RESTARTED not in done.stdout
+    assert [path.name for path in (tmp_path / "baseline").iterdir()] == ["metrics.json"]
+
+
+MEET = """
+import sys
+from train.engines.rendezvous import meet
+store = meet()
+print(store.port, flush=True)
+store.add("came", 1)
+sys.stdin.read()
+"""
+
+
+def test_processes_meet_in_the_store_of_their_own_attempt(tmp_path: Path) -> None:
+    """However many earlier ones there were: dead, or still about when a part of the job has begun again."""
+    agent = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    shared = {
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(agent.port), "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RUN_ID": "test", "GROUP_WORLD_SIZE": "2",
+    }  # fmt: skip
+
+    def start(rank: int) -> Popen[str]:
+        env = {**os.environ, **shared, "RANK": str(rank)}
+        return Popen([sys.executable, "-c", MEET], env=env, stdin=PIPE, stdout=PIPE, text=True, cwd=tmp_path)
+
+    def port(process: Popen[str]) -> int:
+        assert process.stdout is not None
+        return int(process.stdout.readline())
+
+    started: list[Popen[str]] = []
+    try:
+        for old_is_dead in (True, False):
+            old = [start(rank) for rank in (0, 1)]
+            started += old
+            meeting = port(old[0])
+            assert port(old[1]) == meeting
+            for process in old[1:] if not old_is_dead else old:
+                process.kill()
+                process.wait()
+            follower = start(1)  # comes first, and finds the old address
+            started.append(follower)
+            leader = start(0)
+            started.append(leader)
+            assert port(leader) == port(follower) != meeting
+    finally:
+        for process in started:
+            process.kill()
+            process.communicate()
