@@ -312,6 +312,7 @@ __all__ = [
     "FinalNormLayer",
     "HeadLayer",
     "Partition",
+    "Passed",
     "balance",
     "forward_flops",
     "full_name",

@@ -48,11 +48,18 @@ def python(*words: object, cwd: Path, check: bool = True) -> subprocess.Complete
     return command(sys.executable, *words, cwd=cwd, check=check)
 
 
-def accelerate(*words: object, cwd: Path, processes: int = 2, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Train under `accelerate launch` with the shipped configuration."""
-    config = ROOT / "accelerate_configs" / "deepspeed.yaml"
+def accelerate(
+    *words: object, cwd: Path, processes: int = 2, layout: str = "deepspeed", check: bool = True
+) -> subprocess.CompletedProcess[str]:
+    """Train under `accelerate launch` with a shipped configuration."""
+    config = ROOT / "accelerate_configs" / f"{layout}.yaml"
     launch = ["accelerate", "launch", "--config_file", config, "--num_processes", processes, "--main_process_port", 0]
     return command(*launch, "-m", "train", *words, cwd=cwd, check=check)
+
+
+def torchrun(*words: object, cwd: Path, processes: int = 2) -> subprocess.CompletedProcess[str]:
+    launch = ["torchrun", "--nproc_per_node", processes, "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+    return command(*launch, *words, cwd=cwd)
 
 
 def free_port() -> int:

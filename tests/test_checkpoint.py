@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from modeling_gpt2flash import GPT2FlashConfig, GPT2FlashForCausalLM
 from tests.conftest import SMALL, losses
@@ -26,13 +28,16 @@ def model() -> GPT2FlashForCausalLM:
 
 
 def save(folder: Path, model: GPT2FlashForCausalLM, step: int, keep: int | None = None) -> Path:
-    weights = {name: p.detach() for name, p in model.named_parameters()}
-    moments = {f"{key}.{name}": torch.full_like(p, step) for key in MOMENTS for name, p in weights.items()}
-    return checkpoints.save(folder, model.config, weights, moments, {"step": step}, keep)
+    tensors = (
+        (name, {"weight": p.detach(), **{key: torch.full_like(p.detach(), step) for key in MOMENTS}})
+        for name, p in model.named_parameters()
+    )
+    return checkpoints.save(folder, model.config, tensors, {"step": step}, keep)
 
 
 def test_save_find_read(tmp_path: Path, model: GPT2FlashForCausalLM) -> None:
     save(tmp_path, model, 3)
+    assert (tmp_path / "model.safetensors").samefile(tmp_path / "step-3" / "model.safetensors")
     found = checkpoints.find("latest", tmp_path)
     assert (found.step, found.folder) == (3, tmp_path / "step-3")
     weights, moments = checkpoints.read_tensors(found, model)
@@ -60,25 +65,21 @@ def test_going_on_from_an_earlier_step_drops_the_later_ones(tmp_path: Path, mode
 
 
 def test_a_missing_tensor_is_named(tmp_path: Path, model: GPT2FlashForCausalLM) -> None:
-    weights = {name: p.detach() for name, p in model.named_parameters()}
-    checkpoints.save(
-        tmp_path, model.config, weights, {"exp_avg.transformer.wte.weight": torch.ones(1)}, {"step": 1}, None
-    )
+    optimizer = save(tmp_path, model, 1) / "optimizer.safetensors"
+    save_file({"exp_avg.transformer.wte.weight": torch.ones(1)}, optimizer)
     with pytest.raises(UserError, match=r"exp_avg_sq\.transformer\.wte\.weight is missing"):
         checkpoints.read_tensors(checkpoints.find("latest", tmp_path), model)
 
 
-def test_a_save_that_fails_leaves_nothing(
-    tmp_path: Path, model: GPT2FlashForCausalLM, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_save_that_fails_leaves_nothing(tmp_path: Path, model: GPT2FlashForCausalLM) -> None:
     save(tmp_path, model, 1)
-
-    def full_disk(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(checkpoints, "save_file", full_disk)
-    with pytest.raises(OSError, match="No space"):
-        save(tmp_path, model, 2)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5_000_000, limits[1]))  # the moments take 6.4 MB
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            save(tmp_path, model, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert sorted(path.name for path in tmp_path.glob("*step*")) == ["step-1"]
     assert sorted(path.name for path in tmp_path.glob(".*")) == []
 

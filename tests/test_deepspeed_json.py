@@ -1,6 +1,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -90,6 +91,13 @@ def test_bf16_follows_flag_then_hardware(tmp_path: Path, asked: str | None, fast
         ({"pipeline": 2}, {}, ["pipeline", "stages"]),
         ({"pipeline": {"stages": 2, "seed_layers": True}}, {}, ["pipeline.seed_layers", "not obeyed"]),
         ({"pipeline": {"stages": 0}}, {}, ["pipeline.stages", "0"]),
+        ({"pipeline": {"stages": 2, "activation_checkpoint_interval": -1}}, {}, ["checkpoint_interval", "-1"]),
+        ({"pipeline": {"stages": 2, "activation_checkpoint_interval": True}}, {}, ["checkpoint_interval", "True"]),
+        (
+            {"pipeline": {"stages": 2, "activation_checkpoint_interval": 2}},
+            {"activation_checkpointing": 0},
+            ["activation_checkpoint_interval", "is 2", "--activation_checkpointing is 0"],
+        ),
         ({"pipeline": {"stages": 2, "partition": 5}}, {}, ["pipeline.partition", "5"]),
         ({"pipeline": {"stages": 2}}, {"pipeline_stages": 1}, ["pipeline.stages", "2", "--pipeline_stages is 1"]),
         ({"pipeline": {"partition": "cost"}}, {}, ["how many stages", "--pipeline_stages"]),
@@ -120,9 +128,24 @@ def test_stages_come_from_flag_or_json_and_zero_1_with_them(
 ) -> None:
     config, filled = resolve(tmp_path, settings | zero, world_size=6, pipeline_stages=asked)
     assert config.pipeline_stages == 2
-    assert filled["pipeline"] == {"stages": 2, "partition": "cost"}
+    assert filled["pipeline"] == {"stages": 2, "partition": "cost", "activation_checkpoint_interval": 0}
     assert filled["zero_optimization"]["stage"] == 1
     assert filled["train_batch_size"] == 4 * 1 * 3  # data-parallel processes, not all six
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+@pytest.mark.parametrize(
+    ("written", "asked", "expected"),
+    [(None, None, 0), (None, 3, 3), (3, None, 3), (3, 3, 3), ("auto", 3, 3), (0, None, 0)],
+)
+def test_activation_checkpointing_comes_from_flag_or_json(
+    tmp_path: Path, stages: int, written: Any, asked: int | None, expected: int
+) -> None:
+    block = {"stages": stages} | ({} if written is None else {"activation_checkpoint_interval": written})
+    config, filled = resolve(tmp_path, {"pipeline": block}, activation_checkpointing=asked)
+    assert config.activation_checkpointing == expected
+    if stages > 1:
+        assert filled["pipeline"]["activation_checkpoint_interval"] == expected
 
 
 def test_one_stage_is_no_pipeline(tmp_path: Path) -> None:

@@ -5,9 +5,24 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from tests.conftest import LOSS_TOLERANCE, ROOT, accelerate, command, free_port, losses, python, records
+
+
+def check_parity(run: Path, finished: Path) -> None:
+    assert losses(run) == pytest.approx(losses(finished), abs=LOSS_TOLERANCE)
+    for ours, theirs in zip(records(run), records(finished), strict=True):
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
+        assert ours.get("val_loss") == pytest.approx(theirs.get("val_loss"), abs=LOSS_TOLERANCE)
+    assert json.loads((run / "metrics.json").read_text())["world_size"] == 2
+    weights, expected = (load_file(folder / "model.safetensors") for folder in (run, finished))
+    assert list(weights) == list(expected)
+    # Not the key biases: their gradient is zero but for rounding, which AdamW makes into steps of the learning rate.
+    for name in weights:
+        if not name.endswith("c_attn.bias"):
+            torch.testing.assert_close(weights[name], expected[name], rtol=0, atol=2e-4, msg=name)
 
 
 @pytest.fixture(scope="module")
@@ -16,30 +31,52 @@ def two_processes(flags: list[str]) -> list[str]:
     return [*flags, "--train_micro_batch_size_per_gpu=2", "--mixed_precision=no", "--save_interval=4"]
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+SLOW = pytest.mark.slow
+ENGINES = {
+    "zero1": "ZeRO-1",
+    "zero2": "ZeRO-2",
+    "zero3": "ZeRO-3",
+    "zero1_offload": "ZeRO-1 with its optimizer on the CPU",
+    "zero2_offload": "ZeRO-2 with its optimizer on the CPU",
+    "zero3_offload": "ZeRO-3 with its optimizer on the CPU",
+}
+
+
+@pytest.mark.parametrize("engine", [pytest.param(name, marks=SLOW if "offload" in name else ()) for name in ENGINES])
 def test_zero_on_two_processes_computes_what_one_process_does(
-    two_processes: list[str], finished: Path, tmp_path: Path, stage: int
+    two_processes: list[str], finished: Path, tmp_path: Path, engine: str
 ) -> None:
-    accelerate(
+    done = accelerate(
         *two_processes,
         "--run_type=optimized",
         "--eval_interval=4",
-        f"--deepspeed_config={ROOT}/ds_configs/zero{stage}.json",
+        f"--deepspeed_config={ROOT}/ds_configs/{engine}.json",
         f"--checkpoint_path={tmp_path}",
         cwd=tmp_path,
     )
-    run = tmp_path / "optimized"
-    assert losses(run) == pytest.approx(losses(finished), abs=LOSS_TOLERANCE)
-    for ours, theirs in zip(records(run), records(finished), strict=True):
-        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
-        assert ours.get("val_loss") == pytest.approx(theirs.get("val_loss"), abs=LOSS_TOLERANCE)
-    assert json.loads((run / "metrics.json").read_text())["world_size"] == 2
-    weights, expected = (load_file(folder / "model.safetensors") for folder in (run, finished))
-    assert weights.keys() == expected.keys()
-    # Not the key biases: their gradient is zero but for rounding, which AdamW makes into steps of the learning rate.
-    for name in weights:
-        if not name.endswith("c_attn.bias"):
-            torch.testing.assert_close(weights[name], expected[name], rtol=0, atol=2e-4, msg=name)
+    assert f"{ENGINES[engine]} on 2 processes" in done.stdout + done.stderr
+    check_parity(tmp_path / "optimized", finished)
+
+
+def test_every_shipped_file_is_tested() -> None:
+    assert {path.stem for path in (ROOT / "ds_configs").iterdir()} == {*ENGINES, "pipeline"}
+    launchers = {path.stem for path in (ROOT / "accelerate_configs").glob("*.yaml")}
+    assert launchers == {"one_process", "ddp", "fsdp2", "deepspeed", "deepspeed_machines"}
+
+
+@pytest.mark.slow
+def test_the_json_may_be_named_in_the_launchers_file(flags: list[str], finished: Path, tmp_path: Path) -> None:
+    """As `deepspeed_config_file`, Accelerate's own way; the flag may then only repeat it."""
+    written = yaml.safe_load((ROOT / "accelerate_configs" / "deepspeed.yaml").read_text())
+    written |= {"deepspeed_config": {"deepspeed_config_file": f"{ROOT}/ds_configs/zero1.json"}}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(written))
+    launch = ["accelerate", "launch", "--config_file", "own.yaml", "-m", "train", *flags, "--run_type=optimized"]
+    launch += ["--mixed_precision=no", f"--checkpoint_path={tmp_path}"]
+    done = command(*launch, cwd=tmp_path)
+    assert "ZeRO-1 on 1 process" in done.stdout + done.stderr
+    assert losses(tmp_path / "optimized") == pytest.approx(losses(finished), abs=LOSS_TOLERANCE)
+    refused = command(*launch, f"--deepspeed_config={ROOT}/ds_configs/zero2.json", cwd=tmp_path, check=False)
+    assert "the launcher's deepspeed_config_file is" in refused.stderr
 
 
 def test_a_sharded_checkpoint_goes_on_in_another_layout(
@@ -66,6 +103,62 @@ def test_torchrun_trains_the_baseline_data_parallel(two_processes: list[str], fi
     torchrun = ["torchrun", "--nproc_per_node", "2", "--master_port", "0", "--rdzv_backend", "c10d"]
     command(*torchrun, "-m", "train", *two_processes, f"--checkpoint_path={tmp_path}", cwd=tmp_path)
     assert losses(tmp_path / "baseline") == pytest.approx(losses(finished), abs=LOSS_TOLERANCE)
+
+
+@pytest.mark.parametrize(("layout", "wrapping"), [pytest.param("ddp", "DDP", marks=SLOW), ("fsdp2", "FSDP2")])
+def test_plain_pytorch_on_two_processes_computes_what_one_process_does(
+    two_processes: list[str], finished: Path, tmp_path: Path, layout: str, wrapping: str
+) -> None:
+    flags = [*two_processes, "--eval_interval=4", f"--checkpoint_path={tmp_path}"]
+    done = accelerate(*flags, cwd=tmp_path, layout=layout)
+    assert f"{wrapping} on 2 processes" in done.stdout + done.stderr
+    check_parity(tmp_path / "baseline", finished)
+
+
+@pytest.mark.slow
+def test_fsdp2_goes_on_from_any_layout_and_any_layout_from_it(
+    two_processes: list[str], finished: Path, tmp_path: Path
+) -> None:
+    there = [*two_processes, f"--resume_from_checkpoint={finished}/step-4", f"--checkpoint_path={tmp_path}/there"]
+    accelerate(*there, "--save_interval=2", cwd=tmp_path, layout="fsdp2")
+    assert losses(tmp_path / "there" / "baseline") == pytest.approx(losses(finished), abs=LOSS_TOLERANCE)
+    back = [*two_processes, f"--resume_from_checkpoint={tmp_path}/there/baseline/step-6"]
+    python("-m", "train", *back, "--train_micro_batch_size_per_gpu=4", f"--checkpoint_path={tmp_path}", cwd=tmp_path)
+    assert losses(tmp_path / "baseline") == pytest.approx(losses(finished), abs=LOSS_TOLERANCE)
+
+
+@pytest.mark.slow
+def test_fsdp2_in_bf16_stays_close(two_processes: list[str], finished: Path, tmp_path: Path) -> None:
+    flags = [*two_processes, "--mixed_precision=bf16", "--loss_chunk_size=16", f"--checkpoint_path={tmp_path}"]
+    accelerate(*flags, "--activation_checkpointing", cwd=tmp_path, layout="fsdp2")
+    assert losses(tmp_path / "baseline") == pytest.approx(losses(finished), abs=0.02)
+
+
+@pytest.mark.slow
+def test_one_process_may_be_launched_too(flags: list[str], finished: Path, tmp_path: Path) -> None:
+    accelerate(*flags, f"--checkpoint_path={tmp_path}", cwd=tmp_path, layout="one_process", processes=1)
+    assert losses(tmp_path / "baseline") == losses(finished)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ({"fsdp_version": 1}, ["fsdp_version is 1", "write fsdp_version: 2"]),
+        ({"fsdp_offload_params": True}, ["fsdp_offload_params is true", "zero3_offload.json"]),
+    ],
+)
+def test_fsdp_settings_that_would_not_be_obeyed_are_refused(
+    flags: list[str], tmp_path: Path, setting: dict[str, object], words: list[str]
+) -> None:
+    written = yaml.safe_load((ROOT / "accelerate_configs" / "fsdp2.yaml").read_text())
+    written["fsdp_config"] |= setting
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(written | {"num_processes": 2}))
+    launch = ["accelerate", "launch", "--config_file", "own.yaml", "--main_process_port", 0, "-m", "train", *flags]
+    done = command(*launch, f"--checkpoint_path={tmp_path}/out", cwd=tmp_path, check=False)
+    assert done.returncode != 0
+    assert all(word in done.stderr for word in words), done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_deepspeed_launcher_starts_the_same_run(two_processes: list[str], finished: Path, tmp_path: Path) -> None:

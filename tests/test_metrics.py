@@ -147,7 +147,6 @@ def test_summary_by_hand() -> None:
     assert got["flops_per_second"] == 854_438_400 * 2000
     assert got["mfu"] == pytest.approx(854_438_400 * 2000 / 2e12)
     assert got["config"] == {"seed": 1, "scale": None}
-    assert summary(records, training_time_seconds=33.0)["training_time_seconds"] == 33.0
     json.dumps(got, allow_nan=False)
 
 

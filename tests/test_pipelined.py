@@ -2,15 +2,27 @@
 
 import dataclasses
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel
 
-from tests.conftest import LOSS_TOLERANCE, ROOT, accelerate, command, free_port, losses, python, records
+from tests.conftest import (
+    LOSS_TOLERANCE,
+    ROOT,
+    SMALL,
+    accelerate,
+    command,
+    free_port,
+    losses,
+    python,
+    records,
+    torchrun,
+)
 from train.build import settle
 from train.config import parse
 from train.errors import UserError
@@ -34,6 +46,12 @@ def layout(folder: Path, stages: int, processes: int, partition: Any = "uniform"
         "--eval_interval=4",
         f"--checkpoint_path={folder}",
     ]
+
+
+def dualpipev(folder: Path, partition: Any = (2, 1, 1, 1)) -> list[str]:
+    """Flags that train with DualPipeV on two processes."""
+    schedule = ["--pipeline_schedule=dualpipev", "--train_micro_batch_size_per_gpu=1"]
+    return [*layout(folder, 2, 2, partition), *schedule, "--gradient_accumulation_steps=4"]
 
 
 def check_parity(run: Path, finished: Path) -> None:
@@ -94,8 +112,7 @@ def test_a_resumed_pipeline_is_the_uninterrupted_one(
 
 @pytest.mark.slow
 def test_stages_and_data_parallelism_together(flags: list[str], finished: Path, tmp_path: Path) -> None:
-    torchrun = ["torchrun", "--nproc_per_node", "4", "--master_port", "0", "--rdzv_backend", "c10d"]
-    command(*torchrun, "-m", "train", *flags, *layout(tmp_path, 2, 4), cwd=tmp_path)
+    torchrun("-m", "train", *flags, *layout(tmp_path, 2, 4), cwd=tmp_path, processes=4)
     check_parity(tmp_path / "optimized", finished)
 
 
@@ -111,11 +128,10 @@ def test_stages_without_matrices_or_without_vectors(
 
 @pytest.mark.slow
 def test_dualpipev_computes_what_one_process_does(flags: list[str], finished: Path, tmp_path: Path) -> None:
-    dual = ["--pipeline_schedule=dualpipev", "--train_micro_batch_size_per_gpu=1", "--gradient_accumulation_steps=4"]
     whole, half = tmp_path / "whole", tmp_path / "half"
-    accelerate(*flags, *layout(whole, 2, 2, [2, 1, 1, 1]), *dual, cwd=tmp_path)
+    accelerate(*flags, *dualpipev(whole), cwd=tmp_path)
     check_parity(whole / "optimized", finished)
-    accelerate(*flags, *layout(half, 2, 2), *dual, f"--resume_from_checkpoint={whole}/optimized/step-4", cwd=tmp_path)
+    accelerate(*flags, *dualpipev(half, "uniform"), f"--resume_from_checkpoint={whole}/optimized/step-4", cwd=tmp_path)
     assert losses(half / "optimized") == pytest.approx(losses(finished), abs=LOSS_TOLERANCE)
 
 
@@ -126,6 +142,132 @@ def test_activation_checkpointing_changes_nothing(
     launch = ["deepspeed", "--num_gpus", "2", "--master_port", free_port(), "--module", "train"]
     command(*launch, *flags, *layout(tmp_path, 2, 2), "--activation_checkpointing", cwd=tmp_path)
     assert losses(tmp_path / "optimized") == losses(two_stages[0])
+
+
+def engine_steps(scenario: str, folder: Path, *flags: object, processes: int = 2) -> list[list[dict[str, Any]]]:
+    """What each process says of each step of a scenario of `tests.engine_steps`; the weights are in the folder."""
+    words = ["-m", "tests.engine_steps", scenario, folder, *flags, f"--checkpoint_path={folder}"]
+    if processes > 1:
+        torchrun(*words, cwd=folder.parent, processes=processes)
+    else:
+        python(*words, cwd=folder.parent)
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(processes)]
+
+
+@pytest.fixture(scope="module")
+def six_blocks(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Flags of two steps of a model of nine layers, four in the first half, five in the second."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("six_blocks")
+    GPT2LMHeadModel(GPT2Config(**SMALL | {"n_layer": 6})).save_pretrained(folder / "model")
+    return [*flags, *layout(folder, 2, 2, [4, 5]), f"--model={folder}/model", "--max_steps=2"]
+
+
+@pytest.fixture(scope="module")
+def without_recomputation(six_blocks: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[list[dict]]:
+    return engine_steps("watched", tmp_path_factory.mktemp("all_kept") / "out", *six_blocks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("interval", [1, 2, 3])
+def test_layers_are_recomputed_in_groups_on_every_stage(
+    six_blocks: list[str], without_recomputation: list[list[dict]], tmp_path: Path, interval: int
+) -> None:
+    said = engine_steps("watched", tmp_path / "out", *six_blocks, f"--activation_checkpointing={interval}")
+    for stage, own in enumerate([[0, 1, 2, 3], [4, 5, 6, 7]]):  # the head is part of the loss and no layer
+        groups = [own[start : start + interval] for start in range(0, len(own), interval)]
+        for step, all_kept in zip(said[stage], without_recomputation[stage], strict=True):
+            assert (step["loss"], step["grad_norm"]) == (all_kept["loss"], all_kept["grad_norm"])
+            assert all_kept["training"] == 2 * own, "two micro-batches"
+            assert Counter(step["training"]) == dict.fromkeys(own, 4)
+            assert step["training"][-len(own) :] == [layer for group in reversed(groups) for layer in group]
+            assert step["evaluating"] == own
+
+
+@pytest.mark.slow
+def test_dualpipev_recomputes_as_the_json_says(six_blocks: list[str], tmp_path: Path) -> None:
+    four = [*six_blocks, *dualpipev(tmp_path, [2, 2, 2, 3])]
+    all_kept = engine_steps("watched", tmp_path / "all_kept", *four)
+    settings = json.loads((tmp_path / "ds.json").read_text())
+    settings["pipeline"]["activation_checkpoint_interval"] = 2
+    (tmp_path / "ds.json").write_text(json.dumps(settings))
+    said = engine_steps("watched", tmp_path / "out", *four)
+    for rank, own in enumerate([[0, 1, 6, 7], [2, 3, 4, 5]]):
+        for step, before in zip(said[rank], all_kept[rank], strict=True):
+            assert (step["loss"], step["grad_norm"]) == (before["loss"], before["grad_norm"])
+            assert Counter(before["training"]) == dict.fromkeys(own, 4)
+            assert Counter(step["training"]) == dict.fromkeys(own, 8)
+            assert step["training"][-2:] == own[:2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [[], ["--activation_checkpointing=2"], ["dualpipev"]])
+def test_packed_documents_across_stages(flags: list[str], tmp_path: Path, more: list[str]) -> None:
+    one = [*flags, "--attn_implementation=sdpa"]
+    [expected] = engine_steps("in_packs", tmp_path / "one", *one, processes=1)
+    [unpacked] = engine_steps("plain", tmp_path / "unpacked", *one, processes=1)
+    two = dualpipev(tmp_path) if more == ["dualpipev"] else [*layout(tmp_path, 2, 2), *more]
+    said = engine_steps("in_packs", tmp_path / "two", *flags, *two)[0]
+    for ours, theirs in zip(said, expected, strict=True):
+        assert ours == pytest.approx(theirs, abs=LOSS_TOLERANCE, rel=1e-4)
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=LOSS_TOLERANCE)
+    assert all(abs(ours["loss"] - theirs["loss"]) > 1e-3 for ours, theirs in zip(said[:2], unpacked[:2], strict=True))
+    weights, reference = (load_file(tmp_path / name / "weights.safetensors") for name in ("two", "one"))
+    for name in reference:
+        if not name.endswith("c_attn.bias"):
+            torch.testing.assert_close(weights[name], reference[name], rtol=0, atol=1e-5, msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", ["1f1b", "dualpipev"])
+def test_what_happens_between_steps_leaves_them_alone(flags: list[str], tmp_path: Path, schedule: str) -> None:
+    """Validation in batches of another size, checkpoints and generation from them, with dropout to be disturbed."""
+    two = dualpipev(tmp_path) if schedule == "dualpipev" else layout(tmp_path, 2, 2, [2, 3])
+    two = [*flags, *two, "--dropout=0.1"]
+    plain = engine_steps("plain", tmp_path / "plain", *two)
+    assert engine_steps("interrupted", tmp_path / "interrupted", *two) == plain
+    weights, others = (load_file(tmp_path / name / "weights.safetensors") for name in ("plain", "interrupted"))
+    assert weights.keys() == others.keys()
+    assert all(torch.equal(weights[name], others[name]) for name in weights)
+
+
+@pytest.mark.slow
+def test_a_run_goes_through_every_layout(flags: list[str], tmp_path: Path) -> None:
+    """Each leg goes on two steps after the beginning of the one before."""
+    ten = ["--max_steps=10", "--save_interval=2"]
+    python("-m", "train", *flags, *ten, f"--checkpoint_path={tmp_path}/whole", cwd=tmp_path)
+    last = tmp_path / "whole" / "baseline"
+    expected = losses(last)
+    zero3 = ["--run_type=optimized", f"--deepspeed_config={ROOT}/ds_configs/zero3.json", "--mixed_precision=no"]
+    legs = {
+        "four_stages": (4, layout(tmp_path / "four_stages", 4, 4)),
+        "two_by_two": (4, layout(tmp_path / "two_by_two", 2, 4)),
+        "zero3": (2, [*zero3, "--train_micro_batch_size_per_gpu=2", f"--checkpoint_path={tmp_path}/zero3"]),
+        "alone": (1, [f"--checkpoint_path={tmp_path}/alone"]),
+    }
+    for step, (name, (processes, own)) in zip([2, 4, 6, 8], legs.items(), strict=True):
+        words = [*flags, *own, *ten, f"--resume_from_checkpoint={last}/step-{step}"]
+        if processes > 1:
+            accelerate(*words, cwd=tmp_path, processes=processes)
+        else:
+            python("-m", "train", *words, cwd=tmp_path)
+        last = tmp_path / name / ("optimized" if processes > 1 else "baseline")
+        assert losses(last) == pytest.approx(expected, abs=LOSS_TOLERANCE), name
+
+
+@pytest.mark.slow
+def test_two_stages_of_two_processes_from_text_on(tmp_path: Path) -> None:
+    prepare = ["-m", "train.preprocess_data", "--dataset", "stdlib", "--out_dir", "data"]
+    python(*prepare, "--max_documents", 60, "--val_fraction", 0.2, cwd=tmp_path)
+    shared = ["--model=tiny", "--block_size=64", "--max_steps=10", "--mixed_precision=no", "--eval_steps=2",
+              "--report_to=none", "--max_new_tokens=8"]  # fmt: skip
+    python("-m", "train", *shared, "--train_micro_batch_size_per_gpu=8", cwd=tmp_path)
+    two = ["--run_type=optimized", f"--deepspeed_config={ROOT}/ds_configs/pipeline.json", "--pipeline_stages=2"]
+    half = ["--train_micro_batch_size_per_gpu=2", "--gradient_accumulation_steps=2"]
+    accelerate(*shared, *two, *half, cwd=tmp_path, processes=4)
+    one, pipelined = (losses(tmp_path / "checkpoint" / kind) for kind in ("baseline", "optimized"))
+    assert pipelined == pytest.approx(one, abs=LOSS_TOLERANCE)
+    assert one[-1] < one[0] - 0.5
 
 
 @pytest.mark.slow
@@ -170,6 +312,16 @@ def test_dualpipev_is_refused_where_it_cannot_be(
     three = [*dual, *layout(tmp_path, 3, 3), "--gradient_accumulation_steps=6"]
     with pytest.raises(UserError, match="dualpipev: 6 pipeline stages for 5 layers"):
         settle(parse(three))
+
+
+def test_groups_of_layers_are_recomputed_in_a_pipeline_only(flags: list[str], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--activation_checkpointing 2: without a pipeline .*; write 1 .*stages"):
+        settle(parse([*flags, "--activation_checkpointing=2"]))
+    (tmp_path / "ds.json").write_text('{"pipeline": {"stages": 1, "activation_checkpoint_interval": 2}}')
+    one = ["--run_type=optimized", f"--deepspeed_config={tmp_path}/ds.json", "--mixed_precision=no"]
+    with pytest.raises(UserError, match=r"--activation_checkpointing 2: .* \(in the JSON too\)"):
+        settle(parse([*flags, *one]))
+    assert settle(parse(flags)).config.activation_checkpointing == 0
 
 
 def test_the_global_batch_counts_data_parallel_processes(

@@ -21,7 +21,7 @@ COMMANDS = [line for block in BLOCKS for line in block.splitlines()]
 def flag_table() -> str:
     rows = ["| flag | default | what it is |", "| --- | --- | --- |"]
     for field in dataclasses.fields(RunConfig):
-        default = "" if field.default in (None, False) else f"`{field.default}`"
+        default = "" if field.default is None or field.default is False else f"`{field.default}`"
         rows.append(f"| `--{field.name}` | {default} | {field.metadata['help']} |")
     return "\n".join(rows)
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
 from modeling_gpt2flash import GPT2FlashForCausalLM
-from tests.conftest import losses, python, records
+from tests.conftest import ROOT, losses, python, records
 
 
 def run(flags: list[str], folder: Path, *more: str, check: bool = True):
@@ -249,3 +249,25 @@ def test_what_cannot_be_is_a_sentence(flags: list[str], tmp_path: Path, more: li
     assert done.stderr.startswith("error: ")
     assert all(name in done.stderr for name in names), done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+# ---- on a GPU ----
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("engine", ["baseline", "zero1", "zero2", "zero3", "zero3_offload"])
+def test_a_run_and_its_resume_on_a_gpu(flags: list[str], tmp_path: Path, engine: str) -> None:
+    """bf16 with the best attention there is; a resumed run goes on as the uninterrupted one to bf16's rounding."""
+    run_type = "baseline" if engine == "baseline" else "optimized"
+    own = [*flags, "--model=tiny", f"--run_type={run_type}", "--mixed_precision=bf16", "--attn_implementation=auto"]
+    if run_type == "optimized":
+        own += [f"--deepspeed_config={ROOT}/ds_configs/{engine}.json", "--activation_checkpointing"]
+    run(own, tmp_path / "whole", "--save_interval=4")
+    whole = tmp_path / "whole" / run_type
+    summary = json.loads((whole / "metrics.json").read_text())
+    assert summary["peak_memory_kind"] == "cuda_allocated"
+    assert losses(whole)[-1] < losses(whole)[0] - 0.5
+    run(own, tmp_path / "half", f"--resume_from_checkpoint={whole}/step-4")
+    assert losses(tmp_path / "half" / run_type) == pytest.approx(losses(whole), abs=5e-3)
+    GPT2LMHeadModel.from_pretrained(whole)

@@ -14,11 +14,13 @@ from modeling_gpt2flash import GPT2FlashConfig
 from modeling_gpt2flash.attention import choose_attention
 from modeling_gpt2flash.pipeline import Partition, partition
 from train import checkpoint as checkpoints
+from train import failure
 from train.batches import EvalBatches, TrainBatches
-from train.config import RunConfig
-from train.engines import deepspeed_json
+from train.config import DEFAULTS, RunConfig
+from train.engines import deepspeed_json, rendezvous
 from train.engines.accelerated import AcceleratedEngine
-from train.engines.base import Engine, choose_device, world_size
+from train.engines.accelerators import device_type, world_size
+from train.engines.base import Engine
 from train.errors import UserError
 from train.metrics import cpu_has_bf16
 from train.models import build_model, model_config
@@ -45,6 +47,7 @@ class Run:
     total_steps: int
     warmup_steps: int
     checkpoint: checkpoints.Checkpoint | None
+    restarted: bool  # by the launcher, in the run folder of this job's earlier attempt
 
     @property
     def tokens_per_step(self) -> int:
@@ -81,6 +84,9 @@ def settle(config: RunConfig) -> Run:
         UserError: naming what cannot be, before anything is written or built.
     """
     check_trackers(config.report_to)
+    restarted = rendezvous.has_begun()
+    if restarted:
+        config = _go_on(config)
     config, deepspeed = _settle_engine(config)
     micro_batch_size, accumulation = config.train_micro_batch_size_per_gpu, config.gradient_accumulation_steps
     assert micro_batch_size is not None
@@ -89,7 +95,7 @@ def settle(config: RunConfig) -> Run:
     resume = config.resume_from_checkpoint
     checkpoint = checkpoints.find(resume, config.run_folder) if resume else None
     continuing = checkpoint is not None and checkpoint.folder.parent.resolve() == config.run_folder.resolve()
-    checkpoints.check_free(config.run_folder, continuing, config.overwrite)
+    checkpoints.check_free(config.run_folder, continuing or restarted, config.overwrite)
 
     shape = model_config(config.model, dropout=config.dropout, loss_chunk_size=config.loss_chunk_size)
     block_size = config.block_size or shape.n_positions
@@ -103,12 +109,17 @@ def settle(config: RunConfig) -> Run:
             f"--prompt: its {prompt_length} tokens leave no room in the {shape.n_positions} positions of "
             f"{config.model}; shorten it"
         )
-    if config.torch_compile and choose_device().type == "cpu" and not any(map(shutil.which, CPP_COMPILERS)):
+    if config.torch_compile and device_type() == "cpu" and not any(map(shutil.which, CPP_COMPILERS)):
         raise UserError("--torch_compile: needs a C++ compiler on the CPU; install g++ or clang++, or drop the flag")
     stages = config.pipeline_stages
     assert stages is not None
     if stages == 1 and config.pipeline_schedule != "1f1b":
         raise UserError(f"--pipeline_schedule {config.pipeline_schedule}: there is one stage; give --pipeline_stages")
+    if stages == 1 and config.activation_checkpointing not in (0, 1):
+        raise UserError(
+            f"--activation_checkpointing {config.activation_checkpointing}: without a pipeline each block is "
+            "recomputed by itself; write 1 (in the JSON too), or give --pipeline_stages"
+        )
     sequences = micro_batch_size * accumulation * (world_size() // stages)
     train = TrainBatches(open_tokens(config.train_data_path, shape.vocab_size), block_size, sequences, config.seed)
     val = EvalBatches(open_tokens(config.val_data_path, shape.vocab_size), block_size)
@@ -126,10 +137,12 @@ def settle(config: RunConfig) -> Run:
         total_steps=total_steps,
         warmup_steps=min(2000, total_steps // 20) if config.warmup_steps is None else config.warmup_steps,
         checkpoint=checkpoint,
+        restarted=restarted,
     )
     if run.checkpoint is not None:
         checkpoints.check_same_run(run.checkpoint, run.state(run.checkpoint.step))
-        finished = not continuing or (config.run_folder / "metrics.json").exists()
+        # After a restart the summary is written again: the processes may have ended in the middle of it.
+        finished = not continuing or ((config.run_folder / "metrics.json").exists() and not restarted)
         if run.checkpoint.step > total_steps or (run.checkpoint.step == total_steps and finished):
             raise UserError(
                 f"{run.checkpoint.folder} has done all {total_steps} steps; ask for more with --max_steps or --epochs"
@@ -137,32 +150,37 @@ def settle(config: RunConfig) -> Run:
     return run
 
 
+def _go_on(config: RunConfig) -> RunConfig:
+    """The flags of a restarted run: from its last whole checkpoint, else from where it began."""
+    own = "latest" if (config.run_folder / checkpoints.LATEST).exists() else config.resume_from_checkpoint
+    return dataclasses.replace(config, overwrite=False, resume_from_checkpoint=own)
+
+
 def _settle_engine(config: RunConfig) -> tuple[RunConfig, dict[str, Any] | None]:
     """Fill in what the run type, the hardware and the DeepSpeed JSON decide."""
     bf16_is_fast = (
-        torch.cuda.is_bf16_supported(including_emulation=False) if choose_device().type == "cuda" else cpu_has_bf16()
+        torch.cuda.is_bf16_supported(including_emulation=False) if device_type() == "cuda" else cpu_has_bf16()
     )
     if config.optimized:
+        launchers = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")  # `deepspeed_config_file` in Accelerate's YAML
+        if launchers not in (None, config.deepspeed_config or launchers):
+            raise UserError(
+                f"--deepspeed_config {config.deepspeed_config}: the launcher's deepspeed_config_file is {launchers}; "
+                "name one of them"
+            )
+        config = dataclasses.replace(config, deepspeed_config=config.deepspeed_config or launchers)
         if config.deepspeed_config is None:
             raise UserError(
                 "--run_type optimized: trains through DeepSpeed; "
                 "name its JSON, for example --deepspeed_config ds_configs/zero2.json"
             )
         config, deepspeed = deepspeed_json.resolve(config, world_size(), bf16_is_fast)
-        defaults: dict[str, Any] = {"attn_implementation": "auto", "loss_chunk_size": 512}
     else:
         deepspeed = None
         bf16 = config.mixed_precision == "bf16" or (config.mixed_precision == "auto" and bf16_is_fast)
         config = dataclasses.replace(config, mixed_precision="bf16" if bf16 else "no")
-        defaults = {
-            "attn_implementation": "eager",
-            "loss_chunk_size": 0,
-            "train_micro_batch_size_per_gpu": 4,
-            "gradient_accumulation_steps": 1,
-            "max_grad_norm": 1.0,
-            "pipeline_stages": 1,
-        }
-    return dataclasses.replace(config, **{k: v for k, v in defaults.items() if getattr(config, k) is None}), deepspeed
+    open_flags = {key: value for key, value in DEFAULTS[config.run_type].items() if getattr(config, key) is None}
+    return dataclasses.replace(config, **open_flags), deepspeed
 
 
 def _settle_attention(config: RunConfig, shape: GPT2FlashConfig) -> tuple[str, str]:
@@ -171,7 +189,7 @@ def _settle_attention(config: RunConfig, shape: GPT2FlashConfig) -> tuple[str, s
     try:
         return choose_attention(
             config.attn_implementation,
-            choose_device().type,
+            device_type(),
             dtype,
             shape.n_embd // shape.n_head,
             dropout=shape.attn_pdrop,
@@ -202,7 +220,9 @@ def _settle_partition(
 
 def build(run: Run) -> Engine:
     """The engine with the model in it, at the step of the run's checkpoint; the run folder is this run's from here."""
+    rendezvous.meet()
     engine = _create_engine(run)
+    failure.watch(gather_object([os.getpid()]))
     checkpoint = run.checkpoint
     seen = gather_object([json.dumps(run.state(checkpoint.step if checkpoint else 0), sort_keys=True)])
     if len(set(seen)) > 1:
@@ -216,6 +236,10 @@ def build(run: Run) -> Engine:
     engine.wait()  # until everything is read, for what is claimed may be emptied
     if engine.is_main:
         checkpoints.claim(run.config.run_folder, checkpoint, run.config.overwrite)
+        rendezvous.mark_begun()
+        if run.restarted:
+            start = f"goes on from {checkpoint.folder}" if checkpoint else "begins anew: there was no checkpoint"
+            print(f"restarted by the launcher: the run {start}", flush=True)
     engine.wait()
     engine.prepare(model)
     if checkpoint is not None and tensors is not None:

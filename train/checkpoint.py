@@ -12,22 +12,24 @@ are fp32 under GPT-2's names, whatever engine and layout wrote them, so that any
 import json
 import os
 import shutil
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from modeling_gpt2flash import GPT2FlashConfig, GPT2FlashForCausalLM
 from train.engines.state import MOMENTS
 from train.errors import UserError
 from train.files import flush_to_disk, write_text
+from train.tensor_file import TensorFile
 from train.tokens import VOCABULARY_SIZE, gpt2_tokenizer
 
 STATE = "training_state.json"
+WEIGHTS = "model.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 LATEST = "latest"
 
@@ -47,17 +49,20 @@ class Checkpoint:
 def save(
     run_folder: Path,
     model_config: GPT2FlashConfig,
-    weights: dict[str, torch.Tensor],
-    moments: dict[str, torch.Tensor],
+    tensors: Iterable[tuple[str, Mapping[str, torch.Tensor]]],
     state: dict[str, Any],
     keep: int | None,
 ) -> Path:
-    """Write `step-N`, point `latest` and the run folder at it, drop all but the newest `keep`. Main process only."""
+    """Write `step-N`, point `latest` and the run folder at it, drop all but the newest `keep`. Main process only.
+
+    `tensors` gives every parameter once as (name, {"weight", "exp_avg", "exp_avg_sq"}), fp32 on the CPU; each is
+    written before the next is asked for.
+    """
     target = run_folder / f"step-{state['step']}"
     aside = run_folder / f".{target.name}.tmp"
     shutil.rmtree(aside, ignore_errors=True)
     try:
-        model_files = _write(aside, model_config, weights, moments, state)
+        model_files = _write(aside, model_config, tensors, state)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)  # a full disk gets its room back
         raise
@@ -76,19 +81,24 @@ def save(
 def _write(
     folder: Path,
     model_config: GPT2FlashConfig,
-    weights: dict[str, torch.Tensor],
-    moments: dict[str, torch.Tensor],
+    tensors: Iterable[tuple[str, Mapping[str, torch.Tensor]]],
     state: dict[str, Any],
 ) -> list[str]:
     """Write and flush the files of a step folder; the names of those that make it a model folder."""
     folder.mkdir(parents=True)
     with torch.device("meta"):
-        shell = GPT2FlashForCausalLM(model_config)  # gives the folder its layout; the weights come from `weights`
-    shell.save_pretrained(folder, state_dict=weights)
+        shell = GPT2FlashForCausalLM(model_config)  # gives the folder its layout; the weights follow below
+    shell.save_pretrained(folder, state_dict={})
     if model_config.vocab_size >= VOCABULARY_SIZE:
         gpt2_tokenizer(model_max_length=model_config.n_positions).save_pretrained(folder)
-    model_files = sorted(path.name for path in folder.iterdir())
-    save_file(moments, folder / OPTIMIZER, metadata={"format": "pt"})
+    model_files = sorted({WEIGHTS, *(path.name for path in folder.iterdir())})
+    shapes = {name: parameter.shape for name, parameter in shell.named_parameters()}
+    moment_shapes = {f"{moment}.{name}": shape for name, shape in shapes.items() for moment in MOMENTS}
+    with TensorFile(folder / WEIGHTS, shapes) as weights, TensorFile(folder / OPTIMIZER, moment_shapes) as moments:
+        for name, state_of in tensors:
+            weights.write(name, state_of["weight"])
+            for moment in MOMENTS:
+                moments.write(f"{moment}.{name}", state_of[moment])
     (folder / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
     for file in folder.iterdir():
         flush_to_disk(file)

@@ -83,7 +83,13 @@ class RunConfig:
         None, "auto is bf16 where the hardware is good at it (default: no for baseline, auto for optimized)"
     )
     torch_compile: bool = _flag(False, "compile the transformer blocks (needs a C++ compiler on CPU)")
-    activation_checkpointing: bool = _flag(False, "recompute each block's activations in the backward pass")
+    activation_checkpointing: int | None = _flag(
+        None,
+        "recompute activations in the backward pass: 1 (or no number) for each block, in a pipeline N for N layers "
+        "together; 0: keep them (default: the DeepSpeed JSON's number, else 0)",
+        nargs="?",
+        const=1,
+    )
     deepspeed_config: str | None = _flag(None, "DeepSpeed JSON of an optimized run, for example ds_configs/zero2.json")
     pipeline_stages: int | None = _flag(
         None, "pipeline stages of an optimized run (default: the DeepSpeed JSON's number, else 1)"
@@ -106,6 +112,20 @@ class RunConfig:
     @property
     def optimized(self) -> bool:
         return self.run_type == "optimized"
+
+
+# What a flag left open is, where neither the DeepSpeed JSON nor the hardware decides.
+ENGINE_DEFAULTS: dict[str, Any] = {
+    "train_micro_batch_size_per_gpu": 4,
+    "gradient_accumulation_steps": 1,
+    "max_grad_norm": 1.0,
+    "pipeline_stages": 1,
+    "activation_checkpointing": 0,
+}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "baseline": {"attn_implementation": "eager", "loss_chunk_size": 0, **ENGINE_DEFAULTS},
+    "optimized": {"attn_implementation": "auto", "loss_chunk_size": 512, **ENGINE_DEFAULTS},
+}
 
 
 def parse(argv: list[str] | None = None) -> RunConfig:
@@ -141,7 +161,7 @@ class _Help(HfArgumentParser().formatter_class):  # type: ignore[misc]
         return "".join(indent + line for line in text.splitlines(keepends=True))
 
     def _get_help_string(self, action: Any) -> str | None:
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
@@ -213,7 +233,8 @@ def check(config: RunConfig) -> None:
         value = getattr(config, key)
         if value is not None and value < 1:
             refuse(key, "must be at least 1")
-    for key in ("eval_interval", "save_interval", "warmup_steps", "loss_chunk_size", "max_new_tokens", "seed"):
+    for key in ("eval_interval", "save_interval", "warmup_steps", "loss_chunk_size", "activation_checkpointing",
+                "max_new_tokens", "seed"):  # fmt: skip
         value = getattr(config, key)
         if value is not None and value < 0:
             refuse(key, "must not be negative")

@@ -5,6 +5,7 @@ import time
 
 from train import checkpoint as checkpoints
 from train.build import Run, build
+from train.engines.base import Engine
 from train.runlog import RunLog
 from train.schedule import learning_rate
 from train.summary import write_summary
@@ -16,6 +17,17 @@ def due(step: int, interval: int, last: int) -> bool:
     return step == last or (interval > 0 and step % interval == 0)
 
 
+def save(engine: Engine, run: Run, step: int) -> None:
+    """Write the checkpoint after `step` steps, parameter by parameter."""
+    tensors = engine.tensors()
+    if engine.is_main:
+        config = run.config
+        checkpoints.save(config.run_folder, run.model_config, tensors, run.state(step), config.save_total_limit)
+    for _ in tensors:
+        pass  # the other processes only take part in the gathering
+    engine.wait()
+
+
 def train(run: Run) -> None:
     """Train from the run's checkpoint, or from nothing, to its last step; leave the run folder finished."""
     config = run.config
@@ -23,6 +35,7 @@ def train(run: Run) -> None:
     log = RunLog(engine.accelerator, config.run_folder, dataclasses.asdict(config), run.total_steps)
     first = run.checkpoint.step if run.checkpoint else 0
     log.start(first, run.checkpoint.folder.parent / "metrics.jsonl" if run.checkpoint else log.file)
+    log.say(engine.layout)
     if run.partition is not None:
         log.say(f"{run.partition.table()}\nschedule {config.pipeline_schedule}")
     log.say(f"attention: {run.attention[0]} ({run.attention[1]}); precision: {config.mixed_precision}")
@@ -58,12 +71,7 @@ def train(run: Run) -> None:
             record |= validate(engine, run.val, run.micro_batch_size, config.eval_steps)
         log.write(record)
         if due(done, config.save_interval, run.total_steps):
-            weights, moments = engine.gather_state()
-            if engine.is_main:
-                state = run.state(done)
-                checkpoints.save(config.run_folder, run.model_config, weights, moments, state, config.save_total_limit)
-            del weights, moments
-            engine.wait()
+            save(engine, run, done)
     log.close()
     main, processes, memory = engine.is_main, engine.world_size, engine.peak_memory()
     engine.close()

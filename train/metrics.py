@@ -280,7 +280,6 @@ def summarise(
     config: Mapping[str, Any],
     hardware: Mapping[str, Any],
     versions: Mapping[str, str],
-    training_time_seconds: float | None = None,
     inference_latency_seconds: float | None = None,
     inference_seconds_per_token: float | None = None,
 ) -> dict[str, Any]:
@@ -291,8 +290,8 @@ def summarise(
     - `precision`: "bf16", "fp16", "tf32" or "fp32", what the matrix products run in; `device_peak_flops` is
       `peak_flops(name, precision)` of one of the `world_size` devices.
     - `memory`: what `peak_memory` returned, of the process with the most.
-    - `training_time_seconds`: None sums the step times, which leaves validation and checkpoints out and counts every
-      attempt of a run that was resumed.
+    - training time is the sum of the step times: validation and checkpoints are not in it, every attempt of a run that
+      was resumed is.
     - inference: one sequence at a time, the latency up to the first token, then the seconds of each further one.
     """
     times = [float(record["step_time_seconds"]) for record in records]
@@ -306,7 +305,7 @@ def summarise(
         "run_type": run_type,
         "steps": len(records),
         "tokens": records[-1]["tokens"] if records else 0,
-        "training_time_seconds": math.fsum(times) if training_time_seconds is None else training_time_seconds,
+        "training_time_seconds": math.fsum(times),
         "time_per_epoch_seconds": time_per_epoch(tokens_per_second, tokens_per_epoch),
         "tokens_per_second": tokens_per_second,
         "step_time_seconds": step_time_percentiles(times),

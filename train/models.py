@@ -6,13 +6,15 @@ from typing import Any
 from modeling_gpt2flash import GPT2FlashConfig, GPT2FlashForCausalLM
 from train.errors import UserError
 
-# Layers, heads, width, positions. The first four are OpenAI's (Radford et al. 2019, table 2); `tiny` is for a CPU.
+# Layers, heads, width, standard deviation of the initial weights; 1024 positions. The first four are OpenAI's (Radford
+# et al. 2019, table 2). `tiny` is for a CPU; its weights start larger, 0.02 x sqrt(768 / 128), for so narrow a model's
+# logits to be as large as gpt2's.
 SIZES = {
-    "gpt2": (12, 12, 768, 1024),  # 124M parameters
-    "gpt2-medium": (24, 16, 1024, 1024),  # 355M
-    "gpt2-large": (36, 20, 1280, 1024),  # 774M
-    "gpt2-xl": (48, 25, 1600, 1024),  # 1.56B
-    "tiny": (4, 4, 128, 1024),  # 7.4M, of which 6.4M are the vocabulary's
+    "gpt2": (12, 12, 768, 0.02),  # 124M parameters
+    "gpt2-medium": (24, 16, 1024, 0.02),  # 355M
+    "gpt2-large": (36, 20, 1280, 0.02),  # 774M
+    "gpt2-xl": (48, 25, 1600, 0.02),  # 1.56B
+    "tiny": (4, 4, 128, 0.05),  # 7.4M, of which 6.4M are the vocabulary's
 }
 
 
@@ -30,8 +32,8 @@ def model_config(name: str, *, dropout: float, loss_chunk_size: int) -> GPT2Flas
         "use_cache": True,
     }
     if name in SIZES:
-        n_layer, n_head, n_embd, n_positions = SIZES[name]
-        return GPT2FlashConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd, n_positions=n_positions, **run)
+        n_layer, n_head, n_embd, deviation = SIZES[name]
+        return GPT2FlashConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd, initializer_range=deviation, **run)
     if "/" not in name and not Path(name).exists():
         raise UserError(
             f"--model {name}: choose from {', '.join(SIZES)}, or name a model folder or an owner/name Hub id"

@@ -15,4 +15,6 @@ def quiet_libraries() -> None:
     logging.getLogger("torch.distributed.run").setLevel(logging.ERROR)
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no GPU
+    # Said of what DeepSpeed 0.19 calls, at each of its steps, from torch 2.13 on.
+    warnings.filterwarnings("ignore", message=r".*torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     warnings.filterwarnings("ignore", message=".*pin_memory.*no accelerator is found.*")

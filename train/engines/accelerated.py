@@ -1,22 +1,52 @@
-"""The whole model in every process, through Accelerate: plain PyTorch, DDP, or DeepSpeed's ZeRO."""
+"""The whole model in every process, at least while it computes, through Accelerate: plain, DDP, FSDP2 or ZeRO."""
 
 from collections.abc import Iterable, Iterator
+from socket import gethostname
+from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from modeling_gpt2flash import GPT2FlashForCausalLM
 from train.batches import IGNORED_LABEL
+from train.engines.accelerators import launcher_asks
 from train.engines.base import Engine, StepResult
+from train.engines.layout import Place
 
 
 class AcceleratedEngine(Engine):
     def _take(self, model: GPT2FlashForCausalLM) -> nn.Module:
+        if self.config.activation_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
         self.module = model
         return model
 
     def parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for module in self.module.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # a forward pass alone, as in validation, leaves some whole
         return self.module.named_parameters()
+
+    def _asked_wrapping(self) -> str:
+        if self.deepspeed is not None:
+            zero = self.deepspeed["zero_optimization"]
+            return _zero(zero.get("stage", 0), bool(zero.get("offload_optimizer")))
+        return "plain" if self.world_size == 1 else "FSDP2" if launcher_asks("ACCELERATE_USE_FSDP") else "DDP"
+
+    def _place(self) -> Place:
+        model: Any = self.model
+        if isinstance(model, FSDPModule):
+            wrapping = "FSDP2"
+        elif isinstance(model, DistributedDataParallel):
+            wrapping = "DDP"
+        elif self.deepspeed is not None:
+            wrapping = _zero(model.zero_optimization_stage(), model.zero_use_cpu_optimizer())
+        else:
+            wrapping = "plain"
+        return Place(self.rank, gethostname(), self.device.type, wrapping, stage=0, data_rank=self.rank)
 
     def train_step(
         self, step: int, micro_batches: Iterable[dict[str, torch.Tensor]], learning_rate: float
@@ -35,6 +65,8 @@ class AcceleratedEngine(Engine):
                 self.optimizer.zero_grad()
             losses.append(loss.detach().float())
         mean = self.accelerator.reduce(torch.stack(losses).mean(), "mean").item()
+        if isinstance(grad_norm, DTensor):
+            grad_norm = grad_norm.full_tensor()
         return StepResult(mean, None if grad_norm is None else float(grad_norm))
 
     @torch.no_grad()
@@ -46,3 +78,7 @@ class AcceleratedEngine(Engine):
 
     def _on_device(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
+
+
+def _zero(stage: int, offload: bool) -> str:
+    return f"ZeRO-{stage}{' with its optimizer on the CPU' * offload}"

@@ -4,20 +4,20 @@ Weights and AdamW moments pass in and out whole, in fp32, under GPT-2's paramete
 any other layout loads.
 """
 
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from socket import gethostname
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import gather_object
 from torch import nn
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from modeling_gpt2flash import GPT2FlashForCausalLM
 from train.config import RunConfig
+from train.engines.accelerators import deepspeed_accelerator, device_type, plain_accelerator, world_size
+from train.engines.layout import Place, check_launch, check_places
 from train.engines.state import MOMENTS, create_moments, set_whole, torch_optimizer, whole
 from train.errors import UserError
 from train.metrics import peak_memory
@@ -32,29 +32,18 @@ class StepResult:
     grad_norm: float | None
 
 
-def world_size() -> int:
-    """Processes that the launcher started, by its own word."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def choose_device() -> torch.device:
-    """This process's accelerator, else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    return torch.device("cpu")
-
-
 class Engine(ABC):
     """Model and optimizer of one process. Every method is collective: all processes call it, in the same order."""
 
     def __init__(self, config: RunConfig, deepspeed: dict[str, Any] | None) -> None:
         self.config = config
         self.deepspeed = deepspeed
-        self.accelerator = _deepspeed_accelerator(config, deepspeed) if deepspeed else _plain_accelerator(config)
-        if self.accelerator.num_processes != world_size():
+        check_launch(world_size())
+        self.accelerator = deepspeed_accelerator(config, deepspeed) if deepspeed else plain_accelerator(config)
+        if self.world_size != world_size():
             raise UserError(
-                f"the launcher started {world_size()} processes, but Accelerate counts "
-                f"{self.accelerator.num_processes}: each would train alone; launch with deepspeed, torchrun or "
+                f"the launcher started {world_size()} processes, but Accelerate counts {self.world_size}: each would "
+                "train alone; launch with deepspeed, torchrun or "
                 "accelerate launch --config_file accelerate_configs/deepspeed.yaml"
             )
 
@@ -85,10 +74,12 @@ class Engine(ABC):
         return self.world_size
 
     def prepare(self, model: GPT2FlashForCausalLM) -> None:
-        """Take the model in: activation checkpointing, compilation, optimizer, sharding."""
+        """Take the model in: compilation, activation checkpointing, optimizer, sharding; `layout` is a table of it.
+
+        Raises:
+            UserError: on all processes, when one of them is not what was asked for.
+        """
         config = self.config
-        if config.activation_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
         if config.torch_compile:
             for block in model.transformer.h:
                 block.compile()
@@ -101,7 +92,24 @@ class Engine(ABC):
             fused=config.optimized,
         )
         self.model, self.optimizer = self.accelerator.prepare(module, optimizer)
+        assert isinstance(torch_optimizer(self.optimizer), torch.optim.AdamW), "DeepSpeed has put in its own optimizer"
         create_moments(self.optimizer, config.optimized)
+        asked = Place(
+            self.rank, gethostname(), device_type(), self._asked_wrapping(), self._asked_stage(), self.data_rank
+        )
+        places = gather_object([(self._place(), asked)])
+        self.layout = check_places([found for found, _ in places], [wanted for _, wanted in places])
+
+    @abstractmethod
+    def _asked_wrapping(self) -> str:
+        """What the model should be wrapped in, by flags, DeepSpeed JSON and launcher."""
+
+    def _asked_stage(self) -> int:
+        return 0
+
+    @abstractmethod
+    def _place(self) -> Place:
+        """What this process is, by the word of the wrapped model."""
 
     @abstractmethod
     def _take(self, model: GPT2FlashForCausalLM) -> nn.Module:
@@ -151,8 +159,15 @@ class Engine(ABC):
     def parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The parameters that this process trains (or holds shards of), under GPT-2's names."""
 
+    def tensors(self) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+        """Every parameter of the model once, whole: (name, {"weight", "exp_avg", "exp_avg_sq"}), fp32 on the CPU.
+
+        On the main process; the others take part in the gathering, step by step, and get nothing.
+        """
+        for name, state in self._whole_states():
+            yield name, {key: value.to("cpu", torch.float32) for key, value in state.items() if self.is_main}
+
     def _whole_states(self) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
-        """Every parameter of the model once, as {"weight": ..., a moment: ...}; read on the main process only."""
         for name, parameter in self.parameters():
             yield name, self._whole_state(parameter)
 
@@ -160,20 +175,10 @@ class Engine(ABC):
         moments = {key: whole(self.optimizer, parameter, key) for key in MOMENTS}
         return {"weight": whole(self.optimizer, parameter), **moments}
 
-    def gather_state(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """(weights by name, moments by `moment.name`), whole, fp32, on the CPU of the main process; else empty."""
-        weights: dict[str, torch.Tensor] = {}
-        moments: dict[str, torch.Tensor] = {}
-        for name, state in self._whole_states():
-            if self.is_main:
-                weights[name] = state["weight"].to("cpu", torch.float32).contiguous()
-                moments |= {f"{key}.{name}": state[key].to("cpu", torch.float32).contiguous() for key in MOMENTS}
-        return weights, moments
-
     def load_state(
         self, weights: Mapping[str, torch.Tensor], moments: Mapping[str, torch.Tensor], updates: int
     ) -> None:
-        """Put back what `gather_state` gave after `updates` optimizer updates, exactly."""
+        """Put back what `tensors` gave after `updates` optimizer updates, exactly."""
         for state in torch_optimizer(self.optimizer).state.values():
             state["step"].fill_(updates)
         for name, parameter in self.parameters():
@@ -186,51 +191,3 @@ def _mix(seed: int, step: int, rank: int) -> int:
     """One seed from three, far apart for neighbours (the odd constants are SplitMix64's)."""
     mixed = seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + rank * 0x94D049BB133111EB
     return (mixed ^ (mixed >> 31)) % 2**63
-
-
-def _tracking(config: RunConfig) -> dict[str, Any]:
-    return {
-        "log_with": None if config.report_to == "none" else [name.strip() for name in config.report_to.split(",")],
-        "project_config": ProjectConfiguration(
-            project_dir=str(config.run_folder), logging_dir=str(config.run_folder / "tensorboard")
-        ),
-    }
-
-
-def _plain_accelerator(config: RunConfig) -> Accelerator:
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-        raise UserError(
-            "--run_type baseline: the launcher asks for DeepSpeed, and the baseline is plain PyTorch; "
-            "start it with python -m train or torchrun, or use --run_type optimized"
-        )
-    return Accelerator(
-        cpu=choose_device().type == "cpu",
-        mixed_precision=config.mixed_precision,
-        gradient_accumulation_steps=config.gradient_accumulation_steps or 1,
-        **_tracking(config),
-    )
-
-
-def _deepspeed_accelerator(config: RunConfig, deepspeed: dict[str, Any]) -> Accelerator:
-    handlers = []
-    if choose_device().type == "cpu":
-        handlers.append(InitProcessGroupKwargs(backend="gloo"))
-        # Without this DeepSpeed would build its shared-memory collectives with a C++ compiler at every first start.
-        import deepspeed.ops as deepspeed_ops
-
-        deepspeed_ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if "LOCAL_RANK" not in os.environ:  # a single process without a launcher
-        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-        os.environ.update(alone)
-    accelerator = Accelerator(
-        deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=deepspeed),
-        mixed_precision=config.mixed_precision,
-        gradient_accumulation_steps=config.gradient_accumulation_steps or 1,
-        step_scheduler_with_optimizer=False,
-        kwargs_handlers=handlers,
-        **_tracking(config),
-    )
-    # Else transformers would build every model under ZeRO-3's `zero.Init`, where the initial weights are other draws
-    # than in any other layout, and the model that is loaded to write the sample would be sharded as well.
-    unset_hf_deepspeed_config()
-    return accelerator

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from train.config import RunConfig
+from train.config import ENGINE_DEFAULTS, RunConfig
 from train.errors import UserError
 
 # The blocks that DeepSpeed 0.19 reads at the top level and that this trainer leaves to it.
@@ -24,6 +24,7 @@ UNCHECKED_BLOCKS = {  # DeepSpeed reads these key by key and does not see the ot
     "aio": {"block_size", "queue_depth", "intra_op_parallelism", "thread_count", "single_submit", "overlap_events",
             "use_gds"},
 }  # fmt: skip
+PIPELINE_KEYS = ("stages", "partition", "activation_checkpoint_interval")
 ELSEWHERE = {
     "optimizer": "the optimizer is set by --learning_rate, --weight_decay, --adam_beta1 and --adam_beta2",
     "scheduler": "the schedule is set by --learning_rate, --lr_schedule and --warmup_steps",
@@ -48,24 +49,24 @@ def resolve(config: RunConfig, world_size: int, bf16_is_fast: bool) -> tuple[Run
     file = Path(config.deepspeed_config)
     settings = read(file)
 
-    def agree(key: str, flag: str, default: Any) -> Any:
+    def agree(key: str, flag: str) -> Any:
         asked, written = getattr(config, flag), settings.get(key, "auto")
         if written == "auto":
-            return default if asked is None else asked
+            return ENGINE_DEFAULTS[flag] if asked is None else asked
         if asked is not None and asked != written:
             raise UserError(f'{file}: "{key}" is {written} and --{flag} is {asked}; make them agree or write "auto"')
         return written
 
-    micro_batch = agree("train_micro_batch_size_per_gpu", "train_micro_batch_size_per_gpu", 4)
-    accumulation = agree("gradient_accumulation_steps", "gradient_accumulation_steps", 1)
-    clipping = agree("gradient_clipping", "max_grad_norm", 1.0)
+    micro_batch = agree("train_micro_batch_size_per_gpu", "train_micro_batch_size_per_gpu")
+    accumulation = agree("gradient_accumulation_steps", "gradient_accumulation_steps")
+    clipping = agree("gradient_clipping", "max_grad_norm")
     for key, value in (("train_micro_batch_size_per_gpu", micro_batch), ("gradient_accumulation_steps", accumulation)):
         if type(value) is not int or value < 1:
             raise UserError(f'{file}: "{key}" is {value!r}; write a whole number of at least 1, or "auto"')
     if type(clipping) not in (int, float) or not 0 <= clipping < float("inf"):
         raise UserError(f'{file}: "gradient_clipping" is {clipping!r}; write a number of at least 0, or "auto"')
     bf16 = _bf16(config, settings, file, bf16_is_fast)
-    stages = _pipeline(config, settings, file, world_size)
+    stages, interval = _pipeline(config, settings, file, world_size)
     product = micro_batch * accumulation * (world_size // stages)
     if settings.get("train_batch_size", "auto") not in ("auto", product):
         raise UserError(
@@ -89,6 +90,7 @@ def resolve(config: RunConfig, world_size: int, bf16_is_fast: bool) -> tuple[Run
         gradient_accumulation_steps=accumulation,
         max_grad_norm=float(clipping),
         pipeline_stages=stages,
+        activation_checkpointing=interval,
         mixed_precision="bf16" if bf16 else "no",
     )
     return config, settings
@@ -114,19 +116,27 @@ def read(file: Path) -> dict[str, Any]:
     return settings
 
 
-def _pipeline(config: RunConfig, settings: dict[str, Any], file: Path, world_size: int) -> int:
-    """The number of stages; with more than one, the block is filled in and ZeRO is at the stage that goes with it."""
+def _pipeline(config: RunConfig, settings: dict[str, Any], file: Path, world_size: int) -> tuple[int, int]:
+    """The number of stages, and of layers that are recomputed together.
+
+    With more than one stage, the block is filled in and ZeRO is at the stage that goes with it.
+    """
     block = settings.pop("pipeline", None)
     stages = _stages(config.pipeline_stages, block, file)
+    interval = _interval(config.activation_checkpointing, block or {}, file)
     if stages == 1:
-        return 1
+        return 1, interval
     if world_size % stages != 0:
         raise UserError(
             f"{stages} pipeline stages need {stages}, {2 * stages}, {3 * stages}, ... processes, but there are "
             f"{world_size}; start so many, or ask for a number of stages that divides {world_size}"
         )
     method = (block or {}).get("partition", "auto")
-    settings["pipeline"] = {"stages": stages, "partition": "cost" if method == "auto" else method}
+    settings["pipeline"] = {
+        "stages": stages,
+        "partition": "cost" if method == "auto" else method,
+        "activation_checkpoint_interval": interval,
+    }
 
     def written(block: str, key: str) -> Any:
         return settings[block].get(key) if isinstance(settings.get(block), dict) else None
@@ -147,7 +157,7 @@ def _pipeline(config: RunConfig, settings: dict[str, Any], file: Path, world_siz
     ):
         if written("zero_optimization", "stage") == stage:
             raise UserError(f'{file}: ZeRO stage {stage} with {stages} pipeline stages: {reason}; write "stage": 1')
-    return stages
+    return stages, interval
 
 
 def _stages(asked: int | None, block: Any, file: Path) -> int:
@@ -157,8 +167,10 @@ def _stages(asked: int | None, block: Any, file: Path) -> int:
     if not isinstance(block, dict):
         raise UserError(f'{file}: "pipeline" is {block!r}; write {{"stages": "auto", "partition": "cost"}}')
     for key in block:
-        if key not in ("stages", "partition"):
-            raise UserError(f'{file}: "pipeline.{key}" is not obeyed; "stages" and "partition" are, remove the others')
+        if key not in PIPELINE_KEYS:
+            raise UserError(
+                f'{file}: "pipeline.{key}" is not obeyed; {", ".join(PIPELINE_KEYS)} are, remove the others'
+            )
     stages, method = block.get("stages", "auto"), block.get("partition", "auto")
     if stages == "auto":
         if asked is None:
@@ -178,6 +190,24 @@ def _stages(asked: int | None, block: Any, file: Path) -> int:
     if stages == 1 and isinstance(method, list):
         raise UserError(f'{file}: "pipeline.partition" is {method}, but there is one stage; give --pipeline_stages')
     return stages
+
+
+def _interval(asked: int | None, block: dict[str, Any], file: Path) -> int:
+    """From --activation_checkpointing or the JSON's "pipeline" block; 0: nothing is recomputed."""
+    written = block.get("activation_checkpoint_interval", "auto")
+    if written == "auto":
+        return asked or 0
+    if type(written) is not int or written < 0:
+        raise UserError(
+            f'{file}: "pipeline.activation_checkpoint_interval" is {written!r}; write a whole number of at least 0, '
+            'or "auto"'
+        )
+    if asked not in (None, written):
+        raise UserError(
+            f'{file}: "pipeline.activation_checkpoint_interval" is {written} and --activation_checkpointing is '
+            f'{asked}; make them agree or write "auto"'
+        )
+    return written
 
 
 def _bf16(config: RunConfig, settings: dict[str, Any], file: Path, bf16_is_fast: bool) -> bool:
@@ -206,10 +236,10 @@ def _check_zero(settings: dict[str, Any], file: Path, bf16: bool) -> None:
         raise UserError(f'{file}: "zero_optimization" needs a "stage" of 0, 1, 2 or 3')
     if zero.get("stage", 0) == 0 and bf16:
         raise UserError(f"{file}: ZeRO stage 0 with bf16 starts with a false AdamW step in DeepSpeed; use stage 1")
-    if zero.get("offload_optimizer"):
-        # Else Accelerate puts DeepSpeed's own CPU optimizer in place of ours, whose learning rate no longer moves
-        # after resuming.
-        settings.setdefault("zero_force_ds_cpu_optimizer", False)
+    # Else Accelerate puts DeepSpeed's own CPU optimizer in place of ours, whose learning rate no longer moves after
+    # resuming.
+    if zero.get("offload_optimizer") and settings.setdefault("zero_force_ds_cpu_optimizer", False):
+        raise UserError(f'{file}: "zero_force_ds_cpu_optimizer" freezes the learning rate after resuming; write false')
 
 
 def _check_with_deepspeed(settings: dict[str, Any], file: Path) -> None:

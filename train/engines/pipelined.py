@@ -8,18 +8,23 @@ states go forward between them and their gradients back.
 
 import contextlib
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from functools import partial
+from itertools import chain
+from socket import gethostname
 from typing import Any
 
 import torch
 from deepspeed.pipe import DualPipeVModule, LayerSpec, PipelineModule, TiedLayerSpec
 from torch import distributed as dist
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from modeling_gpt2flash import GPT2FlashForCausalLM
-from modeling_gpt2flash.pipeline import HeadLayer, Partition, full_name, is_tied, locate, model_layers
+from modeling_gpt2flash.pipeline import HeadLayer, Partition, Passed, full_name, is_tied, locate, model_layers
 from train.batches import IGNORED_LABEL
 from train.config import RunConfig
 from train.engines.base import Engine, StepResult
+from train.engines.layout import Place
 from train.engines.state import MOMENTS
 
 
@@ -36,6 +41,7 @@ class PipelinedEngine(Engine):
         assert partition.stages == self.pipeline_size * (2 if self.two_way else 1)
         self.pipeline_rank = self.rank // self.data_world_size
         self.has_loss = self.pipeline_rank == self._owner(partition.stages - 1)
+        self.passing: dict[str, torch.Size] = {}
 
     def _owner(self, stage: int) -> int:
         return min(stage, 2 * self.pipeline_size - 1 - stage) if self.two_way else stage
@@ -70,6 +76,20 @@ class PipelinedEngine(Engine):
                 parameter.data = parameter.new_empty(0)  # now, not when the caller lets go of the model
         return stage
 
+    def _asked_wrapping(self) -> str:
+        return f"{self.config.pipeline_schedule} pipeline of {self.pipeline_size} with ZeRO-1"
+
+    def _asked_stage(self) -> int:
+        return self.pipeline_rank
+
+    def _place(self) -> Place:
+        engine: Any = self.model
+        schedule = "dualpipev" if isinstance(engine.module, DualPipeVModule) else "1f1b"
+        wrapping = f"{schedule} pipeline of {engine.num_stages} with ZeRO-{engine.zero_optimization_stage()}"
+        return Place(
+            self.rank, gethostname(), self.device.type, wrapping, engine.stage_id, engine.grid.data_parallel_id
+        )
+
     def parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
         found = {}
         for index, layer in self.layers.items():
@@ -82,21 +102,35 @@ class PipelinedEngine(Engine):
         self, step: int, micro_batches: Iterable[dict[str, torch.Tensor]], learning_rate: float
     ) -> StepResult:
         self._begin_step(step, learning_rate)
-        loss = self.model.train_batch((batch["input_ids"], batch["shift_labels"]) for batch in micro_batches)
+        micro_batches = iter(micro_batches)
+        first = next(micro_batches)
+        self._expect(first)
+        loss = self.model.train_batch(map(_both_ends, chain([first], micro_batches)))
         grad_norm = self.model.get_global_grad_norm()
         return StepResult(float(loss), None if grad_norm is None else float(grad_norm))
 
     def eval_step(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         # DualPipeV goes no shorter way; what fills it up has no label that counts.
         fillers = 2 * self.pipeline_size - 1 if self.two_way else 0
-        filler = (batch["input_ids"], torch.full_like(batch["shift_labels"], IGNORED_LABEL))
-        inputs = iter([(batch["input_ids"], batch["shift_labels"]), *[filler] * fillers])
+        filler = {**batch, "shift_labels": torch.full_like(batch["shift_labels"], IGNORED_LABEL)}
+        self._expect(batch)
+        inputs = map(_both_ends, [batch, *[filler] * fillers])
         mean_nll = self.model.eval_batch(inputs, num_micro_batches=1 + fillers, bcast_loss=False)
         if not self.has_loss:
             return torch.zeros(2, dtype=torch.float64, device=self.device)
         # DeepSpeed has averaged over the data-parallel processes as well, each of which adds this average once.
         predicted = (batch["shift_labels"] != IGNORED_LABEL).sum()
         return torch.stack([mean_nll.double() * (1 + fillers), predicted.double().to(self.device)])
+
+    def _expect(self, batch: dict[str, torch.Tensor]) -> None:
+        """Before micro-batches like `batch`: the stages tell each other what they pass once, and when it changes.
+
+        So all micro-batches of a step have the same keys and shapes, in every process.
+        """
+        passing = {key: value.shape for key, value in batch.items()}
+        if passing != self.passing:
+            self.model.reset_activation_shape()
+            self.passing = passing
 
     def _whole_states(self) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
         own = dict(self.parameters())
@@ -112,6 +146,12 @@ class PipelinedEngine(Engine):
                 elif self.rank == sender != 0:
                     dist.send(state[key], 0)
             yield name, state
+
+
+def _both_ends(batch: dict[str, torch.Tensor]) -> tuple[Passed, torch.Tensor]:
+    """What the first stage reads, and the labels for the last."""
+    packed = "position_ids" in batch
+    return (batch["input_ids"], batch["position_ids"]) if packed else batch["input_ids"], batch["shift_labels"]
 
 
 class _Stage(PipelineModule):
@@ -134,7 +174,10 @@ class _Stage(PipelineModule):
             assert isinstance(head, HeadLayer)
             return head.loss(hidden_states, shift_labels, num_items_in_batch=None if self.training else 1)
 
-        super().__init__(specs, num_stages=size, loss_fn=loss)
+        # Not DeepSpeed's own checkpoint function: it needs inputs with gradients, which tokens have not. The interval
+        # is in the JSON.
+        recompute = partial(checkpoint, use_reentrant=False)
+        super().__init__(specs, num_stages=size, loss_fn=loss, activation_checkpoint_func=recompute)
         # DeepSpeed sums the squares of the gradient's norm over the pipeline ranks once for each parameter group: a
         # rank with fewer groups would leave the others waiting. Embeddings or head alone have no vectors, the final
         # norm no matrix.

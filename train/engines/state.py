@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, as torch.optim names them
 
@@ -15,8 +16,9 @@ def torch_optimizer(prepared: Any) -> torch.optim.Optimizer:
 
 def whole(prepared: Any, parameter: torch.Tensor, moment: str | None = None) -> torch.Tensor:
     """A parameter's fp32 weight or moment, gathered from its shards."""
-    if not _is_sharded(parameter):
-        return parameter.detach() if moment is None else torch_optimizer(prepared).state[parameter][moment]
+    if not _is_deepspeeds(parameter):
+        tensor = parameter.detach() if moment is None else torch_optimizer(prepared).state[parameter][moment]
+        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     if moment is None:
@@ -27,8 +29,10 @@ def whole(prepared: Any, parameter: torch.Tensor, moment: str | None = None) -> 
 @torch.no_grad()
 def set_whole(prepared: Any, parameter: torch.Tensor, value: torch.Tensor, moment: str | None = None) -> None:
     """The reverse of `whole`, on every process that holds a shard."""
-    if not _is_sharded(parameter):
+    if not _is_deepspeeds(parameter):
         target = parameter if moment is None else torch_optimizer(prepared).state[parameter][moment]
+        if isinstance(target, DTensor):
+            value = distribute_tensor(value, target.device_mesh, target.placements)
         target.copy_(value)
         return
     from deepspeed import zero
@@ -65,5 +69,5 @@ def create_moments(prepared: Any, optimized: bool) -> None:
         zero._lazy_init_hp_params_optimizer_state()
 
 
-def _is_sharded(parameter: torch.Tensor) -> bool:
+def _is_deepspeeds(parameter: torch.Tensor) -> bool:
     return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")

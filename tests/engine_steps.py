@@ -1,0 +1,102 @@
+"""Steps of an engine by hand, for tests: `torchrun ... -m tests.engine_steps SCENARIO OUT <flags of train>`.
+
+A scenario does what the training loop does not. Each process of data-parallel rank 0 writes what it saw of each step
+to OUT/<rank>.json, the main process the weights in the end to OUT/weights.safetensors.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from train.build import Run, build, settle
+from train.config import parse
+from train.engines.base import Engine
+from train.engines.pipelined import PipelinedEngine
+from train.inference import complete, load_model, load_tokenizer
+from train.loop import save
+from train.validate import validate
+
+Batch = dict[str, torch.Tensor]
+LEARNING_RATE = 1e-3
+
+
+def micro_batches(engine: Engine, run: Run, step: int) -> Iterator[Batch]:
+    for micro_step in range(run.accumulation):
+        yield run.train.micro_batch(step, micro_step, engine.data_rank, engine.data_world_size, run.micro_batch_size)
+
+
+def packed(batch: Batch) -> Batch:
+    """With positions that restart at every fifth token or so: what the document borders are is read off the tokens."""
+    input_ids = batch["input_ids"]
+    columns = torch.arange(input_ids.shape[1]).expand_as(input_ids)
+    starts = torch.where((input_ids % 5 == 0) | (columns == 0), columns, 0).cummax(1).values
+    return {**batch, "position_ids": columns - starts}
+
+
+def plain(engine: Engine, run: Run) -> Iterator[dict[str, Any]]:
+    for step in range(run.total_steps):
+        yield vars(engine.train_step(step, micro_batches(engine, run, step), LEARNING_RATE))
+
+
+def in_packs(engine: Engine, run: Run) -> Iterator[dict[str, Any]]:
+    """Packed and plain micro-batches, in training and evaluation, by turns of two steps."""
+    for step in range(run.total_steps):
+        pack: Callable[[Batch], Batch] = packed if step % 4 < 2 else dict
+        result = engine.train_step(step, map(pack, micro_batches(engine, run, step)), LEARNING_RATE)
+        sums = engine.eval_step(packed(run.val.micro_batch(0, engine.data_rank, engine.data_world_size, 2)))
+        nll, tokens = engine.sum_over_processes(sums).tolist()
+        yield {**vars(result), "val_loss": nll / tokens}
+
+
+def interrupted(engine: Engine, run: Run) -> Iterator[dict[str, Any]]:
+    """Between steps: validation with batches of another size than the training's, a checkpoint, text from it."""
+    for step in range(run.total_steps):
+        yield vars(engine.train_step(step, micro_batches(engine, run, step), LEARNING_RATE))
+        validate(engine, run.val, run.micro_batch_size + 1, max_steps=2)
+        save(engine, run, step + 1)
+        if engine.is_main:
+            model = load_model(run.config.run_folder)
+            complete(model, load_tokenizer(run.config.run_folder, model), run.config.prompt, 4, seed=step)
+        engine.wait()
+
+
+def watched(engine: Engine, run: Run) -> Iterator[dict[str, Any]]:
+    """The layers of this process in the order in which they run forward in a step, and in a batch of evaluation."""
+    assert isinstance(engine, PipelinedEngine)
+    calls: list[int] = []
+    for index, layer in engine.layers.items():
+        layer.register_forward_pre_hook(lambda *_, index=index: calls.append(index))
+    for step in range(run.total_steps):
+        result = engine.train_step(step, micro_batches(engine, run, step), LEARNING_RATE)
+        training = calls[:]
+        calls.clear()
+        engine.eval_step(run.val.micro_batch(0, engine.data_rank, engine.data_world_size, run.micro_batch_size))
+        yield {**vars(result), "training": training, "evaluating": calls[:]}
+        calls.clear()
+
+
+SCENARIOS = {"plain": plain, "in_packs": in_packs, "interrupted": interrupted, "watched": watched}
+
+
+def main(scenario: str, out: str, *flags: str) -> None:
+    torch.set_num_threads(1)
+    run = settle(parse(list(flags)))
+    engine = build(run)
+    lines = list(SCENARIOS[scenario](engine, run))
+    weights = {name: tensor["weight"] for name, tensor in engine.tensors() if engine.is_main}
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    if engine.data_rank == 0:
+        (folder / f"{engine.rank}.json").write_text(json.dumps(lines))
+    if engine.is_main:
+        save_file(weights, folder / "weights.safetensors")
+    engine.close()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

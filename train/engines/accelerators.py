@@ -1,0 +1,134 @@
+"""The Accelerator of a run: plain PyTorch (one process, DDP, FSDP2) or DeepSpeed, as flags and launcher ask for it."""
+
+import os
+from typing import Any
+
+import torch
+from accelerate import (
+    Accelerator,
+    DeepSpeedPlugin,
+    FullyShardedDataParallelPlugin,
+    InitProcessGroupKwargs,
+    PartialState,
+)
+from accelerate.utils import DistributedType, ProjectConfiguration
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from train.config import RunConfig
+from train.errors import UserError
+
+
+def world_size() -> int:
+    """Processes that the launcher started, by its own word."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def device_type() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def plain_accelerator(config: RunConfig) -> Accelerator:
+    """One process, DDP or, where the launcher asks for it, FSDP2."""
+    if launcher_asks("ACCELERATE_USE_DEEPSPEED"):
+        raise UserError(
+            "--run_type baseline: the launcher asks for DeepSpeed, and the baseline is plain PyTorch; "
+            "start it with python -m train or torchrun, or use --run_type optimized"
+        )
+    _check_launcher(config, {})
+    fsdp = _fsdp_plugin(config) if launcher_asks("ACCELERATE_USE_FSDP") else None
+    on_cpu = device_type() == "cpu"
+    if fsdp and on_cpu:
+        # Accelerate 1.15 shards on accelerators alone; on a CPU it would train unsharded without a word.
+        PartialState(cpu=True).distributed_type = DistributedType.MULTI_GPU
+    return Accelerator(
+        cpu=on_cpu and not fsdp,
+        mixed_precision=config.mixed_precision,
+        gradient_accumulation_steps=config.gradient_accumulation_steps or 1,
+        fsdp_plugin=fsdp,
+        **_tracking(config),
+    )
+
+
+def deepspeed_accelerator(config: RunConfig, deepspeed: dict[str, Any]) -> Accelerator:
+    if launcher_asks("ACCELERATE_USE_FSDP"):
+        raise UserError(
+            "--run_type optimized: the launcher asks for FSDP, and the optimized run shards through DeepSpeed; launch "
+            "with accelerate_configs/deepspeed.yaml, or use --run_type baseline"
+        )
+    _check_launcher(config, deepspeed["zero_optimization"])
+    handlers = []
+    if device_type() == "cpu":
+        handlers.append(InitProcessGroupKwargs(backend="gloo"))
+        # Without this DeepSpeed would build its shared-memory collectives with a C++ compiler at every first start.
+        import deepspeed.ops as deepspeed_ops
+
+        deepspeed_ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if "LOCAL_RANK" not in os.environ:  # a single process without a launcher
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+        os.environ.update(alone)
+    accelerator = Accelerator(
+        deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=deepspeed),
+        mixed_precision=config.mixed_precision,
+        gradient_accumulation_steps=config.gradient_accumulation_steps or 1,
+        step_scheduler_with_optimizer=False,
+        kwargs_handlers=handlers,
+        **_tracking(config),
+    )
+    # Else transformers would build every model under ZeRO-3's `zero.Init`, where the initial weights are other draws
+    # than in any other layout, and the model that is loaded to write the sample would be sharded as well.
+    unset_hf_deepspeed_config()
+    return accelerator
+
+
+def launcher_asks(variable: str) -> bool:
+    return os.environ.get(variable, "false").lower() == "true"
+
+
+def _check_launcher(config: RunConfig, zero: dict[str, Any]) -> None:
+    """Refuse settings in Accelerate's file or command line that would be overruled, or would overrule the run's."""
+    nowhere = {"device": "none"}
+    for key, variable, settled in (
+        ("mixed_precision", "MIXED_PRECISION", config.mixed_precision),
+        ("gradient_accumulation_steps", "GRADIENT_ACCUMULATION_STEPS", config.gradient_accumulation_steps),
+        ("gradient_clipping", "GRADIENT_CLIPPING", config.max_grad_norm),
+        ("zero_stage", "DEEPSPEED_ZERO_STAGE", zero.get("stage", 0)),
+        ("offload_optimizer_device", "DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", zero.get("offload_optimizer", nowhere)),
+        ("offload_param_device", "DEEPSPEED_OFFLOAD_PARAM_DEVICE", zero.get("offload_param", nowhere)),
+    ):
+        value = settled["device"] if isinstance(settled, dict) else settled
+        asked = os.environ.get(f"ACCELERATE_{variable}", "auto")
+        left_open = ("auto", "no", "none")  # Accelerate says "no" also where nothing was said
+        if asked not in (*left_open, str(value)) and not (isinstance(value, float) and float(asked) == value):
+            raise UserError(
+                f"the launcher's {key} is {asked}, but the run's is {value}: remove it there; it is set by the run's "
+                "flags and DeepSpeed JSON"
+            )
+
+
+def _fsdp_plugin(config: RunConfig) -> FullyShardedDataParallelPlugin:
+    """FSDP2 as the launcher's YAML has it, sharded block by block, gradients summed in fp32."""
+    for variable, wanted, remedy in (
+        ("FSDP_VERSION", "2", "write fsdp_version: 2"),
+        ("FSDP_ACTIVATION_CHECKPOINTING", "false", "use --activation_checkpointing"),
+        ("FSDP_OFFLOAD_PARAMS", "false", "offload with ZeRO, ds_configs/zero3_offload.json"),
+    ):
+        found = os.environ.get(variable, wanted)
+        if found.lower() != wanted:
+            raise UserError(f"the launcher's {variable.lower()} is {found}; {remedy}")
+    bf16 = config.mixed_precision == "bf16"
+    return FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        cpu_ram_efficient_loading=False,  # every process draws or reads the same weights
+        mixed_precision_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else None,
+    )
+
+
+def _tracking(config: RunConfig) -> dict[str, Any]:
+    return {
+        "log_with": None if config.report_to == "none" else [name.strip() for name in config.report_to.split(",")],
+        "project_config": ProjectConfiguration(
+            project_dir=str(config.run_folder), logging_dir=str(config.run_folder / "tensorboard")
+        ),
+    }

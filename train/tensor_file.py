@@ -1,0 +1,48 @@
+"""A safetensors file written tensor by tensor, so that no process ever holds a whole model to save it.
+
+The library's own `save_file` takes all tensors at once; the bytes come out the same.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+ITEM_BYTES = 4  # fp32
+
+
+class TensorFile:
+    """fp32 tensors of known names and shapes, written in any order (https://github.com/huggingface/safetensors)."""
+
+    def __init__(self, path: Path, shapes: Mapping[str, Sequence[int]]) -> None:
+        self.shapes = {name: list(shapes[name]) for name in sorted(shapes)}
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        self.starts: dict[str, int] = {}
+        end = 0
+        for name, shape in self.shapes.items():
+            self.starts[name], end = end, end + torch.Size(shape).numel() * ITEM_BYTES
+            header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [self.starts[name], end]}
+        encoded = json.dumps(header, separators=(",", ":")).encode()
+        encoded += b" " * (-len(encoded) % 8)
+        self.file = path.open("wb")
+        self.file.write(len(encoded).to_bytes(8, "little") + encoded)
+        self.data = self.file.tell()
+        self.missing = set(self.shapes)
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        assert list(tensor.shape) == self.shapes[name], f"{name} is {list(tensor.shape)}, not {self.shapes[name]}"
+        assert tensor.dtype == torch.float32
+        self.file.seek(self.data + self.starts[name])
+        self.file.write(tensor.contiguous().numpy().astype("<f4", copy=False).data)
+        self.missing.remove(name)
+
+    def __enter__(self) -> "TensorFile":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.file.close()
+        assert kind is not None or not self.missing, f"never written: {sorted(self.missing)}"
