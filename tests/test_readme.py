@@ -69,6 +69,8 @@ def shrunk(line: str, flags: list[str]) -> list[str]:
         return [*words, "--max_documents", "60", "--val_fraction", "0.2"]
     if "train.generate" in words:
         return [*words, "--max_new_tokens", "4"]
+    if "train.parity" in words:
+        return [*words, "--layouts", "single", "--accumulation", "8"]
     if "train" in words:
         small = [flag for flag in flags if not flag.startswith(("--train_data", "--val_data", "--max_steps"))]
         steps = ["--max_steps=3"] if "--resume_from_checkpoint" in words else ["--max_steps=2", "--overwrite"]

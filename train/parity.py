@@ -216,14 +216,8 @@ def table(rows: Sequence[Row]) -> str:
         own = [row for row in rows if row.case.layout == layout]
         values = [worst(own, kind) for kind in TOLERANCES]
         red = sum(not row.green for row in own)
-        lines.append(
-            [
-                layout.name,
-                str(len(own)),
-                *("-" if value is None else f"{value:.1e}" for value in values),
-                f"{red} RED" if red else "green",
-            ]
-        )
+        cells = ["-" if value is None else f"{value:.1e}" for value in values]
+        lines.append([layout.name, str(len(own)), *cells, f"{red} RED" if red else "green"])
     return markdown_table(["layout", "runs", *(kind.replace("_", " ") for kind in TOLERANCES), "verdict"], lines)
 
 
@@ -307,16 +301,17 @@ def check_files(layouts: Sequence[Layout]) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
-    if arguments.out is not None and arguments.out.exists() and not arguments.out.is_dir():
-        raise UserError(f"--out {arguments.out} is a file: give a folder")
     layouts = [layout for layout in LAYOUTS if layout.name in arguments.layouts]
     check_files(layouts)
+    if arguments.out is not None:  # now, not when all is done and cannot be written
+        if arguments.out.exists() and not arguments.out.is_dir():
+            raise UserError(f"--out {arguments.out} is a file: give a folder")
+        arguments.out.mkdir(parents=True, exist_ok=True)
     quiet_libraries()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # else the run and its folder would stay behind
     accumulations = sorted(set(arguments.accumulation))
     rows = certify([Case(*case) for case in product(layouts, accumulations, (False, True), (False, True))])
     if arguments.out is not None:
-        arguments.out.mkdir(parents=True, exist_ok=True)
         write_json(arguments.out / "parity.json", as_json(rows))
         write_text(arguments.out / "parity.md", report(rows))
     print(f"{table(rows)}\n\n{verdict(rows)}")

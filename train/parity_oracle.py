@@ -30,7 +30,7 @@ WEIGHT_DECAY = 0.1
 BETA1, BETA2 = 0.9, 0.95
 CLIP = 0.5  # below the gradient's norm at each of the steps
 PROBES = 2  # sequences on which the effect of weights without a gradient is looked at
-SPREAD = 0.02  # standard deviation of the initial weights that GPT-2 would begin at 0 or at 1
+SPREAD = 0.02  # standard deviation of what is added to every initial weight, biases and norms included
 
 
 @dataclass(frozen=True)
@@ -74,10 +74,9 @@ def write_problem(folder: Path) -> None:
     torch.manual_seed(SEED)
     model = GPT2LMHeadModel(config)
     with torch.no_grad():
-        # Biases that begin at 0 are as small as the learning rate for long, and differences relative to them large.
+        # What begins at 0 or small would be of the learning rate's size, and so would be differences relative to it.
         for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter.add_(torch.randn_like(parameter), alpha=SPREAD)
+            parameter.add_(torch.randn_like(parameter), alpha=SPREAD)
     model.save_pretrained(folder / "model")
     text = "".join(map(inspect.getsource, (argparse, subprocess, json))).encode()
     ids = np.frombuffer(text, dtype=np.uint8)
