@@ -56,7 +56,7 @@ class Layout:
 
 
 def _torchrun(processes: int) -> str:
-    return f"torchrun --nproc_per_node {processes} --master_port 0 --rdzv_backend c10d"
+    return f"torchrun --nproc_per_node {processes} --rdzv_backend c10d --rdzv_endpoint localhost:0"
 
 
 def _accelerate(config: str, processes: int) -> str:

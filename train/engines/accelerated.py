@@ -76,6 +76,14 @@ class AcceleratedEngine(Engine):
         nll = self.model(**batch, use_cache=False, skip_logits=True, num_items_in_batch=1).loss
         return torch.stack([nll.double(), (batch["shift_labels"] != IGNORED_LABEL).sum().double()])
 
+    def close(self) -> None:
+        if isinstance(self.model, DistributedDataParallel):
+            # Its reducer would be the last to let go of the process group, which then waits for its own threads with
+            # the GIL in hand, and they for the GIL (seen with torch 2.13 over gloo). So the reducer goes first.
+            self.accelerator.free_memory()
+            del self.model
+        super().close()
+
     def _on_device(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
 
