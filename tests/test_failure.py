@@ -43,7 +43,11 @@ def check_the_end(started: Job, processes: list[psutil.Process], first: str, run
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("torchrun", "baseline"), ("accelerate", "zero1"), pytest.param("deepspeed", "zero1", marks=pytest.mark.slow)],
+    [
+        ("torchrun", "baseline"),
+        pytest.param("accelerate", "zero1", marks=pytest.mark.slow),
+        pytest.param("deepspeed", "zero1", marks=pytest.mark.slow),
+    ],
 )
 def test_a_killed_process_ends_the_job_and_is_named_first(
     flags: list[str], tmp_path: Path, name: str, kind: str
@@ -79,6 +83,7 @@ def test_an_error_of_one_rank_comes_first(flags: list[str], tmp_path: Path, name
             assert "RuntimeError: the disk of rank 1 is gone" in summary
 
 
+@pytest.mark.slow
 def test_without_a_launcher_the_survivor_ends_by_itself(flags: list[str], tmp_path: Path) -> None:
     port = str(free_port())
     train = [sys.executable, "-m", "train", *flags, *layout("baseline"), *ENDLESS, f"--checkpoint_path={tmp_path}"]

@@ -63,10 +63,11 @@ def test_machines_that_train_alone_are_refused(monkeypatch: pytest.MonkeyPatch) 
     ("launch", "words"),
     [
         (["--cpu", "--num_processes", "2"], ["asked for 2 processes and started 1", "ddp.yaml"]),
-        (
+        pytest.param(
             ["--use_deepspeed", "--num_machines", "2", "--num_processes", "2", "--machine_rank", "0",
              "--main_process_ip", "127.0.0.1", "--main_process_port", "0"],
             ["asked for 2 processes and started 1", "--deepspeed_multinode_launcher standard"],
+            marks=pytest.mark.slow,
         ),
     ],
 )  # fmt: skip
@@ -83,6 +84,7 @@ def test_a_launcher_that_starts_fewer_than_asked_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_one_process_prints_its_layout(flags: list[str], tmp_path: Path) -> None:
     done = python("-m", "train", *flags, "--max_steps=1", f"--checkpoint_path={tmp_path}", cwd=tmp_path)
     assert "plain on 1 process" in done.stdout + done.stderr

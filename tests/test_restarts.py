@@ -19,7 +19,7 @@ RESTARTED = "restarted by the launcher: the run"
     ("name", "kind", "victim"),
     [
         ("torchrun", "baseline", 1),
-        ("accelerate", "zero1", 0),
+        pytest.param("accelerate", "zero1", 0, marks=pytest.mark.slow),
         pytest.param("accelerate", "pipeline", 1, marks=pytest.mark.slow),
     ],
 )
@@ -58,6 +58,7 @@ def test_a_job_without_a_checkpoint_begins_anew(flags: list[str], finished: Path
     assert [record["step"] for record in records(tmp_path / "baseline")] == list(range(1, 101))
 
 
+@pytest.mark.slow
 def test_a_restart_leaves_an_earlier_run_alone(flags: list[str], tmp_path: Path) -> None:
     (tmp_path / "baseline").mkdir()
     (tmp_path / "baseline" / "metrics.json").write_text("{}")

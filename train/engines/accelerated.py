@@ -20,7 +20,9 @@ from train.engines.layout import Place
 class AcceleratedEngine(Engine):
     def _take(self, model: GPT2FlashForCausalLM) -> nn.Module:
         if self.config.activation_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            # transformers 5.23 calls it otherwise
+            enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+            enable({"use_reentrant": False})
         self.module = model
         return model
 
