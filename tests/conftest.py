@@ -76,6 +76,24 @@ def losses(run_folder: Path) -> list[float]:
     return [record["loss"] for record in records(run_folder)]
 
 
+def check_parity(run: Path, finished: Path) -> None:
+    """Another layout has computed what the `finished` run of one process did."""
+    import torch
+    from safetensors.torch import load_file
+
+    assert losses(run) == pytest.approx(losses(finished), abs=LOSS_TOLERANCE)
+    for ours, theirs in zip(records(run), records(finished), strict=True):
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
+        assert theirs["grad_norm"] > 1.0, "clipping, at the default of 1.0, has to bite to be tested"
+        assert ours.get("val_loss") == pytest.approx(theirs.get("val_loss"), abs=LOSS_TOLERANCE)
+    weights, expected = (load_file(folder / "model.safetensors") for folder in (run, finished))
+    assert list(weights) == list(expected)
+    # Not the key biases: their gradient is zero but for rounding, which AdamW makes into steps of the learning rate.
+    for name in weights:
+        if not name.endswith("c_attn.bias"):
+            torch.testing.assert_close(weights[name], expected[name], rtol=0, atol=2e-4, msg=name)
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with train.bin (8,000 tokens) and val.bin (1,000) of Python source, bare as nanoGPT writes them."""
