@@ -14,7 +14,8 @@ set -euo pipefail
 
 checkpoint_path=${CHECKPOINT_PATH:-checkpoint}
 processes_per_node=${SLURM_GPUS_ON_NODE:-8}
-main_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+main_node=${nodes%%$'\n'*}
 main_port=$((20000 + SLURM_JOB_ID % 10000)) # another for each job, in case jobs share a node
 
 resume=()

@@ -35,7 +35,8 @@ class AcceleratedEngine(Engine):
     def _asked_wrapping(self) -> str:
         if self.deepspeed is not None:
             zero = self.deepspeed["zero_optimization"]
-            return _zero(zero.get("stage", 0), bool(zero.get("offload_optimizer")))
+            offload = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
+            return _zero(zero.get("stage", 0), offload)
         return "plain" if self.world_size == 1 else "FSDP2" if launcher_asks("ACCELERATE_USE_FSDP") else "DDP"
 
     def _place(self) -> Place:

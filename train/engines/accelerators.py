@@ -15,13 +15,14 @@ from accelerate.utils import DistributedType, ProjectConfiguration
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from train import failure
 from train.config import RunConfig
 from train.errors import UserError
 
 
 def world_size() -> int:
     """Processes that the launcher started, by its own word."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return failure.job()[1]
 
 
 def device_type() -> str:
@@ -96,7 +97,7 @@ def _check_launcher(config: RunConfig, zero: dict[str, Any]) -> None:
         ("offload_optimizer_device", "DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", zero.get("offload_optimizer", nowhere)),
         ("offload_param_device", "DEEPSPEED_OFFLOAD_PARAM_DEVICE", zero.get("offload_param", nowhere)),
     ):
-        value = settled["device"] if isinstance(settled, dict) else settled
+        value = settled.get("device", "none") if isinstance(settled, dict) else settled
         asked = os.environ.get(f"ACCELERATE_{variable}", "auto")
         left_open = ("auto", "no", "none")  # Accelerate says "no" also where nothing was said
         if asked not in (*left_open, str(value)) and not (isinstance(value, float) and float(asked) == value):

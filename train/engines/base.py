@@ -15,6 +15,7 @@ from accelerate.utils import gather_object
 from torch import nn
 
 from modeling_gpt2flash import GPT2FlashForCausalLM
+from train import failure
 from train.config import RunConfig
 from train.engines.accelerators import deepspeed_accelerator, device_type, plain_accelerator, world_size
 from train.engines.layout import Place, check_launch, check_places
@@ -95,7 +96,7 @@ class Engine(ABC):
         assert isinstance(torch_optimizer(self.optimizer), torch.optim.AdamW), "DeepSpeed has put in its own optimizer"
         create_moments(self.optimizer, config.optimized)
         asked = Place(
-            self.rank, gethostname(), device_type(), self._asked_wrapping(), self._asked_stage(), self.data_rank
+            failure.job()[0], gethostname(), device_type(), self._asked_wrapping(), self._asked_stage(), self.data_rank
         )
         places = gather_object([(self._place(), asked)])
         self.layout = check_places([found for found, _ in places], [wanted for _, wanted in places])
