@@ -121,6 +121,16 @@ def test_step_time_percentiles() -> None:
     assert metrics.step_time_percentiles([]) == {"median": None, "p10": None, "p90": None}
 
 
+def test_data_share() -> None:
+    assert metrics.data_share([5.0, 0.25, 0.75], [9.0, 1.0, 3.0]) == 0.25  # 1 of 4 seconds; the first step is left out
+    assert metrics.data_share([0.5], [2.0]) == 0.25
+    assert metrics.data_share([], []) is None
+    waits = [record(step, 2.0, 1.0, data_seconds=0.5) for step in range(1, 4)]
+    assert summary(waits)["data_share"] == 0.25
+    assert summary([record(1, 2.0, 1.0), *waits[1:]])["data_share"] == 0.25
+    assert summary([waits[0], record(2, 2.0, 1.0)])["data_share"] is None, "not measured is not zero"
+
+
 def test_perplexity_and_what_json_cannot_hold() -> None:
     assert metrics.perplexity(math.log(50257)) == pytest.approx(50257)
     assert metrics.perplexity(1000.0) == math.inf

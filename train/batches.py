@@ -10,6 +10,9 @@
 4. Micro-step j of data-parallel rank r takes entries (j·D + r)·B … + B - 1 of the global batch, where D is how many
    such ranks there are (the stages of a pipeline share one). Which ranks there are, and how they accumulate, changes
    who computes a sample and never which samples a step sees.
+
+With `document_mask` a batch also has `position_ids`, (B, T) int64, which restart in each document (train/documents.py)
+and so keep attention inside it. The labels are the same: every token but the first is predicted, whatever the mask.
 """
 
 import math
@@ -19,6 +22,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
+from train.documents import document_positions
 from train.errors import UserError
 from train.tokens import TokenFile
 
@@ -36,7 +40,9 @@ def epoch_order(seed: int, epoch: int, windows: int) -> np.ndarray:
 class TrainBatches:
     """Training data by optimizer step; see the module's docstring for the guarantee."""
 
-    def __init__(self, tokens: TokenFile, block_size: int, global_batch_size: int, seed: int) -> None:
+    def __init__(
+        self, tokens: TokenFile, block_size: int, global_batch_size: int, seed: int, document_mask: bool = False
+    ) -> None:
         if len(tokens) - 1 < block_size:
             raise UserError(
                 f"{tokens.path} has {len(tokens)} tokens, too few for one block of {block_size} tokens and the one "
@@ -46,6 +52,7 @@ class TrainBatches:
         self.block_size = block_size
         self.global_batch_size = global_batch_size
         self.seed = seed
+        self.document_mask = document_mask
         self.windows = (len(tokens) - 1) // block_size
 
     @property
@@ -72,12 +79,15 @@ class TrainBatches:
     def micro_batch(
         self, step: int, micro_step: int, rank: int, world_size: int, micro_batch_size: int
     ) -> dict[str, torch.Tensor]:
-        """`input_ids` and `shift_labels`, both (B, T) int64: shift_labels[b, t] is the token after input_ids[b, t]."""
+        """`input_ids` and `shift_labels`, both (B, T) int64: shift_labels[b, t] is the token after input_ids[b, t].
+
+        With `document_mask`, `position_ids` too.
+        """
         start = (micro_step * world_size + rank) * micro_batch_size
         assert start + micro_batch_size <= self.global_batch_size, "micro-step, rank and size exceed the global batch"
         offsets = self.window_indices(step)[start : start + micro_batch_size] * self.block_size
         rows = np.stack([self.tokens.ids[offset : offset + self.block_size + 1] for offset in offsets])
-        return as_tensors(rows[:, :-1].astype(np.int64), rows[:, 1:].astype(np.int64))
+        return as_tensors(rows[:, :-1].astype(np.int64), rows[:, 1:].astype(np.int64), self.document_mask)
 
 
 class EvalBatches:
@@ -89,11 +99,12 @@ class EvalBatches:
     nothing but -100, over which a mean is NaN, so sum the losses and divide by the labels counted.
     """
 
-    def __init__(self, tokens: TokenFile, block_size: int) -> None:
+    def __init__(self, tokens: TokenFile, block_size: int, document_mask: bool = False) -> None:
         if len(tokens) < 2:
             raise UserError(f"{tokens.path} has {len(tokens)} token, none of which follows another: prepare more text")
         self.tokens = tokens
         self.block_size = block_size
+        self.document_mask = document_mask
         self.windows = math.ceil((len(tokens) - 1) / block_size)
 
     def steps(self, world_size: int, micro_batch_size: int) -> int:
@@ -101,7 +112,10 @@ class EvalBatches:
         return math.ceil(self.windows / (world_size * micro_batch_size))
 
     def micro_batch(self, step: int, rank: int, world_size: int, micro_batch_size: int) -> dict[str, torch.Tensor]:
-        """`input_ids` and `shift_labels`, both (B, T) int64; labels are -100 beyond the end of the file."""
+        """`input_ids` and `shift_labels`, both (B, T) int64; labels are -100 beyond the end of the file.
+
+        With `document_mask`, `position_ids` too.
+        """
         input_ids = np.full((micro_batch_size, self.block_size), self.tokens.ids[-1], dtype=np.int64)
         shift_labels = np.full((micro_batch_size, self.block_size), IGNORED_LABEL, dtype=np.int64)
         first = (step * world_size + rank) * micro_batch_size
@@ -110,8 +124,11 @@ class EvalBatches:
             ids = self.tokens.ids[offset : offset + self.block_size + 1]
             input_ids[row, : len(ids) - 1] = ids[:-1]
             shift_labels[row, : len(ids) - 1] = ids[1:]
-        return as_tensors(input_ids, shift_labels)
+        return as_tensors(input_ids, shift_labels, self.document_mask)
 
 
-def as_tensors(input_ids: np.ndarray, shift_labels: np.ndarray) -> dict[str, torch.Tensor]:
-    return {"input_ids": torch.from_numpy(input_ids), "shift_labels": torch.from_numpy(shift_labels)}
+def as_tensors(input_ids: np.ndarray, shift_labels: np.ndarray, document_mask: bool) -> dict[str, torch.Tensor]:
+    arrays = {"input_ids": input_ids, "shift_labels": shift_labels}
+    if document_mask:
+        arrays["position_ids"] = document_positions(input_ids)
+    return {key: torch.from_numpy(array) for key, array in arrays.items()}

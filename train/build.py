@@ -66,6 +66,7 @@ class Run:
             "train_data": describe(self.train.tokens),
             "seed": self.config.seed,
             "block_size": self.train.block_size,
+            "document_mask": self.config.document_mask,
             "sequences_per_step": self.train.global_batch_size,
             "total_steps": self.total_steps,
             "config": dataclasses.asdict(self.config),
@@ -121,8 +122,10 @@ def settle(config: RunConfig) -> Run:
             "recomputed by itself; write 1 (in the JSON too), or give --pipeline_stages"
         )
     sequences = micro_batch_size * accumulation * (world_size() // stages)
-    train = TrainBatches(open_tokens(config.train_data_path, shape.vocab_size), block_size, sequences, config.seed)
-    val = EvalBatches(open_tokens(config.val_data_path, shape.vocab_size), block_size)
+    train = TrainBatches(
+        open_tokens(config.train_data_path, shape.vocab_size), block_size, sequences, config.seed, config.document_mask
+    )
+    val = EvalBatches(open_tokens(config.val_data_path, shape.vocab_size), block_size, config.document_mask)
     total_steps = config.max_steps or train.updates(config.epochs)
     run = Run(
         config=dataclasses.replace(config, block_size=block_size),
@@ -185,6 +188,16 @@ def _settle_engine(config: RunConfig) -> tuple[RunConfig, dict[str, Any] | None]
 
 def _settle_attention(config: RunConfig, shape: GPT2FlashConfig) -> tuple[str, str]:
     assert config.attn_implementation is not None
+    if config.document_mask:
+        # Flash kernels would need the documents' bounds: from positions alone they tell documents apart in a batch of
+        # one only, and in larger ones let them see each other without a word.
+        if config.attn_implementation == "auto":
+            return "sdpa", "sdpa, PyTorch's own kernels: it takes --document_mask's mask, FlashAttention does not."
+        if "flash" in config.attn_implementation:
+            raise UserError(
+                f"--attn_implementation {config.attn_implementation}: does not keep documents apart, as "
+                "--document_mask asks; give sdpa or eager, or drop one of the flags"
+            )
     dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
     try:
         return choose_attention(

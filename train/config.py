@@ -47,6 +47,7 @@ class RunConfig:
     epochs: float = _flag(1.0, "passes over the training tokens")
     max_steps: int | None = _flag(None, "optimizer steps in all (default: what the epochs take)")
     block_size: int | None = _flag(None, "tokens in a sequence (default: the model's n_positions)")
+    document_mask: bool = _flag(False, "documents in one sequence do not see each other; positions restart in each")
     train_micro_batch_size_per_gpu: int | None = _flag(
         None, "sequences per process and forward pass (default: the DeepSpeed JSON's number, else 4)"
     )

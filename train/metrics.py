@@ -128,6 +128,12 @@ def step_time_percentiles(step_times: Sequence[float]) -> dict[str, float | None
     return {"median": median, "p10": p10, "p90": p90}
 
 
+def data_share(data_times: Sequence[float], step_times: Sequence[float]) -> float | None:
+    """Share of the time of the steps after the first that was spent waiting for data; None if no time was measured."""
+    seconds = math.fsum(after_warmup(step_times))
+    return math.fsum(after_warmup(data_times)) / seconds if seconds > 0 else None
+
+
 def perplexity(loss: float) -> float:
     """exp of a mean loss in nats; infinite where a float cannot hold it (loss above 709), never an OverflowError."""
     try:
@@ -285,8 +291,9 @@ def summarise(
 ) -> dict[str, Any]:
     """The content of `metrics.json`, from the lines of `metrics.jsonl` and from what only the running process knows.
 
-    - `records`: one mapping an optimizer step, in order; needs "tokens", "loss", "step_time_seconds", and on the steps
-      that were validated "val_loss". `tokens_per_step` and the times are those of all processes together.
+    - `records`: one mapping an optimizer step, in order; needs "tokens", "loss", "step_time_seconds", "data_seconds"
+      (the part of a step in which the main process waited for its data), and on the steps that were validated
+      "val_loss". `tokens_per_step` and the times are those of all processes together.
     - `precision`: "bf16", "fp16", "tf32" or "fp32", what the matrix products run in; `device_peak_flops` is
       `peak_flops(name, precision)` of one of the `world_size` devices.
     - `memory`: what `peak_memory` returned, of the process with the most.
@@ -295,6 +302,7 @@ def summarise(
     - inference: one sequence at a time, the latency up to the first token, then the seconds of each further one.
     """
     times = [float(record["step_time_seconds"]) for record in records]
+    waits = [number(record.get("data_seconds")) for record in records]  # a run begun by an older version has none
     losses = [number(record["loss"]) for record in records[-FINAL_STEPS:]]
     validations = [number(record["val_loss"]) for record in records if "val_loss" in record]
     tokens_per_second = throughput(tokens_per_step, times)
@@ -309,6 +317,7 @@ def summarise(
         "time_per_epoch_seconds": time_per_epoch(tokens_per_second, tokens_per_epoch),
         "tokens_per_second": tokens_per_second,
         "step_time_seconds": step_time_percentiles(times),
+        "data_share": data_share(waits, times),
         "train_loss": sum(losses) / len(losses) if losses else None,
         "val_loss": validations[-1] if validations else None,
         "perplexity": perplexity(validations[-1]) if validations else None,

@@ -1,11 +1,14 @@
 """Validation loss and perplexity over the whole validation file, shared among all processes."""
 
+from contextlib import closing
+
 import torch
 from tqdm import tqdm
 
 from train.batches import EvalBatches
 from train.engines.base import Engine
 from train.evaluate_metrics import load_perplexity_metric
+from train.prefetch import Batch, read_ahead
 
 
 def validate(engine: Engine, batches: EvalBatches, micro_batch_size: int, max_steps: int | None) -> dict:
@@ -17,10 +20,15 @@ def validate(engine: Engine, batches: EvalBatches, micro_batch_size: int, max_st
     steps = batches.steps(engine.data_world_size, micro_batch_size)
     steps = steps if max_steps is None else min(steps, max_steps)
     sums = torch.zeros(2, dtype=torch.float64, device=engine.device)
-    for step in tqdm(
-        range(steps), desc="validation", unit="batch", leave=False, mininterval=1, disable=not engine.is_main
-    ):
-        sums += engine.eval_step(batches.micro_batch(step, engine.data_rank, engine.data_world_size, micro_batch_size))
+
+    def one_batch(step: int) -> list[Batch]:
+        return [batches.micro_batch(step, engine.data_rank, engine.data_world_size, micro_batch_size)]
+
+    bar = tqdm(total=steps, desc="validation", unit="batch", leave=False, mininterval=1, disable=not engine.is_main)
+    with closing(read_ahead(one_batch, range(steps), engine.device)) as data, bar:
+        for [batch] in data:
+            sums += engine.eval_step(batch)
+            bar.update()
     nll, tokens = engine.sum_over_processes(sums).tolist()
     if not engine.is_main:
         return {}
