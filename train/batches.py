@@ -18,6 +18,7 @@ and so keep attention inside it. The labels are the same: every token but the fi
 import math
 from fractions import Fraction
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,11 +54,20 @@ class TrainBatches:
         self.global_batch_size = global_batch_size
         self.seed = seed
         self.document_mask = document_mask
-        self.windows = (len(tokens) - 1) // block_size
 
     @property
-    def steps_per_epoch(self) -> float:
+    def windows(self) -> int:
+        return (len(self.tokens) - 1) // self.block_size
+
+    @property
+    def steps_per_epoch(self) -> float | None:
+        """None where it is not known yet."""
         return self.windows / self.global_batch_size
+
+    def epochs(self, steps: int) -> float | None:
+        """How many `steps` are; None where it is not known yet."""
+        steps_per_epoch = self.steps_per_epoch
+        return None if steps_per_epoch is None else steps / steps_per_epoch
 
     def updates(self, epochs: float) -> int:
         """Optimizer steps that cover `epochs`: ⌈epochs · n / G⌉, so the last one borrows from the next epoch."""
@@ -69,12 +79,16 @@ class TrainBatches:
         position = step * self.global_batch_size
         missing = self.global_batch_size
         parts = []
-        while missing:  # one turn, two at an epoch's border, more only when a batch is larger than an epoch
-            epoch, start = divmod(position, self.windows)
-            parts.append(epoch_order(self.seed, epoch, self.windows)[start : start + missing])
+        while missing:  # one turn, two at a border, more only when a batch is larger than what lies between two
+            parts.append(self.order_from(position)[:missing])
             position += len(parts[-1])
             missing -= len(parts[-1])
         return np.concatenate(parts)
+
+    def order_from(self, position: int) -> np.ndarray:
+        """The windows of sample `position` and of those behind it, up to a border of the order."""
+        epoch, start = divmod(position, self.windows)
+        return epoch_order(self.seed, epoch, self.windows)[start:]
 
     def micro_batch(
         self, step: int, micro_step: int, rank: int, world_size: int, micro_batch_size: int
@@ -88,6 +102,18 @@ class TrainBatches:
         offsets = self.window_indices(step)[start : start + micro_batch_size] * self.block_size
         rows = np.stack([self.tokens.ids[offset : offset + self.block_size + 1] for offset in offsets])
         return as_tensors(rows[:, :-1].astype(np.int64), rows[:, 1:].astype(np.int64), self.document_mask)
+
+    def identity(self, step: int) -> dict[str, Any]:
+        """What a checkpoint after `step` steps says of its data, and a run that goes on from it has to say as well."""
+        return describe(self.tokens)
+
+    def stop(self) -> None:
+        """Nobody needs another `micro_batch`: one that waits in another thread may fail. Here none waits."""
+
+
+def describe(tokens: TokenFile) -> dict[str, Any]:
+    """What tells one token file from another; a bare file has no digest."""
+    return {"tokens": len(tokens), "sha256": tokens.sidecar["sha256"] if tokens.sidecar else None}
 
 
 class EvalBatches:

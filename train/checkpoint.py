@@ -159,7 +159,7 @@ def find(asked: str, run_folder: Path) -> Checkpoint:
 
 def check_same_run(checkpoint: Checkpoint, state: dict[str, Any]) -> None:
     """Refuse to go on with another model, data or batch: the loss curve would not be the uninterrupted run's."""
-    for key in ("model", "train_data", "seed", "block_size", "document_mask", "sequences_per_step"):
+    for key in ("model", "follow", "train_data", "seed", "block_size", "document_mask", "sequences_per_step"):
         found = checkpoint.state.get(key, False)  # a checkpoint from before there was a flag is one without it
         if found != state[key]:
             raise UserError(

@@ -11,7 +11,7 @@ from train.prefetch import Batch, read_ahead
 from train.runlog import RunLog
 from train.schedule import learning_rate
 from train.summary import write_summary
-from train.validate import validate
+from train.validate import Validation
 
 
 def due(step: int, interval: int, last: int) -> bool:
@@ -35,6 +35,7 @@ def train(run: Run) -> None:
     config = run.config
     engine = build(run)
     log = RunLog(engine.accelerator, config.run_folder, dataclasses.asdict(config), run.total_steps)
+    validation = Validation(engine, run)
     first = run.checkpoint.step if run.checkpoint else 0
     log.start(first, run.checkpoint.folder.parent / "metrics.jsonl" if run.checkpoint else log.file)
     log.say(engine.layout)
@@ -49,7 +50,7 @@ def train(run: Run) -> None:
         ]
 
     steps = range(first, run.total_steps)
-    with closing(read_ahead(micro_batches, steps, engine.device)) as data:
+    with closing(read_ahead(micro_batches, steps, engine.device, run.train.stop)) as data:
         for step in steps:
             began = time.perf_counter()
             batches = next(data)
@@ -68,7 +69,7 @@ def train(run: Run) -> None:
             done = step + 1
             record = {
                 "step": done,
-                "epoch": done / run.train.steps_per_epoch,
+                "epoch": run.train.epochs(done),
                 "tokens": done * run.tokens_per_step,
                 "loss": result.loss,
                 "learning_rate": rate,
@@ -78,7 +79,7 @@ def train(run: Run) -> None:
                 "data_seconds": data_seconds,
             }
             if due(done, config.eval_interval, run.total_steps):
-                record |= validate(engine, run.val, run.micro_batch_size, config.eval_steps)
+                record |= validation.measure()
             log.write(record)
             if due(done, config.save_interval, run.total_steps):
                 save(engine, run, done)
@@ -86,4 +87,4 @@ def train(run: Run) -> None:
     main, processes, memory = engine.is_main, engine.world_size, engine.peak_memory()
     engine.close()
     if main:
-        write_summary(run, log.records, processes, memory)
+        write_summary(run, validation.batches, log.records, processes, memory)

@@ -114,9 +114,12 @@ def throughput(tokens_per_step: int, step_times: Sequence[float]) -> float | Non
     return tokens_per_step * len(times) / seconds if seconds > 0 else None
 
 
-def time_per_epoch(tokens_per_second: float | None, tokens_per_epoch: int) -> float | None:
-    """Seconds that one pass over the training data takes at this throughput, whether or not a whole one was made."""
-    return tokens_per_epoch / tokens_per_second if tokens_per_second else None
+def time_per_epoch(tokens_per_second: float | None, tokens_per_epoch: int | None) -> float | None:
+    """Seconds that one pass over the training data takes at this throughput, whether or not a whole one was made.
+
+    None where either is unknown, as the number of tokens is until a file that is being prepared is finished.
+    """
+    return tokens_per_epoch / tokens_per_second if tokens_per_second and tokens_per_epoch else None
 
 
 def step_time_percentiles(step_times: Sequence[float]) -> dict[str, float | None]:
@@ -270,7 +273,7 @@ def summarise(
     run_type: str,
     records: Sequence[Mapping[str, Any]],
     tokens_per_step: int,
-    tokens_per_epoch: int,
+    tokens_per_epoch: int | None,
     block_size: int,
     precision: str,
     model: Mapping[str, int],

@@ -260,13 +260,17 @@ def open_tokens(path: str | Path, vocab_size: int) -> TokenFile:
             "python -m train.preprocess_data"
         )
     ids = np.memmap(path, dtype=dtype, mode="r")
-    max_token_id = sidecar["max_token_id"] if sidecar else scan_max_token_id(ids)
+    check_vocabulary(path, sidecar["max_token_id"] if sidecar else scan_max_token_id(ids), vocab_size)
+    return TokenFile(path, ids, sidecar)
+
+
+def check_vocabulary(path: Path, max_token_id: int, vocab_size: int) -> None:
+    """Refuse ids that a model with `vocab_size` tokens has no embedding for."""
     if max_token_id >= vocab_size:
         raise UserError(
             f"{path} holds token id {max_token_id}, but the model's vocab_size is {vocab_size}: "
             f"set vocab_size to {max_token_id + 1} or more, or prepare the text with the model's own tokenizer"
         )
-    return TokenFile(path, ids, sidecar)
 
 
 def file_size(path: Path) -> int:
