@@ -225,7 +225,7 @@ def in_parallel(
     try:
         for item in items:
             pending.append((item, pool.submit(function, item)))
-            if len(pending) > 2 * workers:
+            if len(pending) > workers + 2:
                 done, future = pending.popleft()
                 yield done, future.result()
         for done, future in pending:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 BATCH_DOCUMENTS = 1024
 BATCH_CHARACTERS = 1 << 20  # 1 Mi: the workers' share, and memory stays small
 
+SILENCE_SECONDS = 60.0  # of a server that answers nothing: a failure
 RETRIES = 10  # in a row without a document between them, when a server fails: about 9 minutes
 RETRY_SECONDS = 1.0  # before the first; doubled for each one after it
 LONGEST_RETRY_SECONDS = 60.0
@@ -96,6 +97,12 @@ def open_stream(source: Source) -> "IterableDataset":
     # `datasets` reads names as patterns; local ones are already resolved, so what looks like a pattern is a name.
     files = [glob.escape(str(Path(path).absolute())) for path in source.files] or list(source.data_files) or None
     words = {"name": source.subset, "data_files": files, "revision": source.revision, **source.options}
+    if source.is_remote:
+        import aiohttp
+
+        # Its own gives up after five minutes of one answer, however well it flows, and not before if nothing comes.
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=SILENCE_SECONDS, sock_read=SILENCE_SECONDS)
+        words["storage_options"] = {key: {"client_kwargs": {"timeout": timeout}} for key in ("http", "https")}
     builder = load_dataset_builder(source.path, **words)
     dataset = builder.as_streaming_dataset(split="train")
     if isinstance(builder.config, ParquetConfig):
