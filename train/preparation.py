@@ -138,6 +138,7 @@ class Preparation:
         owner = {"pid": os.getpid(), "host": gethostname(), "started": started}
         self.journal: dict[str, Any] = journal | {"request": self.request, "owner": owner}
         self.rows: int = journal["rows"]
+        self.taken_up = self.rows > 0
         self.position = Position(*journal["position"] or ())
         self.counts = {name: {key: journal["parts"].get(name, {}).get(key, 0) for key in COUNTS} for name in PARTS}
         self._committed = -COMMIT_SECONDS  # so that the first documents are committed at once
@@ -169,8 +170,9 @@ class Preparation:
             self.discard()
 
     def discard(self) -> None:
-        """Leave nothing to take up."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Leave nothing to take up, if all of it is this process's work."""
+        if not self.taken_up:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def settle(self, sidecar: dict[str, Any]) -> None:
         self.journal["sidecar"] = sidecar

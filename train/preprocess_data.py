@@ -11,6 +11,7 @@
 
 import argparse
 import os
+import shutil
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -343,6 +344,7 @@ def prepare(args: argparse.Namespace) -> None:
             if present and not under_way and not args.overwrite:
                 if not finished(out_dir, request):
                     raise UserError(f"{' and '.join(present)} exist already: give --overwrite, or another --out_dir")
+                shutil.rmtree(out_dir / WORK_FOLDER, ignore_errors=True)  # all that a kill at the very end leaves
                 print("already prepared; --overwrite prepares it again", file=sys.stderr)
                 return
             with Preparation(out_dir, request, args.overwrite) as preparation:

@@ -317,6 +317,7 @@ def count_rows(source: Source, dataset: "IterableDataset") -> int | None:
     """How many documents there are, if need be by reading local files to their end; None of others that do not say."""
     rows = known_rows(source, dataset)
     if rows is None and source.is_local:
+        dataset, _ = load_documents(source)  # another one, for a dataset knows one position only
         with tqdm(unit=" documents", unit_scale=True, desc="counting", leave=False) as progress:
             for documents in read_documents(source, dataset):
                 progress.update(len(documents.texts))
