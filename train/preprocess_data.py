@@ -30,7 +30,7 @@ from train.errors import UserError, run_command
 from train.preparation import PARTS, WORK_FOLDER, Chunk, Preparation, finished, locked
 from train.sources import BUILDERS, FINEWEB_EDU, FINEWEB_EDU_SUBSET, OPENWEBTEXT, STDLIB, Source, resolve_source
 from train.splits import SplitRule, hash_rule, nanogpt_rows, nanogpt_rule
-from train.streams import Documents, Position, count_rows, known_rows, load_documents, read_documents
+from train.streams import Documents, Position, count_rows, estimated_rows, known_rows, load_documents, read_documents
 from train.tokens import (
     END_OF_TEXT,
     RANKS_SHA256,
@@ -255,7 +255,8 @@ def read_all(args: argparse.Namespace, source: Source, preparation: Preparation)
         print(f"tokenizer: {why}", file=sys.stderr)
         batches = numbered(chain([first], stream), preparation.rows, args.max_documents)
         batches = checked(batches, rows, preparation)
-        expected = rows or min(filter(None, (known_rows(source, dataset), args.max_documents)), default=None)
+        known = known_rows(source, dataset) or estimated_rows(source, first.texts)
+        expected = rows or min(filter(None, (known, args.max_documents)), default=None)
         write_all(
             args,
             in_parallel(partial(tokenize, encode=encode, rule=rule), batches, args.num_proc),

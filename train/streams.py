@@ -9,7 +9,7 @@ import glob
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 BATCH_DOCUMENTS = 1024
 BATCH_CHARACTERS = 1 << 20  # 1 Mi: the workers' share, and memory stays small
 
+UNCOMPRESSED = (".jsonl", ".json", ".ndjson")
 SILENCE_SECONDS = 60.0  # of a server that answers nothing: a failure
 RETRIES = 10  # in a row without a document between them, when a server fails: about 9 minutes
 RETRY_SECONDS = 1.0  # before the first; doubled for each one after it
@@ -311,6 +312,14 @@ def known_rows(source: Source, dataset: "IterableDataset") -> int | None:
     splits = dataset.info.splits or {}
     stated = splits["train"].num_examples if "train" in splits else None
     return stated or (OPENWEBTEXT_ROWS if source.path == OPENWEBTEXT_ID else None)
+
+
+def estimated_rows(source: Source, sample: Sequence[str]) -> int | None:
+    """About how many documents local JSON lines have, from their files' sizes; None of what is compressed."""
+    if source.options is not LINES or not all(path.endswith(UNCOMPRESSED) for path in source.files):
+        return None
+    line = sum(len(json.dumps({source.text_column: text}, ensure_ascii=False).encode()) + 1 for text in sample)
+    return sum(Path(path).stat().st_size for path in source.files) * len(sample) // line or None
 
 
 def count_rows(source: Source, dataset: "IterableDataset") -> int | None:
