@@ -57,6 +57,14 @@ def test_ids_beyond_uint16_arrive(tmp_path: Path) -> None:
     assert EvalBatches(tokens, BLOCK).micro_batch(9, 0, 1, 1)["shift_labels"][0, -1] == first + 40
 
 
+def test_windows_anywhere_can_be_announced(tmp_path: Path) -> None:
+    (np.arange(100_000) % 50_000).astype(np.uint16).tofile(tmp_path / "train.bin")  # 49 pages
+    tokens = open_tokens(tmp_path / "train.bin", 50257)
+    for offsets in ([], [0], [99_990, 5, 2048, 0, 99_999]):
+        tokens.will_need(np.array(offsets, dtype=np.int64), 10)
+    assert (tokens.ids == np.arange(100_000) % 50_000).all()
+
+
 def test_every_layout_sees_the_same_global_batch(tmp_path: Path) -> None:
     batches = train_batches(tmp_path, 29, 12)
     for step in (0, 2, 7):

@@ -112,6 +112,7 @@ def test_throughput_leaves_the_first_step_out() -> None:
     assert metrics.throughput(1000, []) is None
     assert metrics.time_per_epoch(500.0, 50_000) == 100.0
     assert metrics.time_per_epoch(None, 50_000) is None
+    assert metrics.time_per_epoch(500.0, None) is None
 
 
 def test_step_time_percentiles() -> None:

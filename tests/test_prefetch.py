@@ -91,8 +91,10 @@ def test_an_error_of_the_loop_ends_a_read_that_waits() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_for_a_gpu_the_tensors_are_pinned() -> None:
-    device = torch.device("cuda", torch.cuda.device_count() - 1)
-    for step, [batch] in enumerate(read_ahead(batch_of, range(3), device)):
-        assert batch["input_ids"].is_pinned()
-        moved = batch["input_ids"].to(device, non_blocking=True)
-        assert (moved == step).all()
+    last = torch.cuda.device_count() - 1
+    with torch.cuda.device(last):
+        for step, [batch] in enumerate(read_ahead(batch_of, range(3), torch.device("cuda"))):
+            assert batch["input_ids"].is_pinned()
+            moved = batch["input_ids"].to("cuda", non_blocking=True)
+            assert moved.device.index == last
+            assert (moved == step).all()

@@ -11,6 +11,8 @@
    such ranks there are (the stages of a pipeline share one). Which ranks there are, and how they accumulate, changes
    who computes a sample and never which samples a step sees.
 
+A file that is still being prepared is read in another order, which needs no later tokens: train/follow.py.
+
 With `document_mask` a batch also has `position_ids`, (B, T) int64, which restart in each document (train/documents.py)
 and so keep attention inside it. The labels are the same: every token but the first is predicted, whatever the mask.
 """
@@ -100,6 +102,7 @@ class TrainBatches:
         start = (micro_step * world_size + rank) * micro_batch_size
         assert start + micro_batch_size <= self.global_batch_size, "micro-step, rank and size exceed the global batch"
         offsets = self.window_indices(step)[start : start + micro_batch_size] * self.block_size
+        self.tokens.will_need(offsets, self.block_size + 1)
         rows = np.stack([self.tokens.ids[offset : offset + self.block_size + 1] for offset in offsets])
         return as_tensors(rows[:, :-1].astype(np.int64), rows[:, 1:].astype(np.int64), self.document_mask)
 

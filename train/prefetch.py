@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import torch
 
@@ -28,12 +29,10 @@ def read_ahead(
             batches = [{key: value.pin_memory() for key, value in batch.items()} for batch in batches]
         return batches
 
-    def begin() -> None:
-        if on_gpu:
-            torch.cuda.set_device(device)  # a new thread would pin on behalf of GPU 0, and take memory there
-
     if not steps:
         return
+    # A new thread begins on GPU 0, where pinning on behalf of another one would take memory.
+    begin = partial(torch.cuda.set_device, torch.cuda.current_device()) if on_gpu else None
     reader = ThreadPoolExecutor(1, "read-ahead", begin)
     try:
         ahead = reader.submit(fetch, steps.start)

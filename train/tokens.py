@@ -8,6 +8,7 @@ from; a file without one is read as bare `uint16`, so whatever nanoGPT prepared 
 import base64
 import hashlib
 import json
+import mmap
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -236,6 +237,15 @@ class TokenFile:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def will_need(self, offsets: np.ndarray, count: int) -> None:
+        """Have the system fetch the `count` ids at each offset, side by side; reading would miss them one by one."""
+        mapped = self.ids.base
+        if not isinstance(mapped, mmap.mmap) or not hasattr(mmap, "MADV_WILLNEED"):
+            return
+        for first in (offsets * self.ids.itemsize).tolist():
+            page = first // mmap.PAGESIZE * mmap.PAGESIZE
+            mapped.madvise(mmap.MADV_WILLNEED, page, first - page + count * self.ids.itemsize)
 
 
 def open_tokens(path: str | Path, vocab_size: int) -> TokenFile:
