@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.conftest import LOSS_TOLERANCE, losses, python, records
+from tests.conftest import LOSS_TOLERANCE, ROOT, losses, python, records
 from tests.jobs import Job, job, launcher
 from train import follow
 from train.errors import UserError
@@ -328,24 +328,29 @@ def test_training_follows_a_preparation_and_goes_on_after_a_kill(
 
 
 @pytest.mark.slow
-def test_two_processes_follow_together(flags: list[str], preprocess: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["ddp", "pipeline"])
+def test_two_processes_follow_together(flags: list[str], preprocess: list[str], tmp_path: Path, kind: str) -> None:
     """One of them sees all files with a delay, so they wait at different times."""
     data = tmp_path / "data"
     (tmp_path / "late.py").write_text(LATE)
-    words = followed(flags, data, "--train_micro_batch_size_per_gpu=16", f"--checkpoint_path={tmp_path}/beside")
+    two = ["--train_micro_batch_size_per_gpu=16", f"--checkpoint_path={tmp_path}/beside"]
+    if kind == "pipeline":
+        two += ["--run_type=optimized", f"--deepspeed_config={ROOT}/ds_configs/pipeline.json", "--pipeline_stages=2"]
+        two += ["--gradient_accumulation_steps=2"]
+    run_folder = tmp_path / "beside" / ("optimized" if kind == "pipeline" else "baseline")
     with job(*preprocess, f"--out_dir={data}", cwd=tmp_path) as preparation:
         suspend_at_the_first_tokens(preparation, data)
-        with job(*launcher("torchrun"), "late.py", *words, cwd=tmp_path) as training:
-            until_it_waits(training, tmp_path / "beside" / "baseline")
+        with job(*launcher("torchrun"), "late.py", *followed(flags, data, *two), cwd=tmp_path) as training:
+            until_it_waits(training, run_folder)
             preparation.process.resume()
             assert preparation.end() == 0, preparation.said()
             assert training.end() == 0, training.said()
             assert training.said().count("tokens are there") == 1, "the main process speaks for all"
     one = ["--train_micro_batch_size_per_gpu=32", f"--checkpoint_path={tmp_path}/after"]
     python("-m", "train", *followed(flags, data, *one), cwd=tmp_path)
-    assert losses(tmp_path / "beside" / "baseline") == pytest.approx(
-        losses(tmp_path / "after" / "baseline"), abs=LOSS_TOLERANCE
-    )
+    # After 72 steps rounding has grown; a single other window would show in the third decimal.
+    assert losses(run_folder) == pytest.approx(losses(tmp_path / "after" / "baseline"), abs=10 * LOSS_TOLERANCE)
+    assert "val_loss" in records(run_folder)[-1]
 
 
 LATE = """
