@@ -45,8 +45,9 @@ class Source:
         return bool(self.files)
 
     @property
-    def is_remote(self) -> bool:
-        return not self.is_local and not self.is_on_the_hub
+    def addresses(self) -> tuple[str, ...]:
+        """Of files on servers that are not the Hub."""
+        return () if self.is_local or self.is_on_the_hub else self.data_files
 
     @property
     def is_on_the_hub(self) -> bool:
@@ -108,10 +109,10 @@ def resolve_source(
     return Source(name, name, text_column, (), patterns, subset, revision)
 
 
-# Options of the text builder; bytes that are not UTF-8 become U+FFFD, line ends \n.
-WHOLE_DOCUMENTS: dict[str, Any] = {"sample_by": "document", "encoding_errors": "replace"}
+# Options of train/text_files.py.
+WHOLE_DOCUMENTS: dict[str, Any] = {"sample_by": "document"}
 # JSON lines are read as lines and parsed here, for Arrow refuses the lone surrogates that JSON can spell.
-LINES: dict[str, Any] = {"sample_by": "line", "encoding_errors": "replace", "chunksize": 1 << 20}
+LINES: dict[str, Any] = {"sample_by": "line", "chunksize": 1 << 20}
 
 
 def stdlib_modules() -> tuple[str, ...]:

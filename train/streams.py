@@ -97,13 +97,21 @@ def open_stream(source: Source) -> "IterableDataset":
 
     # `datasets` reads names as patterns; local ones are already resolved, so what looks like a pattern is a name.
     files = [glob.escape(str(Path(path).absolute())) for path in source.files] or list(source.data_files) or None
-    words = {"name": source.subset, "data_files": files, "revision": source.revision, **source.options}
-    if source.is_remote:
+    words: dict[str, Any] = {"data_files": files, **source.options}
+    if source.addresses:
         import aiohttp
 
         # Its own gives up after five minutes of one answer, however well it flows, and not before if nothing comes.
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=SILENCE_SECONDS, sock_read=SILENCE_SECONDS)
-        words["storage_options"] = {key: {"client_kwargs": {"timeout": timeout}} for key in ("http", "https")}
+        options: dict[str, Any] = {"client_kwargs": {"timeout": timeout}}
+        if source.path == "text":
+            options["block_size"] = 0  # read in one answer, as not every server can be asked for a part
+        words["storage_options"] = {"http": options, "https": options}
+    if source.path == "text":
+        from train.text_files import TextFiles
+
+        return TextFiles(**words).as_streaming_dataset(split="train").with_format("arrow")
+    words |= {"name": source.subset, "revision": source.revision}
     builder = load_dataset_builder(source.path, **words)
     dataset = builder.as_streaming_dataset(split="train")
     if isinstance(builder.config, ParquetConfig):
@@ -138,7 +146,10 @@ class Attempts:
         if isinstance(error, UserError):
             raise error
         self.failures += 1
-        if self.source.is_local or not is_transient(error, opening):
+        # fsspec calls a file missing whatever the server answered
+        remote = self.source.addresses
+        missing = remote and isinstance(error, FileNotFoundError) and not any(map(is_refused, remote))
+        if self.source.is_local or not (missing or is_transient(error, opening)):
             raise UserError(reading_failed(self.source, error)) from error
         if self.failures > RETRIES:
             raise UserError(
@@ -165,6 +176,17 @@ def is_transient(error: BaseException | None, opening: bool) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def is_refused(address: str) -> bool:
+    """Whether a server says for good that it has no such file for us."""
+    from huggingface_hub.utils import get_session, httpx
+
+    try:
+        status = get_session().head(address, follow_redirects=True).status_code
+    except httpx.RequestError:
+        return False
+    return 400 <= status < 500 and status not in (408, 429)
 
 
 def reason(error: Exception) -> str:
@@ -271,7 +293,7 @@ def parse_line(source: Source, line: str | None) -> str | None:
     """The text of a JSON line; None of a blank one. Lone surrogates become U+FFFD, as in tiktoken."""
     if not line or line.isspace():
         return None
-    where = f"the line that begins {line[:60]!r} in {' '.join(source.data_files)}"
+    where = f"the line that begins {line.rstrip()[:60]!r} in {' '.join(source.data_files)}"
     try:
         value = json.loads(line)
     except ValueError as error:
