@@ -1,8 +1,6 @@
 """Where text comes from: a name on the command line → a source in the words of `datasets`."""
 
 import glob
-import hashlib
-import json
 import platform
 import sysconfig
 from dataclasses import dataclass, field
@@ -65,14 +63,6 @@ class Source:
             "text_column": self.text_column,
             "python": platform.python_version() if self.name == STDLIB else None,
         }
-
-    def fingerprint(self) -> str | None:
-        """SHA-256 of the local files' names, sizes and times; None for others."""
-        if not self.is_local:
-            return None
-        stats = [(path, Path(path).stat()) for path in self.files]
-        facts = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
-        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 def resolve_source(

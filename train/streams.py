@@ -6,6 +6,7 @@ came, and so does a program that was killed.
 """
 
 import glob
+import hashlib
 import json
 import sys
 import time
@@ -48,6 +49,32 @@ class Documents(NamedTuple):
     behind: Position
 
 
+def fingerprint(source: Source) -> str | None:
+    """SHA-256 of what tells the files from later ones of the same names; None on the Hub, which has commits."""
+    if source.is_on_the_hub:
+        return None
+    facts: list[tuple[Any, ...]] = []
+    for path in source.files:
+        stat = Path(path).stat()
+        facts.append((path, stat.st_size, stat.st_mtime_ns))
+    facts += [(address, *_headers(source, address)) for address in source.addresses]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def _headers(source: Source, address: str) -> list[str | None]:
+    from huggingface_hub.utils import get_session
+
+    attempts = Attempts(source)
+    while True:
+        try:
+            response = get_session().head(address, follow_redirects=True)
+            if response.status_code not in (405, 501):  # not every server answers this question
+                response.raise_for_status()
+            return [response.headers.get(name) for name in ("ETag", "Last-Modified", "Content-Length")]
+        except Exception as error:
+            attempts.failed(error, opening=True)
+
+
 def load_documents(source: Source) -> tuple["IterableDataset", Source]:
     """Open the source as a stream of Arrow tables; the source that comes back has the commit that was opened."""
     import datasets
@@ -55,7 +82,11 @@ def load_documents(source: Source) -> tuple["IterableDataset", Source]:
     datasets.disable_progress_bars()  # of its downloads and file lists; ours counts documents
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs, it raises too
     # It would read on by itself from a connection that is gone.
-    datasets.config.STREAMING_READ_MAX_RETRIES = datasets.config.STREAMING_OPEN_MAX_RETRIES = 1
+    for setting in ("STREAMING_READ", "STREAMING_OPEN"):
+        setattr(datasets.config, f"{setting}_MAX_RETRIES", 1)
+        setattr(datasets.config, f"{setting}_RETRY_INTERVAL", 0)
+    datasets.config.STREAMING_READ_SERVER_UNAVAILABLE_RETRY_INTERVAL = 0
+    datasets.config.STREAMING_READ_RATE_LIMIT_RETRY_INTERVAL = 0
     if "torch" not in sys.modules:
         datasets.config.TORCH_AVAILABLE = False  # 200 MB that nothing here needs
     attempts = Attempts(source)
@@ -137,7 +168,7 @@ class Attempts:
     def succeeded(self) -> None:
         self.failures = 0
 
-    def failed(self, error: Exception, opening: bool = False) -> None:
+    def failed(self, error: Exception, opening: bool = False, row: int = 0) -> None:
         """Return when it is time to try again.
 
         Raises:
@@ -156,7 +187,8 @@ class Attempts:
                 f"{reading_failed(self.source, error)}; it failed {self.failures} times in a row, so try again later"
             ) from error
         seconds = min(RETRY_SECONDS * 2 ** (self.failures - 1), LONGEST_RETRY_SECONDS)
-        tqdm.write(f"{reason(error)}: trying again in {seconds:g} s ({self.failures} of {RETRIES})", file=sys.stderr)
+        again = f"trying again from row {row:,} in {seconds:g} s ({self.failures} of {RETRIES})"
+        tqdm.write(f"{reason(error)}: {again}", file=sys.stderr)
         time.sleep(seconds)
 
 
@@ -221,7 +253,9 @@ def reading_failed(source: Source, error: Exception) -> str:
     return f"cannot read {where}{at} ({reason(error)}): check --revision, --subset and --data_files"
 
 
-def read_documents(source: Source, dataset: "IterableDataset", start: Position = BEGINNING) -> Iterator[Documents]:
+def read_documents(
+    source: Source, dataset: "IterableDataset", start: Position = BEGINNING, row: int = 0
+) -> Iterator[Documents]:
     """Documents behind `start`, in lists of bounded size; a null is an empty document, a blank JSON line is none."""
     attempts = Attempts(source)
     while True:
@@ -229,10 +263,10 @@ def read_documents(source: Source, dataset: "IterableDataset", start: Position =
             for documents in _read(source, dataset, start):
                 attempts.succeeded()
                 yield documents
-                start = documents.behind
+                start, row = documents.behind, row + len(documents.texts)
             return
         except Exception as error:
-            attempts.failed(error)
+            attempts.failed(error, row=row)
 
 
 def _read(source: Source, dataset: "IterableDataset", start: Position) -> Iterator[Documents]:
