@@ -17,8 +17,8 @@ system may take back; what it may not is given apart as anonymous. Disk is the p
 """
 
 import argparse
-import importlib.util
 import os
+import platform
 import random
 import re
 import statistics
@@ -26,6 +26,8 @@ import sys
 import sysconfig
 import tempfile
 from dataclasses import dataclass, replace
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +39,7 @@ from train.tokens import END_OF_TEXT
 
 MB = 1_000_000
 DOCUMENT_CHARACTERS = 4_000  # OpenWebText's documents have 4,900 bytes on average
+PACKAGES = ("datasets", "pyarrow", "numpy", "tiktoken", "gigatoken")
 SUFFIXES = frozenset({".py", ".md", ".rst", ".txt"})
 
 NANOGPT = "nanoGPT's procedure"
@@ -58,20 +61,22 @@ class Corpus:
 
 
 def installed_texts() -> list[str]:
-    """The standard library and the installed packages, cut at blank lines into pieces of an article's length."""
-    texts = []
+    """The standard library and the installed packages, cut at blank lines into pieces of an article's length,
+    each once."""
+    texts: set[str] = set()
     folders = {Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")}
     files = {path for folder in folders for path in folder.rglob("*") if path.suffix in SUFFIXES and path.is_file()}
-    for path in sorted(files):
+    for path in files:
         piece = ""
         for paragraph in re.split(r"\n\n(?=\S)", path.read_text(encoding="utf-8", errors="replace")):
             piece += paragraph + "\n\n"
             if len(piece) > DOCUMENT_CHARACTERS:
-                texts.append(piece)
+                texts.add(piece)
                 piece = ""
-        texts.append(piece)
-    random.Random(0).shuffle(texts)
-    return texts
+        texts.add(piece)
+    distinct = sorted(texts)
+    random.Random(0).shuffle(distinct)
+    return distinct
 
 
 def make_corpus(folder: Path, given: Path | None, megabytes: float, parts: int) -> Corpus:
@@ -192,6 +197,10 @@ def print_table(results: dict[Variant, Result], baseline: Variant, megabytes: fl
         print(f"| {' | '.join(cells)} |", flush=True)
 
 
+def cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", type=Path, metavar="DIR", help='a folder of *.parquet with a column "text" '
@@ -203,7 +212,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
 
-    ours = [side for side, tokenizer in OURS.items() if importlib.util.find_spec(tokenizer)]
+    print(f"{platform.machine()}, {cores()} cores, Python {platform.python_version()}, "
+          f"{', '.join(f'{name} {version(name)}' for name in PACKAGES if find_spec(name))}")  # fmt: skip
+    ours = [side for side, tokenizer in OURS.items() if find_spec(tokenizer)]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         corpus = make_corpus(folder, args.corpus, args.megabytes, max(args.sizes))
@@ -217,8 +228,7 @@ def main() -> None:
         )
         print_table(results, best, corpus.megabytes(middle), heading=True)
 
-        cores = len(os.sched_getaffinity(0))
-        variants = [best, (ONE_BY_ONE, None), *((side, cores) for side in ours)]
+        variants = [best, (ONE_BY_ONE, None), *((side, cores()) for side in ours)]
         for size in args.sizes:
             results = compare(variants, corpus.files[:size], args.rounds, folder)
             print_table(results, best, corpus.megabytes(size), heading=size == args.sizes[0])
