@@ -60,6 +60,8 @@ def read_journal(out_dir: Path) -> dict[str, Any] | None:
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): throw the preparation away with --overwrite") from None
 
 
 @contextmanager
@@ -101,7 +103,7 @@ class Preparation:
     Args:
         out_dir: where its files will be.
         request: what the command asks for; a preparation is taken up by the same request only.
-        overwrite: whether to throw away what another request left unfinished.
+        overwrite: whether to throw away what another request left unfinished, or what was damaged.
 
     Raises:
         UserError: another request left something unfinished, or what was left was changed.
@@ -111,25 +113,34 @@ class Preparation:
         self.out_dir = out_dir
         self.folder = out_dir / WORK_FOLDER
         self.request = request
-        journal = read_journal(out_dir)
-        if journal and journal["request"] != request:
-            if not overwrite:
+        try:
+            journal = read_journal(out_dir)
+            if journal and journal["request"] != request:
                 raise UserError(unfinished(out_dir, journal, request))
+            self._take_up(journal)
+        except UserError:
+            if not overwrite:
+                raise
             journal = None
+            self._take_up(journal)
+
+    def _take_up(self, journal: dict[str, Any] | None) -> None:
         if journal is None:
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir()
             journal = {"phase": "reading", "rows": 0, "position": None, "parts": {}, "sidecar": {}}
         elif journal["rows"]:
             print(
-                f"{named(journal['owner'])}, ended before it was done: going on behind document {journal['rows']:,}",
+                f"{named(journal['owner'])}, ended before it was done: going on from row {journal['rows']:,}",
                 file=sys.stderr,
             )
         started = datetime.now(UTC).isoformat(timespec="seconds")
         owner = {"pid": os.getpid(), "host": gethostname(), "started": started}
-        self.journal: dict[str, Any] = journal | {"request": request, "owner": owner}
+        self.journal: dict[str, Any] = journal | {"request": self.request, "owner": owner}
         self.rows: int = journal["rows"]
+        self.taken_up = self.rows > 0
         self.position = Position(*journal["position"] or ())
+        self.counts = {name: {key: journal["parts"].get(name, {}).get(key, 0) for key in COUNTS} for name in PARTS}
         self._committed = -COMMIT_SECONDS  # so that the first documents are committed at once
         self._write_journal()
         self._appenders: dict[str, TokenAppender] = {}
@@ -137,7 +148,6 @@ class Preparation:
             for name in PARTS:
                 path = self.folder / f"{name}.bin"
                 self._appenders[name] = TokenAppender(path, VOCABULARY_SIZE, journal["parts"].get(name))
-        self.counts = {name: {key: journal["parts"].get(name, {}).get(key, 0) for key in COUNTS} for name in PARTS}
 
     @property
     def phase(self) -> str:
@@ -160,8 +170,9 @@ class Preparation:
             self.discard()
 
     def discard(self) -> None:
-        """Leave nothing to take up."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Leave nothing to take up, if all of it is this process's work."""
+        if not self.taken_up:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def settle(self, sidecar: dict[str, Any]) -> None:
         self.journal["sidecar"] = sidecar

@@ -11,6 +11,7 @@
 
 import argparse
 import os
+import shutil
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -29,7 +30,7 @@ from train.errors import UserError, run_command
 from train.preparation import PARTS, WORK_FOLDER, Chunk, Preparation, finished, locked
 from train.sources import BUILDERS, FINEWEB_EDU, FINEWEB_EDU_SUBSET, OPENWEBTEXT, STDLIB, Source, resolve_source
 from train.splits import SplitRule, hash_rule, nanogpt_rows, nanogpt_rule
-from train.streams import Documents, Position, count_rows, known_rows, load_documents, read_documents
+from train.streams import Documents, Position, count_rows, estimated_rows, known_rows, load_documents, read_documents
 from train.tokens import (
     END_OF_TEXT,
     RANKS_SHA256,
@@ -225,7 +226,7 @@ def in_parallel(
     try:
         for item in items:
             pending.append((item, pool.submit(function, item)))
-            if len(pending) > 2 * workers:
+            if len(pending) > workers + 2:
                 done, future = pending.popleft()
                 yield done, future.result()
         for done, future in pending:
@@ -254,7 +255,8 @@ def read_all(args: argparse.Namespace, source: Source, preparation: Preparation)
         print(f"tokenizer: {why}", file=sys.stderr)
         batches = numbered(chain([first], stream), preparation.rows, args.max_documents)
         batches = checked(batches, rows, preparation)
-        expected = rows or min(filter(None, (known_rows(source, dataset), args.max_documents)), default=None)
+        known = known_rows(source, dataset) or estimated_rows(source, first.texts)
+        expected = rows or min(filter(None, (known, args.max_documents)), default=None)
         write_all(
             args,
             in_parallel(partial(tokenize, encode=encode, rule=rule), batches, args.num_proc),
@@ -343,6 +345,7 @@ def prepare(args: argparse.Namespace) -> None:
             if present and not under_way and not args.overwrite:
                 if not finished(out_dir, request):
                     raise UserError(f"{' and '.join(present)} exist already: give --overwrite, or another --out_dir")
+                shutil.rmtree(out_dir / WORK_FOLDER, ignore_errors=True)  # all that a kill at the very end leaves
                 print("already prepared; --overwrite prepares it again", file=sys.stderr)
                 return
             with Preparation(out_dir, request, args.overwrite) as preparation:

@@ -45,6 +45,10 @@ class Source:
         return bool(self.files)
 
     @property
+    def is_remote(self) -> bool:
+        return not self.is_local and not self.is_on_the_hub
+
+    @property
     def is_on_the_hub(self) -> bool:
         return self.name not in (STDLIB, *BUILDERS)
 

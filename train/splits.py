@@ -74,12 +74,11 @@ def in_order(path: Path, dtype: np.dtype[Any], rows: np.ndarray) -> Iterator[tup
         raise ValueError(f"{path} has {len(ends)} documents, and the order is of {len(rows)}")
     documents = np.empty(len(rows), dtype=np.int64)
     documents[np.argsort(rows)] = np.arange(len(rows))  # document d of the file is the row with d smaller ones
-    starts = np.concatenate([[0], ends[:-1]])
     descriptor = os.open(path, os.O_RDONLY)
     try:
         for some in np.array_split(documents, math.ceil(ends[-1] / READ_TOKENS)) if len(ends) else []:
-            first, behind = starts[some] * dtype.itemsize, ends[some] * dtype.itemsize
-            spans = zip(first.tolist(), behind.tolist(), strict=True)
+            starts = np.where(some > 0, ends[some - 1], 0)
+            spans = zip((starts * dtype.itemsize).tolist(), (ends[some] * dtype.itemsize).tolist(), strict=True)
             content = b"".join(os.pread(descriptor, end - start, start) for start, end in spans)
             yield np.frombuffer(content, dtype=dtype), len(some)
     finally:

@@ -9,7 +9,7 @@ import glob
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 BATCH_DOCUMENTS = 1024
 BATCH_CHARACTERS = 1 << 20  # 1 Mi: the workers' share, and memory stays small
 
+UNCOMPRESSED = (".jsonl", ".json", ".ndjson")
+SILENCE_SECONDS = 60.0  # of a server that answers nothing: a failure
 RETRIES = 10  # in a row without a document between them, when a server fails: about 9 minutes
 RETRY_SECONDS = 1.0  # before the first; doubled for each one after it
 LONGEST_RETRY_SECONDS = 60.0
@@ -96,6 +98,12 @@ def open_stream(source: Source) -> "IterableDataset":
     # `datasets` reads names as patterns; local ones are already resolved, so what looks like a pattern is a name.
     files = [glob.escape(str(Path(path).absolute())) for path in source.files] or list(source.data_files) or None
     words = {"name": source.subset, "data_files": files, "revision": source.revision, **source.options}
+    if source.is_remote:
+        import aiohttp
+
+        # Its own gives up after five minutes of one answer, however well it flows, and not before if nothing comes.
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=SILENCE_SECONDS, sock_read=SILENCE_SECONDS)
+        words["storage_options"] = {key: {"client_kwargs": {"timeout": timeout}} for key in ("http", "https")}
     builder = load_dataset_builder(source.path, **words)
     dataset = builder.as_streaming_dataset(split="train")
     if isinstance(builder.config, ParquetConfig):
@@ -306,10 +314,19 @@ def known_rows(source: Source, dataset: "IterableDataset") -> int | None:
     return stated or (OPENWEBTEXT_ROWS if source.path == OPENWEBTEXT_ID else None)
 
 
+def estimated_rows(source: Source, sample: Sequence[str]) -> int | None:
+    """About how many documents local JSON lines have, from their files' sizes; None of what is compressed."""
+    if source.options is not LINES or not all(path.endswith(UNCOMPRESSED) for path in source.files):
+        return None
+    line = sum(len(json.dumps({source.text_column: text}, ensure_ascii=False).encode()) + 1 for text in sample)
+    return sum(Path(path).stat().st_size for path in source.files) * len(sample) // line or None
+
+
 def count_rows(source: Source, dataset: "IterableDataset") -> int | None:
     """How many documents there are, if need be by reading local files to their end; None of others that do not say."""
     rows = known_rows(source, dataset)
     if rows is None and source.is_local:
+        dataset, _ = load_documents(source)  # another one, for a dataset knows one position only
         with tqdm(unit=" documents", unit_scale=True, desc="counting", leave=False) as progress:
             for documents in read_documents(source, dataset):
                 progress.update(len(documents.texts))
