@@ -29,6 +29,7 @@ import tempfile
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -94,14 +95,14 @@ def make_corpus(folder: Path, given: Path | None, megabytes: float, parts: int) 
         texts = [text for path in shards for text in pyarrow.parquet.read_table(path)["text"].to_pylist()]
     else:
         texts = installed_texts()
-    ends = np.cumsum([len(text.encode()) for text in texts])
-    size = min(megabytes * MB, int(ends[-1])) / parts
-    files, sizes = [], []
-    for part in range(parts):
-        first, last = np.searchsorted(ends, [size * part, size * (part + 1)])
-        files.append(folder / f"{part:03d}.parquet")
-        pyarrow.parquet.write_table(pa.table({"text": texts[first:last]}), files[-1], row_group_size=1000)
-        sizes.append(int(ends[last - 1] - (ends[first - 1] if first else 0)))
+    lengths = np.array([len(text.encode()) for text in texts])
+    starts = np.cumsum(lengths) - lengths
+    size = min(megabytes * MB, lengths.sum()) / parts
+    bounds = np.searchsorted(starts, size * np.arange(parts + 1))
+    files = [folder / f"{part:03d}.parquet" for part in range(parts)]
+    for path, (first, last) in zip(files, pairwise(bounds), strict=True):
+        pyarrow.parquet.write_table(pa.table({"text": texts[first:last]}), path, row_group_size=1000)
+    sizes = [int(lengths[first:last].sum()) for first, last in pairwise(bounds)]
     return Corpus(files, sizes)
 
 
