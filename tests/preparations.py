@@ -170,9 +170,9 @@ def _watch_changes(folder: str, number: int, error: int | None) -> None:
         if changes and (isinstance(path, int) or Path(os.fsdecode(path)).absolute().is_relative_to(folder)):
             count(removes=event in ("os.remove", "os.rmdir"))
 
-    def fsync(descriptor: int) -> None:
+    def fsync(file: Any) -> None:
         count()
-        sync(descriptor)
+        sync(file)
 
     sys.addaudithook(hook)
     os.fsync = fsync

@@ -76,7 +76,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 
 def journal(out: Path) -> dict[str, Any] | None:
     try:
-        value: dict[str, Any] = json.loads((out / ".preparing" / "journal.json").readcontents())
+        value: dict[str, Any] = json.loads((out / ".preparing" / "journal.json").read_bytes())
     except FileNotFoundError:
         return None
     return value
@@ -210,9 +210,9 @@ def test_a_source_that_changed_since_is_refused(small: Corpus, tmp_path: Path, c
         with parts[1].open("a") as stream:
             stream.write('{"text": "one more"}\n')
     elif change == "other bytes":
-        content = parts[2].readcontents()
+        content = parts[2].read_bytes()
         time.sleep(0.01)  # a file system's clock may be coarse
-        parts[2].writecontents(content.replace(b"import", b"IMPORT"))
+        parts[2].write_bytes(content.replace(b"import", b"IMPORT"))
     elif change == "gone":
         parts[2].unlink()
     else:
@@ -240,14 +240,14 @@ def test_damage_to_what_is_kept_is_noticed(library: Corpus, tmp_path: Path, dama
     out = tmp_path / "out"
     killed(library, out)
     kept = out / ".preparing" / ("journal.json" if damage == "journal cut" else "train.bin")
-    content = bytearray(kept.readcontents())
+    content = bytearray(kept.read_bytes())
     if damage == "a flipped bit":
         content[1000] ^= 1
-        kept.writecontents(content)
+        kept.write_bytes(content)
     elif damage == "gone":
         kept.unlink()
     else:
-        kept.writecontents(content[:100])
+        kept.write_bytes(content[:100])
     said = refused(*words("hash", out), cwd=library.folder)
     assert kept.name in said
     assert "--overwrite" in said
