@@ -52,11 +52,11 @@ def preparing(*words: object, cwd: Path) -> Iterator[subprocess.Popen[str]]:
         stderr=subprocess.STDOUT,
         text=True,
     )
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
+    with process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def contents(folder: Path) -> dict[str, Any]:
@@ -114,6 +114,8 @@ def fork_prepare(
 ) -> tuple[int, str]:
     """Prepare in a process forked from one that has the libraries loaded; return its exit code and what it said.
 
+    It keeps its journal after each batch, not every two seconds.
+
     A `change` is what opens for writing, syncs, makes, truncates, renames or removes something in `cwd`. Before the
     one with the number given (from 1) the process is killed with signal 9, which is the exit code -9; or, with an
     `error`, this one and all that follow fail with that errno, but for removals.
@@ -133,9 +135,11 @@ def fork_prepare(
 
 
 def _forked(words: list[str], cwd: str, log: str, change: int | None, error: int | None) -> NoReturn:
+    from train import preparation
     from train.errors import run_command
     from train.preprocess_data import main
 
+    preparation.COMMIT_SECONDS = 0.0
     multiprocessing.set_start_method("fork", force=True)  # whose semaphores (tqdm's) have no name to be left behind
     said = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(said, 1)
