@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from train import preprocess_data
+from train import preprocess_data, streams
 from train.errors import UserError
-from train.preprocess_data import hash_rule, main, nanogpt_rule
+from train.preprocess_data import main
 from train.sources import stdlib_modules
-from train.tokens import END_OF_TEXT, RANKS_SHA256, VOCABULARY_SIZE, gpt2_encoding, open_tokens
+from train.splits import hash_rule, nanogpt_rule
+from train.tokens import END_OF_TEXT, RANKS_SHA256, VOCABULARY_SIZE, TokenAppender, gpt2_encoding, open_tokens
 
 WORDS = [
     "the",
@@ -73,31 +75,32 @@ def read(folder: Path, name: str) -> tuple[list[int], dict[str, Any]]:
     return ids, json.loads((folder / f"{name}.json").read_text())
 
 
-def reference(texts: list[str], validation: set[int]) -> tuple[list[int], list[int]]:
-    """Training and validation ids, the plain way."""
-    train: list[int] = []
-    val: list[int] = []
-    for row, text in enumerate(texts):
-        (val if row in validation else train).extend([*gpt2_encoding().encode_ordinary(text), END_OF_TEXT])
-    return train, val
+def reference(texts: list[str], validation: Collection[int]) -> tuple[list[int], list[int]]:
+    """Training ids in the texts' order and validation ids in the rows' order, the plain way."""
+
+    def ids(rows: Iterable[int]) -> list[int]:
+        return [i for row in rows for i in [*gpt2_encoding().encode_ordinary(texts[row]), END_OF_TEXT]]
+
+    return ids(row for row in range(len(texts)) if row not in validation), ids(validation)
 
 
-def hash_validation(texts: list[str], fraction: float, seed: int = 2357) -> set[int]:
+def hash_validation(texts: list[str], fraction: float, seed: int = 2357) -> list[int]:
     key = seed.to_bytes(8, "little")
     digests = [hashlib.blake2b(text.encode(), digest_size=8, key=key).digest() for text in texts]
-    return {row for row, digest in enumerate(digests) if int.from_bytes(digest, "little") / 2**64 < fraction}
+    return [row for row, digest in enumerate(digests) if int.from_bytes(digest, "little") / 2**64 < fraction]
 
 
-def assert_prepared(folder: Path, texts: list[str], validation: set[int]) -> None:
+def assert_prepared(folder: Path, texts: list[str], validation: list[int]) -> None:
     expected = reference(texts, validation)
     for name, ids, rows in zip(
-        ("train", "val"), expected, (set(range(len(texts))) - validation, validation), strict=True
+        ("train", "val"), expected, (set(range(len(texts))) - set(validation), validation), strict=True
     ):
         written, sidecar = read(folder, name)
         assert written == ids
         assert (sidecar["tokens"], sidecar["documents"]) == (len(ids), len(rows))
         assert sidecar["max_token_id"] == max(ids)
         assert sidecar["text_bytes"] == sum(len(texts[row].encode()) for row in rows)
+        assert sidecar["rows"] == len(texts)
         assert sidecar["empty_documents"] == sum(not texts[row] for row in rows)
         assert sidecar["sha256"] == hashlib.sha256((folder / f"{name}.bin").read_bytes()).hexdigest()
         assert open_tokens(folder / f"{name}.bin", VOCABULARY_SIZE).sidecar == sidecar
@@ -119,7 +122,7 @@ def test_files_of_rows(tmp_path: Path, texts: list[str], kind: str) -> None:
         write(tmp_path / f"part{i}.{kind}", texts[100 * i : 100 * (i + 1)])
     dataset = kind.split(".")[0].removesuffix("l")
     files = f"--dataset {dataset} --data_files {tmp_path}/part*.{kind}"
-    main(f"{files} --out_dir {tmp_path}/out --val_fraction 0.1 --num_threads 2".split())
+    main(f"{files} --out_dir {tmp_path}/out --val_fraction 0.1 --num_proc 2".split())
     assert_prepared(tmp_path / "out", texts, hash_validation(texts, 0.1))
 
 
@@ -153,6 +156,7 @@ def test_sidecar_says_where_it_came_from(tmp_path: Path, texts: list[str]) -> No
     assert sidecar["source"] == {
         "dataset": "json",
         "hub_id": None,
+        "subset": None,
         "revision": None,
         "data_files": [pattern],
         "files": 1,
@@ -175,7 +179,7 @@ def test_the_standard_library_is_the_default(tmp_path: Path) -> None:
 def test_nanogpt_rule_is_train_test_split(rows: int, fraction: float, seed: int) -> None:
     split = datasets.Dataset.from_dict({"row": range(rows)}).train_test_split(fraction, seed=seed, shuffle=True)
     rule = nanogpt_rule(fraction, seed, rows)
-    assert {row for row in range(rows) if rule(row, b"")} == set(split["test"]["row"])
+    assert np.flatnonzero(rule(0, [b""] * rows)).tolist() == sorted(split["test"]["row"])
 
 
 def test_nanogpt_split_of_files(tmp_path: Path, texts: list[str]) -> None:
@@ -183,7 +187,7 @@ def test_nanogpt_split_of_files(tmp_path: Path, texts: list[str]) -> None:
     main(f"{files} --out_dir {tmp_path}/out --split nanogpt --val_fraction 0.05".split())
     rows = datasets.Dataset.from_dict({"row": range(len(texts))})
     test = rows.train_test_split(test_size=0.05, seed=2357, shuffle=True)["test"]["row"]
-    assert_prepared(tmp_path / "out", texts, set(test))
+    assert_prepared(tmp_path / "out", texts, list(test))  # in nanoGPT's order
 
 
 def test_hash_split_does_not_depend_on_order(tmp_path: Path, texts: list[str]) -> None:
@@ -200,22 +204,19 @@ def test_hash_split_does_not_depend_on_order(tmp_path: Path, texts: list[str]) -
 
 def test_hash_rule_is_fair_and_seeded() -> None:
     contents = [str(i).encode() for i in range(20_000)]
-    chosen = [{i for i, content in enumerate(contents) if hash_rule(0.1, seed)(0, content)} for seed in (0, 1)]
+    chosen = [set(np.flatnonzero(hash_rule(0.1, seed)(0, contents)).tolist()) for seed in (0, 1)]
     for part in chosen:
         assert abs(len(part) - 2000) < 200  # more than four standard deviations of √(20000 · 0.1 · 0.9) = 42
     assert abs(len(chosen[0] & chosen[1]) - 200) < 60
 
 
 def test_surrogates_and_any_batching_give_tiktokens_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Arrow holds no lone surrogates, so no file brings them: this is about our part of the way.
     documents = ["a\ud800b", "\udfff", "", "x" * 50, "yes", "no"] * 5
-    monkeypatch.setattr(preprocess_data, "load_documents", lambda source: (None, source))
-    monkeypatch.setattr(
-        preprocess_data, "document_batches", lambda *_: iter([documents[i : i + 7] for i in range(0, 30, 7)])
-    )
-    main(["--out_dir", str(tmp_path), "--val_fraction", "0.5", "--num_threads", "2"])
-    ids = [*read(tmp_path, "train")[0], *read(tmp_path, "val")[0]]
-    assert sorted(ids) == sorted(reference(documents, set())[0])
+    monkeypatch.setattr(streams, "BATCH_DOCUMENTS", 7)
+    files = f"--dataset json --data_files {write_jsonl(tmp_path / 'a.jsonl', documents)}"
+    main(f"{files} --out_dir {tmp_path}/out --val_fraction 0.5 --split nanogpt --num_proc 2".split())
+    ids = [*read(tmp_path / "out", "train")[0], *read(tmp_path / "out", "val")[0]]
+    assert sorted(ids) == sorted(reference(documents, [])[0])
 
 
 def test_null_is_an_empty_document(tmp_path: Path) -> None:
@@ -247,28 +248,37 @@ def test_a_full_disk_keeps_the_older_pair(tmp_path: Path, texts: list[str], monk
     main(f"{files} --out_dir {out}".split())
     before = {path.name: path.read_bytes() for path in out.iterdir()}
 
-    def full_disk(path: Path) -> None:
+    def full_disk(self: TokenAppender) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("train.tokens.flush_to_disk", full_disk)
+    monkeypatch.setattr(TokenAppender, "sync", full_disk)
     with pytest.raises(UserError, match="No space left on device"):
         main(f"{files} --out_dir {out} --seed 1 --overwrite".split())
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
-def test_no_half_pair(tmp_path: Path, texts: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_half_a_pair_is_completed_by_the_same_command(
+    tmp_path: Path, texts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     real_replace = Path.replace
+    out = tmp_path / "out"
 
     def full_disk(self: Path, target: Path) -> Path:
-        if target.name == "val.bin":
+        if target == out / "val.bin":
             raise OSError(28, "No space left on device")
         return real_replace(self, target)
 
-    monkeypatch.setattr(Path, "replace", full_disk)
-    files = str(write_jsonl(tmp_path / "a.jsonl", texts))
-    with pytest.raises(UserError, match=r"cannot write to --out_dir .*: No space left on device"):
-        main(["--dataset", "json", "--data_files", files, "--out_dir", str(tmp_path / "out"), "--val_fraction", "0.2"])
-    assert not list((tmp_path / "out").iterdir())
+    files = write_jsonl(tmp_path / "a.jsonl", texts)
+    command = f"--dataset json --data_files {files} --out_dir {out} --val_fraction 0.2".split()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", full_disk)
+        with pytest.raises(
+            UserError, match=r"cannot write to --out_dir .*: No space left on device; the same command"
+        ):
+            main(command)
+    assert not (out / "val.bin").exists()
+    main(command)
+    assert_prepared(out, texts, hash_validation(texts, 0.2))
 
 
 @pytest.mark.parametrize(
@@ -278,23 +288,26 @@ def test_no_half_pair(tmp_path: Path, texts: list[str], monkeypatch: pytest.Monk
         ("--val_fraction 1", r"--val_fraction 1\.0 is not between"),
         ("--val_fraction nan", "--val_fraction nan is not between"),
         ("--max_documents 0", "--max_documents 0 must be at least 1"),
-        ("--num_threads 0", "--num_threads 0 must be at least 1"),
+        ("--num_proc 0", "--num_proc 0 must be at least 1"),
         ("--seed -1", "--seed -1 must be at least 0"),
         ("--num_rows 5", "--num_rows 5 is for --split nanogpt"),
         (
             "--dataset wikitext",
-            "--dataset wikitext is neither openwebtext, stdlib, text, json, parquet nor.*owner/name",
+            "--dataset wikitext is neither openwebtext, fineweb-edu, stdlib, text, json, parquet nor.*owner/name",
         ),
         ("--dataset a/b/c", "--dataset a/b/c is neither"),
-        ("--dataset text", "--dataset text reads local files: name them with --data_files"),
+        ("--dataset text", "--dataset text reads files: name them with --data_files"),
         ("--dataset text --data_files nowhere/*.txt", r"--data_files nowhere/\*\.txt matches no file"),
         ("--dataset text --data_files .", r"--data_files \. matches no file: give the files in it, such as \./\*"),
         ("--data_files x.txt", "--data_files is not for --dataset stdlib"),
         ("--dataset json --data_files a.jsonl --revision v1", "--revision v1 is for datasets on the Hub"),
         ("--dataset json --data_files a.jsonl --text_column body", "no column body: choose one.* from text, n"),
-        ("--dataset json --data_files a.jsonl --text_column n", "column n of --dataset json holds int64, not text"),
-        ("--dataset json --data_files bad.jsonl", r"cannot read --dataset json as json files.*check bad\.jsonl"),
-        ("--dataset json --data_files empty.jsonl", r"no documents in them.*check empty\.jsonl"),
+        ("--dataset json --data_files a.jsonl --text_column n", "column n of --dataset json holds int, not text"),
+        (
+            "--dataset json --data_files bad.jsonl",
+            r"line that begins '\{\"text\": \"a\"' is no JSON.*check bad\.jsonl",
+        ),
+        ("--dataset json --data_files empty.jsonl", r"has no documents: check empty\.jsonl"),
         ("--dataset parquet --data_files a.jsonl", "cannot read --dataset parquet as parquet files"),
         ("--dataset parquet --data_files none.parquet", r"has no documents: check none\.parquet"),
         (
@@ -302,8 +315,14 @@ def test_no_half_pair(tmp_path: Path, texts: list[str], monkeypatch: pytest.Monk
             r"--val_fraction 0\.0005 leaves no document for validation of 3 in all",
         ),
         ("--dataset json --data_files a.jsonl --val_fraction 0.99999", "no document for training of 3 in all: lower"),
-        ("--dataset json --data_files a.jsonl --split nanogpt --num_rows 2", "more than the 2 documents"),
+        (
+            "--dataset json --data_files a.jsonl --split nanogpt --num_rows 2",
+            "more than the 2 documents",
+        ),
         ("--dataset json --data_files a.jsonl --split nanogpt --num_rows 4", "ended after 3 documents.*--num_rows 3"),
+        ("--dataset json --data_files a.jsonl --order nanogpt", "--order nanogpt is for --split nanogpt"),
+        ("--dataset text --data_files a.jsonl http://h/b.txt", "--data_files mixes addresses"),
+        ("--dataset stdlib --subset x", "--subset x is for datasets on the Hub"),
         ("--out_dir a.jsonl", r"--out_dir a\.jsonl is a file"),
         ("--dataset openwebtext", "cannot reach the Hub for --dataset openwebtext .*Skylion007/openwebtext.*stdlib"),
         ("--dataset owner/name --revision v2", "cannot reach the Hub for --dataset owner/name at revision v2"),

@@ -1,16 +1,21 @@
 import json
 import os
+import random
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import datasets
+import huggingface_hub
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 
-from train import sources
+from train import streams
 from train.errors import UserError
 from train.preprocess_data import main
 from train.sources import OPENWEBTEXT_ID, PARQUET_REVISION, Source, resolve_source, stdlib_modules
+from train.streams import Position
 
 
 def test_stdlib_modules() -> None:
@@ -23,31 +28,66 @@ def test_stdlib_modules() -> None:
     assert [str(path) for path in modules] == sorted(map(str, modules))
 
 
-def test_batches_are_bounded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.fixture
+def document_files(tmp_path: Path) -> dict[str, tuple[Source, list[str]]]:
+    """For each kind of local files: a source of three files, one of them empty where that can be, and its texts."""
+    rng = random.Random(0)
+    texts = [f"{i} " + "é" * rng.randrange(60) for i in range(700)]
+    parts = [texts[:300], [], texts[300:]]
+    for i, part in enumerate(parts):
+        pyarrow.parquet.write_table(pa.table({"n": range(len(part)), "text": part}), tmp_path / f"{i}.parquet", 29)
+        lines = "".join(json.dumps({"text": text}) + rng.choice(["\n", "\r\n", "\n\n"]) for text in part)
+        (tmp_path / f"{i}.jsonl").write_text(lines)
+        for j, text in enumerate(part[:30]):
+            (tmp_path / f"{i}-{j:03d}.txt").write_text(text)
+    kinds = {"parquet": "*.parquet", "json": "*.jsonl", "text": "*.txt"}
+    expected = {"parquet": texts, "json": texts, "text": texts[:30] + texts[300:330]}
+    return {
+        kind: (resolve_source(kind, [str(tmp_path / pattern)], "text"), expected[kind])
+        for kind, pattern in kinds.items()
+    }
+
+
+@pytest.mark.parametrize("kind", ["parquet", "json", "text"])
+def test_a_stream_goes_on_behind_any_batch(
+    document_files: dict[str, tuple[Source, list[str]]], kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path))  # where it leaves lock files
-    monkeypatch.setattr(sources, "BATCH_DOCUMENTS", 8)
-    monkeypatch.setattr(sources, "BATCH_CHARACTERS", 100)
-    documents = ["x" * 60] * 5 + ["y"] * 20 + ["z" * 500]
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
-    source = resolve_source("json", [str(tmp_path / "a.jsonl")], "text", None)
-    dataset, source = sources.load_documents(source)
-    batches = list(sources.document_batches(source, dataset))
-    assert [text for batch in batches for text in batch] == documents
-    assert [len(batch) for batch in batches] == [2, 2, 8, 8, 6]
-    assert [text for batch in sources.document_batches(source, dataset, 11) for text in batch] == documents[:11]
-    assert sources.count_documents(source, dataset, 11) == 11
+    monkeypatch.setattr(streams, "BATCH_DOCUMENTS", 17)
+    monkeypatch.setattr(streams, "BATCH_CHARACTERS", 400)
+    source, texts = document_files[kind]
+    dataset, source = streams.load_documents(source)
+    batches = list(streams.read_documents(source, dataset))
+    assert [text for batch in batches for text in batch.texts] == texts
+    assert all(len(batch.texts) <= 17 for batch in batches)
+    assert all(sum(map(len, batch.texts[:-1])) < 400 for batch in batches)
+    done = 0
+    for batch in batches[:: 1 if kind == "text" else 5]:
+        done = texts.index(batch.texts[-1]) + 1
+        again, _ = streams.load_documents(source)
+        behind = Position(*json.loads(json.dumps(batch.behind)))
+        assert [text for later in streams.read_documents(source, again, behind) for text in later.texts] == texts[
+            done:
+        ]
+    assert streams.count_rows(source, dataset) == len(texts)
 
 
 class FakeHub:
-    """Stands in for `load_dataset`, which would need the network: remembers what was asked for."""
+    """Stands in for the Hub, which would need the network: remembers what was asked for."""
 
-    def __init__(self, scripts: set[str | None], rows: int | None = None) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, scripts: set[str | None], rows: int | None = None) -> None:
         self.scripts = scripts
         self.rows = rows
         self.asked: list[tuple[str, str | None]] = []
+        monkeypatch.setattr(datasets, "load_dataset_builder", self.builder)
+        monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda api, path, revision: self.commit(revision))
 
-    def __call__(self, path: str, revision: str | None = None, **options: Any) -> Any:
-        assert options == {"data_files": None, "split": "train", "streaming": True}
+    @staticmethod
+    def commit(revision: str | None) -> Any:
+        return SimpleNamespace(sha=f"commit of {revision or 'main'}")
+
+    def builder(self, path: str, revision: str | None = None, **options: Any) -> Any:
+        assert options == {"data_files": None, "name": None}
         self.asked.append((path, revision))
         if revision in self.scripts:
             raise RuntimeError("Dataset scripts are no longer supported, but found openwebtext.py")
@@ -55,33 +95,34 @@ class FakeHub:
         stream.info.splits = datasets.SplitDict.from_split_dict(
             {"train": {"name": "train", "num_examples": self.rows}}
         )
-        return stream
+        return SimpleNamespace(config=None, as_streaming_dataset=lambda split: stream)
+
+
+MAIN, CONVERTED = "commit of main", f"commit of {PARQUET_REVISION}"
 
 
 def test_openwebtext_falls_back_to_the_hubs_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    hub = FakeHub(scripts={None}, rows=10)
-    monkeypatch.setattr(datasets, "load_dataset", hub)
+    hub = FakeHub(monkeypatch, scripts={MAIN}, rows=10)
     main(["--dataset", "openwebtext", "--out_dir", str(tmp_path), "--val_fraction", "0.2"])
-    assert hub.asked == [(OPENWEBTEXT_ID, None), (OPENWEBTEXT_ID, PARQUET_REVISION)]
+    assert hub.asked == [(OPENWEBTEXT_ID, MAIN), (OPENWEBTEXT_ID, CONVERTED)]
     sidecar = json.loads((tmp_path / "val.json").read_text())
-    assert (sidecar["source"]["revision"], sidecar["source"]["hub_id"]) == (PARQUET_REVISION, OPENWEBTEXT_ID)
+    assert (sidecar["source"]["revision"], sidecar["source"]["hub_id"]) == (CONVERTED, OPENWEBTEXT_ID)
     assert (sidecar["split"], sidecar["num_rows"], sidecar["documents"]) == ("nanogpt", 10, 2)
 
 
 def test_code_from_the_hub_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    hub = FakeHub(scripts={None, "v1", PARQUET_REVISION})
-    monkeypatch.setattr(datasets, "load_dataset", hub)
+    hub = FakeHub(monkeypatch, scripts={MAIN, "commit of v1", CONVERTED})
     with pytest.raises(UserError, match="--dataset owner/name at revision v1 runs code of its own, which is refused"):
         main(["--dataset", "owner/name", "--revision", "v1", "--out_dir", str(tmp_path)])
-    assert hub.asked == [("owner/name", "v1")]  # the wish for a revision is not reinterpreted
+    assert hub.asked == [("owner/name", "commit of v1")]  # the wish for a revision is not reinterpreted
     with pytest.raises(UserError, match="runs code of its own"):
         main(["--dataset", "owner/name", "--out_dir", str(tmp_path)])
 
 
 def test_nanogpt_split_of_the_hub_needs_a_count(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(datasets, "load_dataset", FakeHub(scripts=set()))
+    FakeHub(monkeypatch, scripts=set())
     arguments = ["--dataset", "owner/name", "--split", "nanogpt", "--out_dir", str(tmp_path), "--val_fraction", "0.2"]
-    with pytest.raises(UserError, match="--dataset owner/name, and the Hub does not say: give --num_rows"):
+    with pytest.raises(UserError, match="--dataset owner/name, and nothing says it: give --num_rows"):
         main(arguments)
     main([*arguments, "--num_rows", "10"])
     assert json.loads((tmp_path / "val.json").read_text())["documents"] == 2
@@ -89,6 +130,6 @@ def test_nanogpt_split_of_the_hub_needs_a_count(monkeypatch: pytest.MonkeyPatch,
 
 def test_rows_of_openwebtext() -> None:
     silent: Any = SimpleNamespace(info=SimpleNamespace(splits=None))
-    source = resolve_source("openwebtext", [], "text", None)
-    assert sources.known_rows(source, silent) == 8_013_769
-    assert sources.known_rows(Source("openwebtext", OPENWEBTEXT_ID, "text", data_files=("a",)), silent) is None
+    source = resolve_source("openwebtext", [], "text")
+    assert streams.known_rows(source, silent) == 8_013_769
+    assert streams.known_rows(Source("openwebtext", OPENWEBTEXT_ID, "text", data_files=("a",)), silent) is None

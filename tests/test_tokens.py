@@ -3,6 +3,7 @@ import json
 import random
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +14,14 @@ from train.errors import UserError
 from train.tokens import (
     END_OF_TEXT,
     VOCABULARY_SIZE,
-    TokenWriter,
+    TokenAppender,
     gpt2_encoding,
     gpt2_ranks,
     gpt2_tokenizer,
     gpt2_vocab_and_merges,
     open_tokens,
     sidecar_path,
+    write_token_file,
 )
 
 NASTY = [
@@ -56,9 +58,7 @@ def random_strings(count: int) -> list[str]:
 
 
 def write_tokens(path: Path, ids: list[int], vocabulary_size: int = VOCABULARY_SIZE) -> Path:
-    with TokenWriter(path, vocabulary_size) as writer:
-        writer.write(np.array(ids), documents=1)
-        writer.finish({})
+    write_token_file(path, [(np.array(ids), 1)], vocabulary_size, {})
     return path
 
 
@@ -140,14 +140,16 @@ def test_tokenizers_are_not_shared() -> None:
     assert gpt2_tokenizer().model_max_length == 1024
 
 
-def test_writer(tmp_path: Path) -> None:
+def test_write_token_file(tmp_path: Path) -> None:
     path = tmp_path / "train.bin"
-    with TokenWriter(path, VOCABULARY_SIZE) as writer:
-        writer.write(np.array([1, 2, END_OF_TEXT]), documents=1)
-        writer.write(np.array([], dtype=np.uint16), documents=0)
-        writer.write(np.array([END_OF_TEXT, 258, END_OF_TEXT], dtype=np.uint16), documents=2)
+
+    def pieces() -> Iterator[tuple[np.ndarray, int]]:
+        yield np.array([1, 2, END_OF_TEXT]), 1
+        yield np.array([], dtype=np.uint16), 0
+        yield np.array([END_OF_TEXT, 258, END_OF_TEXT], dtype=np.uint16), 2
         assert not path.exists()
-        sidecar = writer.finish({"split": "hash"})
+
+    sidecar = write_token_file(path, pieces(), VOCABULARY_SIZE, {"split": "hash"})
     assert path.read_bytes() == b"\1\0\2\0\x50\xc4\x50\xc4\2\1\x50\xc4"
     assert json.loads((tmp_path / "train.json").read_text()) == sidecar
     assert sidecar == {
@@ -162,6 +164,27 @@ def test_writer(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"train.bin", "train.json"}
 
 
+def test_an_appender_goes_on_where_its_account_ends(tmp_path: Path) -> None:
+    path = tmp_path / "train.bin"
+    with TokenAppender(path, VOCABULARY_SIZE) as appender:
+        appender.write(np.array([1, 2, END_OF_TEXT]), 1)
+        account = appender.account()
+        appender.write(np.array([3]), 0)  # on the disk, and in no account
+    with TokenAppender(path, VOCABULARY_SIZE, account) as appender:
+        assert appender.account() == account
+        appender.write(np.array([7, END_OF_TEXT]), 1)
+        whole = appender.account()
+    assert np.fromfile(path, dtype="<u2").tolist() == [1, 2, END_OF_TEXT, 7, END_OF_TEXT]
+    assert (whole["tokens"], whole["documents"]) == (5, 2)
+    assert whole["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    path.write_bytes(b"\0\0" + path.read_bytes()[2:])
+    with pytest.raises(UserError, match=r"train\.bin was changed since it was written"):
+        TokenAppender(path, VOCABULARY_SIZE, whole)
+    path.write_bytes(b"\0\0")
+    with pytest.raises(UserError, match=r"train\.bin has 2 bytes, and 10 were written"):
+        TokenAppender(path, VOCABULARY_SIZE, whole)
+
+
 def test_a_large_vocabulary_takes_four_bytes(tmp_path: Path) -> None:
     path = write_tokens(tmp_path / "train.bin", [0, 70_000, 65_535], vocabulary_size=100_000)
     assert path.stat().st_size == 12
@@ -169,19 +192,17 @@ def test_a_large_vocabulary_takes_four_bytes(tmp_path: Path) -> None:
     assert tokens_on_disk.ids.tolist() == [0, 70_000, 65_535]
 
 
-def test_a_failed_preparation_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="50257"), TokenWriter(tmp_path / "train.bin", VOCABULARY_SIZE) as writer:
-        writer.write(np.array([1, VOCABULARY_SIZE]), documents=1)
+def test_a_failed_file_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="50257"):
+        write_tokens(tmp_path / "train.bin", [1, VOCABULARY_SIZE])
     assert not list(tmp_path.iterdir())
 
     def full_disk(self: Path, target: Path) -> Path:
         raise OSError("full")
 
-    with TokenWriter(tmp_path / "train.bin", VOCABULARY_SIZE) as writer:
-        writer.write(np.array([1]), documents=1)
-        monkeypatch.setattr(Path, "replace", full_disk)
-        with pytest.raises(OSError, match="full"):
-            writer.finish({})
+    monkeypatch.setattr(Path, "replace", full_disk)
+    with pytest.raises(OSError, match="full"):
+        write_tokens(tmp_path / "train.bin", [1])
     assert not list(tmp_path.iterdir())
 
 

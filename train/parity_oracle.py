@@ -18,7 +18,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from train.batches import TrainBatches
-from train.tokens import TokenWriter, open_tokens
+from train.tokens import open_tokens, write_token_file
 
 STEPS = 5
 SEQUENCES = 32  # in a global batch
@@ -83,9 +83,7 @@ def write_problem(folder: Path) -> None:
     # Less than the steps take, so that they cross the border of an epoch.
     cut = (STEPS - 1) * SEQUENCES * POSITIONS + 1
     for name, part in (("train.bin", ids[:cut]), ("val.bin", ids[cut : cut + 4 * POSITIONS])):
-        with TokenWriter(folder / name, VOCABULARY) as writer:
-            writer.write(part, documents=1)
-            writer.finish({})
+        write_token_file(folder / name, [(part, 1)], VOCABULARY, {})
 
 
 def flags(folder: Path, max_grad_norm: float) -> list[str]:

@@ -1,55 +1,47 @@
 """Text → `train.bin` and `val.bin` with their sidecars, ready for `python -m train`.
 
-1. Documents are streamed from the source (train/sources.py), in its order.
-2. Each goes to training or to validation, by one of two rules:
-   `hash`: to validation when blake2b, keyed with the seed, of its UTF-8 bytes is below val_fraction · 2^64. Neither
-   order nor number matter, and equal documents fall on the same side.
-   `nanogpt`: to validation when its row number is among the first ⌈n · val_fraction⌉ entries of
-   `numpy.random.default_rng(seed).permutation(n)`, n rows in all. This is the split of `Dataset.train_test_split`,
-   which nanoGPT takes with seed 2357 and 0.0005. (It also shuffles the rows; here they stay in the stream's order.)
-3. It is cut into GPT-2's tokens and closed by `<|endoftext|>`. An empty document is that token alone, as in nanoGPT.
-   The text `<|endoftext|>` inside a document is text.
-4. Both files appear when all is written, or neither does.
+1. Documents are streamed from the source (train/sources.py, train/streams.py), in its order.
+2. Each goes to training or to validation, by one of two rules (train/splits.py): `hash`, by its content, which depends
+   neither on order nor on number; `nanogpt`, by its row's number, as `Dataset.train_test_split` does it for nanoGPT.
+3. It is cut into GPT-2's tokens (train/encoders.py) and closed by `<|endoftext|>`. An empty document is that token
+   alone, as in nanoGPT. The text `<|endoftext|>` inside a document is text.
+4. What is written survives a kill at any moment (train/preparation.py): the same command goes on, to the same bytes.
+5. With `nanogpt`, `val.bin` gets nanoGPT's order, and with `--order nanogpt` so does `train.bin`.
 """
 
 import argparse
-import hashlib
-import math
 import os
+import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 from tqdm import tqdm
 
+from train.encoders import ENCODERS, Encoder, choose_encoder
 from train.errors import UserError, run_command
-from train.sources import (
-    BUILDERS,
-    OPENWEBTEXT,
-    STDLIB,
-    Source,
-    count_documents,
-    document_batches,
-    known_rows,
-    load_documents,
-    resolve_source,
-)
+from train.preparation import PARTS, WORK_FOLDER, Chunk, Preparation, finished, locked
+from train.sources import BUILDERS, FINEWEB_EDU, FINEWEB_EDU_SUBSET, OPENWEBTEXT, STDLIB, Source, resolve_source
+from train.splits import SplitRule, hash_rule, nanogpt_rows, nanogpt_rule
+from train.streams import Documents, Position, count_rows, estimated_rows, known_rows, load_documents, read_documents
 from train.tokens import (
     END_OF_TEXT,
     RANKS_SHA256,
     TOKENIZER_NAME,
     VOCABULARY_SIZE,
-    TokenWriter,
-    gpt2_encoding,
     is_sidecar,
+    read_sidecar,
     sidecar_path,
+    token_dtype,
 )
+from train.verify_data import verify
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
@@ -61,78 +53,20 @@ EXAMPLES = """\
 examples:
   Python's own standard library, some 5 million tokens in seconds, no network:
     python -m train.preprocess_data --out_dir data
-  OpenWebText with nanoGPT's split, some 9 billion tokens:
-    python -m train.preprocess_data --dataset openwebtext --out_dir data/openwebtext
+  OpenWebText with nanoGPT's split, some 9 billion tokens, to the byte nanoGPT's own files:
+    python -m train.preprocess_data --dataset openwebtext --out_dir data/openwebtext --order nanogpt
   text files, one document each:
     python -m train.preprocess_data --dataset text --data_files 'books/**/*.txt' --val_fraction 0.05
   JSON lines (also .gz, .zst), the text under "content":
     python -m train.preprocess_data --dataset json --data_files 'dump/*.jsonl.gz' --text_column content
   Parquet:
     python -m train.preprocess_data --dataset parquet --data_files 'shards/*.parquet'
-  any dataset on the Hub that needs no code of its own, streamed, here its first 100,000 documents:
-    python -m train.preprocess_data --dataset HuggingFaceFW/fineweb-edu --max_documents 100000
+  the first 100,000 documents of FineWeb-Edu, or of any dataset on the Hub that needs no code of its own:
+    python -m train.preprocess_data --dataset fineweb-edu --max_documents 100000
+  check what was written:
+    python -m train.preprocess_data --verify data
+Killed, or out of disk? The same command goes on where it was.
 """
-
-# (row number, UTF-8 bytes) → is it for validation?
-SplitRule = Callable[[int, bytes], bool]
-
-
-def hash_rule(val_fraction: float, seed: int) -> SplitRule:
-    key = seed.to_bytes(8, "little")
-    threshold = int(val_fraction * 2**64)
-
-    def is_validation(row: int, content: bytes) -> bool:
-        return int.from_bytes(hashlib.blake2b(content, digest_size=8, key=key).digest(), "little") < threshold
-
-    return is_validation
-
-
-def nanogpt_rule(val_fraction: float, seed: int, rows: int) -> SplitRule:
-    validation = np.zeros(rows, dtype=bool)  # 8 MB for OpenWebText
-    validation[np.random.default_rng(seed).permutation(rows)[: math.ceil(rows * val_fraction)]] = True
-
-    def is_validation(row: int, content: bytes) -> bool:
-        if row >= rows:
-            raise UserError(f"there are more than the {rows:,} documents that the split is for: correct --num_rows")
-        return bool(validation[row])
-
-    return is_validation
-
-
-class Document(NamedTuple):
-    text: str
-    content: bytes  # the text in UTF-8
-    ids: list[int]
-
-
-@dataclass
-class Part:
-    """Training or validation, while it is written."""
-
-    writer: TokenWriter
-    empty_documents: int = 0
-    undecodable_documents: int = 0
-    text_bytes: int = 0
-
-    def write(self, documents: Sequence[Document]) -> None:
-        if not documents:
-            return
-        for text, content, _ in documents:
-            self.empty_documents += not text
-            self.undecodable_documents += "\ufffd" in text
-            self.text_bytes += len(content)
-        ids = [np.array([*document.ids, END_OF_TEXT], dtype=self.writer.dtype) for document in documents]
-        self.writer.write(np.concatenate(ids), len(documents))
-
-    def finish(self, preparation: dict[str, Any]) -> dict[str, Any]:
-        return self.writer.finish(
-            {
-                "empty_documents": self.empty_documents,
-                "documents_with_replacement_character": self.undecodable_documents,
-                "text_bytes": self.text_bytes,
-                **preparation,
-            }
-        )
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -147,9 +81,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--dataset", default=STDLIB, metavar="NAME", help=f"{OPENWEBTEXT}, {STDLIB}, {', '.join(BUILDERS)}, or a "
         f"dataset on the Hub as owner/name (default: {STDLIB})")  # fmt: skip
     add("--out_dir", default="data", metavar="DIR", help="where the files go; made if missing (default: data)")
-    add("--data_files", nargs="+", default=[], metavar="GLOB", help="files for text, json and parquet (** crosses "
-        "folders); for a dataset on the Hub, which of its files")  # fmt: skip
+    add("--data_files", nargs="+", default=[], metavar="GLOB", help="files for text, json (JSON lines) and parquet "
+        "(** crosses folders), or their http(s) addresses; for a dataset on the Hub, which of its files")  # fmt: skip
     add("--text_column", default="text", metavar="NAME", help="the column that holds the text (default: text)")
+    add("--subset", metavar="NAME", help="which configuration of a dataset on the Hub (default: its own; "
+        f"{FINEWEB_EDU_SUBSET} of {FINEWEB_EDU})")  # fmt: skip
     add("--revision", metavar="REV", help="branch, tag or commit of a dataset on the Hub (default: main, or the "
         "Hub's Parquet conversion where main has only a script)")  # fmt: skip
     add("--val_fraction", type=float, metavar="F", help=f"share of documents for validation (default: {VAL_FRACTION}; "
@@ -162,9 +98,17 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=2357, metavar="N", help="of the split (default: 2357, nanoGPT's)")
     add("--max_documents", type=int, metavar="N", help="take the first N documents for the whole dataset "
         "(default: all)")  # fmt: skip
-    add("--num_threads", type=int, default=available_cores(), metavar="N", help="threads that cut text into tokens "
-        "(default: the cores of this machine, %(default)s)")  # fmt: skip
-    add("--overwrite", action="store_true", help="replace the files in out_dir")
+    add("--order", choices=("source", "nanogpt"), default="source", help="of train.bin: the source's, or with "
+        "--split nanogpt nanoGPT's, to the byte, for twice the disk while it is made (default: source)")  # fmt: skip
+    add("--tokenizer", choices=ENCODERS, default="auto", help="what cuts text into tokens; all give the same "
+        "(default: gigatoken where it is installed and agrees with tiktoken on a sample, else tiktoken)")  # fmt: skip
+    add("--num_proc", type=int, default=available_cores(), metavar="N", help="how many of them work at once, as "
+        "threads (default: the cores of this machine, %(default)s)")  # fmt: skip
+    add("--overwrite", action="store_true", help="replace the files in out_dir, and what another command left "
+        "unfinished there; the same command goes on where it was killed")  # fmt: skip
+    add(
+        "--verify", metavar="DIR", help="prepare nothing: check the files in a folder (sizes, digests, ids, documents)"
+    )
     args = parser.parse_args(argv)
     args.split = args.split or ("nanogpt" if args.dataset == OPENWEBTEXT else "hash")
     if args.val_fraction is None:
@@ -179,167 +123,262 @@ def available_cores() -> int:
 def check_arguments(args: argparse.Namespace) -> None:
     if not 0 < args.val_fraction < 1:
         raise UserError(f"--val_fraction {args.val_fraction} is not between 0 and 1 (nanoGPT's is {VAL_FRACTION})")
-    for name in ("max_documents", "num_rows", "num_threads"):
+    for name in ("max_documents", "num_rows", "num_proc"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name} {value} must be at least 1")
     if not 0 <= args.seed < 2**64:
         raise UserError(f"--seed {args.seed} must be at least 0 and less than 2^64")
-    if args.num_rows and args.split != "nanogpt":
-        raise UserError(
-            f"--num_rows {args.num_rows} is for --split nanogpt; --split hash needs no count: leave it out"
-        )
+    if args.split != "nanogpt":
+        if args.num_rows:
+            raise UserError(
+                f"--num_rows {args.num_rows} is for --split nanogpt; --split hash needs no count: leave it out"
+            )
+        if args.order == "nanogpt":
+            raise UserError("--order nanogpt is for --split nanogpt: the order is the one of that split's permutation")
     out_dir = Path(args.out_dir)
     if out_dir.exists() and not out_dir.is_dir():
         raise UserError(f"--out_dir {out_dir} is a file: name a folder")
-    present = [str(path) for path in (out_dir / "train.bin", out_dir / "val.bin") if path.exists()]
-    if present and not args.overwrite:
-        raise UserError(f"{' and '.join(present)} exist already: give --overwrite, or another --out_dir")
-    for path in (out_dir / "train.bin", out_dir / "val.bin"):
-        sidecar = sidecar_path(path)
+    for name in PARTS:
+        sidecar = sidecar_path(out_dir / f"{name}.bin")
         if sidecar.exists() and not is_sidecar(sidecar):
             raise UserError(f"{sidecar} is in the way of a sidecar and is not one: name another --out_dir")
 
 
+def requested(args: argparse.Namespace, source: Source) -> dict[str, Any]:
+    """What decides about the files, byte for byte; a preparation that was killed is taken up by the same only."""
+    flags = ("dataset", "text_column", "subset", "revision", "split", "order", "val_fraction", "seed", "num_rows")
+    return {
+        **{flag: getattr(args, flag) for flag in flags},
+        "data_files": list(args.data_files),
+        "max_documents": args.max_documents,
+        "files_sha256": source.fingerprint(),
+    }
+
+
 def rows_to_split(args: argparse.Namespace, source: Source, dataset: "IterableDataset") -> int:
-    """n of the nanogpt rule; local files are read once to count them."""
-    rows = args.num_rows
-    if rows is None:
-        local = source.is_local
-        rows = count_documents(source, dataset, args.max_documents) if local else known_rows(source, dataset)
+    """n of the nanogpt rule; local files are read once to count them where they do not say."""
+    rows = args.num_rows or count_rows(source, dataset)
     if rows is None:
         raise UserError(
-            f"--split nanogpt needs the number of documents in --dataset {args.dataset}, and the Hub does not say: "
+            f"--split nanogpt needs the number of documents in --dataset {args.dataset}, and nothing says it: "
             "give --num_rows, or --split hash"
         )
     return min(rows, args.max_documents or rows)
 
 
-def encoded_batches(batches: Iterator[list[str]], num_threads: int) -> Iterator[tuple[list[str], list[list[int]]]]:
-    """Each batch with its token ids; while one is cut, the one before it is written and the next one read."""
-    encoding = gpt2_encoding()
-    pending: tuple[list[str], Future[list[list[int]]]] | None = None
-    with ThreadPoolExecutor(1) as worker:
-        for texts in batches:
-            following = texts, worker.submit(encoding.encode_ordinary_batch, texts, num_threads=num_threads)
-            if pending:
-                yield pending[0], pending[1].result()
-            pending = following
-        if pending:
-            yield pending[0], pending[1].result()
+class Batch(NamedTuple):
+    row: int  # the first one's number
+    texts: list[str]
+    behind: Position
 
 
-def write_parts(encoded: Iterator[tuple[list[str], list[list[int]]]], rule: SplitRule, train: Part, val: Part) -> int:
-    """Send every document to its part; return how many there were."""
-    row = 0
-    # A terminal is refreshed twice a second; a log gets a line every half minute.
-    interval = 0.5 if sys.stderr.isatty() else 30
-    with tqdm(unit=" documents", unit_scale=True, mininterval=interval) as progress:
-        for texts, ids_of_texts in encoded:
-            for_train: list[Document] = []
-            for_val: list[Document] = []
-            for text, ids in zip(texts, ids_of_texts, strict=True):
-                document = Document(text, text.encode("utf-8", "surrogatepass"), ids)
-                (for_val if rule(row, document.content) else for_train).append(document)
-                row += 1
-            train.write(for_train)
-            val.write(for_val)
-            rate = (train.text_bytes + val.text_bytes) / 1e6 / max(progress.format_dict["elapsed"], 1e-9)
-            tokens = train.writer.tokens + val.writer.tokens
-            progress.set_postfix_str(f"{rate:.1f} MB/s, {tokens:,} tokens", refresh=False)
-            progress.update(len(texts))
-    return row
+def numbered(documents: Iterable[Documents], row: int, limit: int | None) -> Iterator[Batch]:
+    """Documents with their rows' numbers, from `row` up to below `limit`."""
+    for texts, behind in documents:
+        kept = texts if limit is None else texts[: limit - row]
+        if kept:
+            yield Batch(row, kept, behind)
+        row += len(kept)
+        if row == limit:
+            return
 
 
-def finish_both(train: Part, val: Part, preparation: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Put both files in place. The older pair goes first, so a crash never leaves files of two preparations; and it
-    goes only when the new pair is on the disk, so a full disk does not cost the older one.
-    """
-    paths = (train.writer.path, val.writer.path)
-    for part in (train, val):
-        part.writer.flush()
-    for path in paths:
-        path.unlink(missing_ok=True)
+def tokenize(batch: Batch, encode: Encoder, rule: SplitRule) -> tuple[Chunk, Chunk]:
+    """The batch's training and its validation documents."""
+    contents = [text.encode() for text in batch.texts]
+    ids, lengths = encode(batch.texts)
+    is_validation = rule(batch.row, contents)
+    closed = np.full(ids.size + lengths.size, END_OF_TEXT, dtype=token_dtype(VOCABULARY_SIZE))
+    is_text = np.ones(closed.size, dtype=bool)
+    is_text[np.cumsum(lengths + 1) - 1] = False
+    closed[is_text] = ids
+    sizes = np.fromiter(map(len, contents), dtype=np.int64, count=len(contents))
+    damaged = np.fromiter(("\ufffd" in text for text in batch.texts), dtype=bool, count=len(contents))
+
+    def chunk(chosen: np.ndarray) -> Chunk:
+        kept = closed if chosen.all() else closed[np.repeat(chosen, lengths + 1)]
+        some = sizes[chosen]
+        return Chunk(kept, len(some), int((some == 0).sum()), int(damaged[chosen].sum()), int(some.sum()))
+
+    return chunk(~is_validation), chunk(is_validation)
+
+
+def checked(batches: Iterable[Batch], rows: int | None, preparation: Preparation) -> Iterator[Batch]:
+    """Raise, and leave nothing, where there are more documents than the split is for."""
+    for batch in batches:
+        if rows is not None and batch.row + len(batch.texts) > rows:
+            preparation.discard()
+            raise UserError(f"there are more than the {rows:,} documents that the split is for: correct --num_rows")
+        yield batch
+
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def in_parallel(
+    function: Callable[[Item], Result], items: Iterable[Item], workers: int
+) -> Iterator[tuple[Item, Result]]:
+    """Each item with its result, in the items' order; a few are read ahead, so that no worker waits."""
+    pending: deque[tuple[Item, Future[Result]]] = deque()
+    pool = ThreadPoolExecutor(workers)
     try:
-        return train.finish(preparation), val.finish(preparation)
-    except BaseException:
-        for path in paths:
-            path.unlink(missing_ok=True)
-            sidecar_path(path).unlink(missing_ok=True)
-        raise
+        for item in items:
+            pending.append((item, pool.submit(function, item)))
+            if len(pending) > workers + 2:
+                done, future = pending.popleft()
+                yield done, future.result()
+        for done, future in pending:
+            yield done, future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-def check_parts(args: argparse.Namespace, train: Part, val: Part, rows: int, expected: int | None) -> None:
-    if expected is not None and rows != expected:
-        raise UserError(
-            f"--dataset {args.dataset} ended after {rows:,} documents, and the split was for {expected:,}: "
-            f"give --num_rows {rows}, or --split hash"
-        )
-    for name, part in (("training", train), ("validation", val)):
-        if not part.writer.documents:
-            direction = "lower" if part is train else "raise"
-            raise UserError(
-                f"--val_fraction {args.val_fraction} leaves no document for {name} of {rows:,} in all: "
-                f"{direction} it, or prepare more documents"
-            )
-
-
-def prepare(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Write both files; return their sidecars."""
-    check_arguments(args)
-    source = resolve_source(args.dataset, args.data_files, args.text_column, args.revision)
-    dataset, source = load_documents(source)
-    batches = document_batches(source, dataset, args.max_documents)
-    first = next(batches, None)
-    if first is None:
+def read_all(args: argparse.Namespace, source: Source, preparation: Preparation) -> None:
+    """Stream the source, from where the preparation is to its end."""
+    before = preparation.sidecar
+    dataset, source = load_documents(replace(source, revision=before["source"]["revision"]) if before else source)
+    stream = read_documents(source, dataset, preparation.position)
+    first = next(stream, None)
+    if first is None and not preparation.rows:
         raise UserError(f"--dataset {args.dataset} has no documents: check {' '.join(args.data_files) or 'its name'}")
-    rows = rows_to_split(args, source, dataset) if args.split == "nanogpt" else None
+    if not before:
+        preparation.settle(described(args, source, dataset))
+    rows = preparation.sidecar["num_rows"]
     if rows is None:
         rule = hash_rule(args.val_fraction, args.seed)
     else:
         rule = nanogpt_rule(args.val_fraction, args.seed, rows)
-    preparation = {
+    if first is not None:
+        encode, why = choose_encoder(args.tokenizer, first.texts)
+        print(f"tokenizer: {why}", file=sys.stderr)
+        batches = numbered(chain([first], stream), preparation.rows, args.max_documents)
+        batches = checked(batches, rows, preparation)
+        known = known_rows(source, dataset) or estimated_rows(source, first.texts)
+        expected = rows or min(filter(None, (known, args.max_documents)), default=None)
+        write_all(
+            args,
+            in_parallel(partial(tokenize, encode=encode, rule=rule), batches, args.num_proc),
+            expected,
+            preparation,
+        )
+    check_parts(args, preparation)
+
+
+def described(args: argparse.Namespace, source: Source, dataset: "IterableDataset") -> dict[str, Any]:
+    return {
         "tokenizer": TOKENIZER_NAME,
         "tokenizer_sha256": RANKS_SHA256,
         "source": source.description(),
         "split": args.split,
+        "order": args.order,
         "val_fraction": args.val_fraction,
         "seed": args.seed,
-        "num_rows": rows,
+        "num_rows": rows_to_split(args, source, dataset) if args.split == "nanogpt" else None,
         "max_documents": args.max_documents,
     }
+
+
+def write_all(
+    args: argparse.Namespace,
+    tokenized: Iterable[tuple[Batch, tuple[Chunk, Chunk]]],
+    expected: int | None,
+    preparation: Preparation,
+) -> None:
+    text_bytes = 0
+    # A terminal is refreshed twice a second; a log gets a line every half minute.
+    interval = 0.5 if sys.stderr.isatty() else 30
+    name = f"{args.dataset}, {args.split} split"
+    with tqdm(
+        desc=name, total=expected, initial=preparation.rows, unit=" documents", unit_scale=True, mininterval=interval
+    ) as progress:
+        for batch, chunks in tokenized:
+            preparation.append(chunks, len(batch.texts), batch.behind)
+            text_bytes += sum(chunk.text_bytes for chunk in chunks)
+            rate = text_bytes / 1e6 / max(progress.format_dict["elapsed"], 1e-9)
+            tokens = sum(preparation.tokens().values())
+            progress.set_postfix_str(f"{rate:.1f} MB/s, {tokens:,} tokens", refresh=False)
+            progress.update(len(batch.texts))
+
+
+def check_parts(args: argparse.Namespace, preparation: Preparation) -> None:
+    """Raise, and leave nothing, if what was read is not what the split was for, or leaves one part empty."""
+    rows, expected, fault = preparation.rows, preparation.sidecar["num_rows"], None
+    documents = preparation.documents()
+    if expected is not None and rows != expected:
+        fault = (
+            f"--dataset {args.dataset} ended after {rows:,} documents, and the split was for {expected:,}: "
+            f"give --num_rows {rows}, or --split hash"
+        )
+    for part, name, direction in (("train", "training", "lower"), ("val", "validation", "raise")):
+        if not documents[part]:
+            fault = fault or (
+                f"--val_fraction {args.val_fraction} leaves no document for {name} of {rows:,} in all: "
+                f"{direction} it, or prepare more documents"
+            )
+    if fault:
+        preparation.discard()
+        raise UserError(fault)
+
+
+def orders(preparation: Preparation) -> dict[str, np.ndarray | None]:
+    """The rows of each part in the order that its file gets; None for the stream's."""
+    sidecar = preparation.sidecar
+    if sidecar["split"] != "nanogpt":
+        return dict.fromkeys(PARTS)
+    train, val = nanogpt_rows(sidecar["val_fraction"], sidecar["seed"], sidecar["num_rows"])
+    return {"train": train if sidecar["order"] == "nanogpt" else None, "val": val}
+
+
+def prepare(args: argparse.Namespace) -> None:
+    check_arguments(args)
+    source = resolve_source(args.dataset, args.data_files, args.text_column, args.subset, args.revision)
+    request = requested(args, source)
     out_dir = Path(args.out_dir)
+    paths = [out_dir / f"{name}.bin" for name in PARTS]
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
-        with ExitStack() as stack:
-            train, val = (
-                Part(stack.enter_context(TokenWriter(out_dir / name, VOCABULARY_SIZE)))
-                for name in ("train.bin", "val.bin")
-            )
-            written = write_parts(encoded_batches(chain([first], batches), args.num_threads), rule, train, val)
-            check_parts(args, train, val, written, rows)
-            return finish_both(train, val, preparation)
+        with locked(out_dir):
+            under_way = (out_dir / WORK_FOLDER / "journal.json").exists()
+            present = [str(path) for path in paths if path.exists()]
+            if present and not under_way and not args.overwrite:
+                if not finished(out_dir, request):
+                    raise UserError(f"{' and '.join(present)} exist already: give --overwrite, or another --out_dir")
+                shutil.rmtree(out_dir / WORK_FOLDER, ignore_errors=True)  # all that a kill at the very end leaves
+                print("already prepared; --overwrite prepares it again", file=sys.stderr)
+                return
+            with Preparation(out_dir, request, args.overwrite) as preparation:
+                if preparation.phase == "reading":
+                    read_all(args, source, preparation)
+                preparation.finish(orders(preparation))
     except OSError as error:
-        raise UserError(f"cannot write to --out_dir {out_dir}: {error.strerror or error}") from error
+        kept = "; the same command goes on when there is room" if (out_dir / WORK_FOLDER).exists() else ""
+        raise UserError(f"cannot write to --out_dir {out_dir}: {error.strerror or error}{kept}") from error
 
 
-def print_summary(args: argparse.Namespace, train: dict[str, Any], val: dict[str, Any]) -> None:
-    documents = train["documents"] + val["documents"]
-    text_bytes = train["text_bytes"] + val["text_bytes"]
-    empty = train["empty_documents"] + val["empty_documents"]
-    undecodable = train["documents_with_replacement_character"] + val["documents_with_replacement_character"]
+def print_summary(out_dir: Path) -> None:
+    train, val = (read_sidecar(out_dir / f"{name}.bin") or {} for name in PARTS)
+    documents, text_bytes, empty, undecodable = (
+        train[key] + val[key]
+        for key in ("documents", "text_bytes", "empty_documents", "documents_with_replacement_character")
+    )
     print(
         f"documents: {documents:,} ({text_bytes / 1e6:,.1f} MB of text, {empty:,} empty, {undecodable:,} with U+FFFD)"
     )
     print(f"tokens: {train['tokens']:,} for training, {val['tokens']:,} for validation")
-    print(f"split: {args.split}, val_fraction {args.val_fraction}, seed {args.seed}, {val['documents']:,} documents")
-    print(f"files: {Path(args.out_dir, 'train.bin')} and {Path(args.out_dir, 'val.bin')}, each with its .json")
+    split = f"split: {val['split']}, val_fraction {val['val_fraction']}, seed {val['seed']}"
+    print(f"{split}, {val['documents']:,} documents")
+    print(f"files: {out_dir / 'train.bin'} and {out_dir / 'val.bin'}, each with its .json")
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
-    train, val = prepare(args)
-    print_summary(args, train, val)
+    if args.verify:
+        verify(Path(args.verify))
+        return
+    prepare(args)
+    print_summary(Path(args.out_dir))
 
 
 if __name__ == "__main__":

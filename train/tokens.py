@@ -9,7 +9,7 @@ import base64
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -22,7 +22,7 @@ import tiktoken
 from tiktoken_ext.openai_public import r50k_pat_str  # GPT-2's rule for cutting text into words
 
 from train.errors import UserError
-from train.files import flush_to_disk, write_json
+from train.files import write_json, written_aside
 
 if TYPE_CHECKING:
     from transformers import GPT2Tokenizer
@@ -123,30 +123,42 @@ def sidecar_path(path: Path) -> Path:
     return path.with_suffix(".json")
 
 
-class TokenWriter:
-    """Writes one token file beside its place, then puts it and its sidecar there whole.
+class TokenAppender:
+    """Appends to one token file and keeps account of what is in it.
 
-        with TokenWriter(Path("data/train.bin"), VOCABULARY_SIZE) as writer:
-            writer.write(ids, documents=1)
-            writer.finish({"split": "hash"})
+    Args:
+        path: the file; it is made, or with `done` taken up where that account ends: what is behind it is cut off.
+        vocabulary_size: ids must be below it.
+        done: the `account()` of an earlier appender on this file.
 
-    Whoever leaves the `with` without `finish` leaves nothing. A `.bin` is never beside a wrong sidecar: `finish`
-    removes an older `.bin` first, then writes the sidecar, then renames the new `.bin` to its name. A crash between
-    these steps leaves a sidecar without a file, which `open_tokens` calls missing, and the next run replaces both.
+    Raises:
+        UserError: the file is not what `done` says.
     """
 
-    def __init__(self, path: Path, vocabulary_size: int) -> None:
+    def __init__(self, path: Path, vocabulary_size: int, done: Mapping[str, Any] | None = None) -> None:
         self.path = path
         self.vocabulary_size = vocabulary_size
         self.dtype = token_dtype(vocabulary_size)
-        self.tokens = 0
-        self.documents = 0
+        self.tokens = self.documents = 0
         self.max_token_id = -1
         self._sha256 = hashlib.sha256()
-        self._aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        self._file = self._aside.open("wb")
+        if done is not None:
+            self.tokens, self.documents, self.max_token_id = done["tokens"], done["documents"], done["max_token_id"]
+            self._take_up(done["sha256"])
+        self._file = path.open("ab" if done else "wb")
 
-    def __enter__(self) -> "TokenWriter":
+    def _take_up(self, sha256: str) -> None:
+        size = self.tokens * self.dtype.itemsize
+        found = self.path.stat().st_size if self.path.exists() else 0
+        if found < size:
+            raise UserError(f"{self.path} has {found} bytes, and {size} were written: start anew with --overwrite")
+        os.truncate(self.path, size)
+        with self.path.open("rb") as file:
+            self._sha256 = hashlib.file_digest(file, "sha256")
+        if self._sha256.hexdigest() != sha256:
+            raise UserError(f"{self.path} was changed since it was written: start anew with --overwrite")
+
+    def __enter__(self) -> "TokenAppender":
         return self
 
     def __exit__(
@@ -154,8 +166,9 @@ class TokenWriter:
     ) -> None:
         try:
             self._file.close()  # flushes, and so fails on a full disk
-        finally:
-            self._aside.unlink(missing_ok=True)
+        except OSError:
+            if error is None:
+                raise
 
     def write(self, ids: np.ndarray, documents: int) -> None:
         """Append `ids` (one-dimensional), which close `documents` documents."""
@@ -164,38 +177,53 @@ class TokenWriter:
             if low < 0 or high >= self.vocabulary_size:
                 raise ValueError(f"token ids {low}…{high} are not all in a vocabulary of {self.vocabulary_size}")
             self.max_token_id = max(self.max_token_id, high)
-        content = np.ascontiguousarray(ids, dtype=self.dtype).tobytes()
+        content = np.ascontiguousarray(ids, dtype=self.dtype).data
         self._file.write(content)
         self._sha256.update(content)
         self.tokens += ids.size
         self.documents += documents
 
-    def flush(self) -> None:
-        """Bring all that was written to the disk; nothing can be written after it."""
-        self._file.close()
-        flush_to_disk(self._aside)
+    def sync(self) -> None:
+        """Bring all that was written to the disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
 
-    def finish(self, extra: Mapping[str, Any]) -> dict[str, Any]:
-        """Flush, write the sidecar, rename; return what the sidecar says."""
-        sidecar = {
+    def account(self) -> dict[str, Any]:
+        """What is in the file, in the words of its sidecar."""
+        return {
             "dtype": self.dtype.name,
             "tokens": self.tokens,
             "documents": self.documents,
             "max_token_id": self.max_token_id,
             "vocabulary_size": self.vocabulary_size,
             "sha256": self._sha256.hexdigest(),
-            **extra,
         }
-        self.flush()
-        self.path.unlink(missing_ok=True)
-        try:
-            write_json(sidecar_path(self.path), sidecar)
-            self._aside.replace(self.path)
-        except BaseException:
-            sidecar_path(self.path).unlink(missing_ok=True)
-            raise
-        flush_to_disk(self.path.parent)
-        return sidecar
+
+
+def write_token_file(
+    path: Path, pieces: Iterable[tuple[np.ndarray, int]], vocabulary_size: int, extra: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Write a token file whole, with its sidecar, or leave nothing; return what the sidecar says.
+
+    A `.bin` is never beside a wrong sidecar: an older `.bin` goes first, then the sidecar is written, then the new
+    `.bin` gets its name. A crash between these steps leaves a sidecar without a file, which `open_tokens` calls
+    missing.
+
+    Args:
+        path: where it goes.
+        pieces: ids (one-dimensional) and how many documents they close, one after another.
+        vocabulary_size: ids must be below it.
+        extra: what the sidecar says besides the account of the file.
+    """
+    with written_aside(path) as aside:
+        with TokenAppender(aside, vocabulary_size) as appender:
+            for ids, documents in pieces:
+                appender.write(ids, documents)
+            appender.sync()
+        path.unlink(missing_ok=True)
+        sidecar = {**appender.account(), **extra}
+        write_json(sidecar_path(path), sidecar)
+    return sidecar
 
 
 @dataclass(frozen=True)
