@@ -27,7 +27,7 @@ SAME_RULE = r"(?:'(?:[sdmt]|ll|ve|re)| ?(?:\p{L}+|\p{N}+|[^\s\p{L}\p{N}]+))|\s++
 LONG_TEXT = 100_000
 # What Rust's regular expressions call \s; Python's has four control characters more.
 BLANKS = "\t\n\v\f\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
-LONG_RUN_OF_BLANKS = re.compile(f"[{BLANKS}]{{1000,}}(?=[^{BLANKS}])")
+LONG_RUN_OF_BLANKS = re.compile(f"[{BLANKS}]{{1000,}}+")
 
 
 class Encoded(NamedTuple):
@@ -49,7 +49,8 @@ def ids_of(text: str, encoding: tiktoken.Encoding) -> np.ndarray:
     if len(text) < LONG_TEXT:
         return encoding.encode_to_numpy(text, disallowed_special=())
     # GPT-2's rule leaves the last blank of a run to the word behind it, so the text may be cut before that one.
-    cuts = [0, *(run.end() - 1 for run in LONG_RUN_OF_BLANKS.finditer(text)), len(text)]
+    ends = (run.end() for run in LONG_RUN_OF_BLANKS.finditer(text))
+    cuts = [0, *(end - 1 for end in ends if end < len(text)), len(text)]
     pieces = [text[start:end] for start, end in pairwise(cuts)]
     return np.concatenate([encoding.encode_to_numpy(piece, disallowed_special=()) for piece in pieces])
 
