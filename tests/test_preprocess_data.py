@@ -301,11 +301,14 @@ def test_half_a_pair_is_completed_by_the_same_command(
         ("--dataset text --data_files .", r"--data_files \. matches no file: give the files in it, such as \./\*"),
         ("--data_files x.txt", "--data_files is not for --dataset stdlib"),
         ("--dataset json --data_files a.jsonl --revision v1", "--revision v1 is for datasets on the Hub"),
-        ("--dataset json --data_files a.jsonl --text_column body", "no column body: choose one.* from text, n"),
+        (
+            "--dataset json --data_files a.jsonl --text_column body",
+            "no column body in the line.*: choose one.* from text, n",
+        ),
         ("--dataset json --data_files a.jsonl --text_column n", "column n of --dataset json holds int, not text"),
         (
             "--dataset json --data_files bad.jsonl",
-            r"line that begins '\{\"text\": \"a\"' is no JSON.*check bad\.jsonl",
+            r"line that begins '\{\"text\": \"a\"' in bad\.jsonl is no JSON",
         ),
         ("--dataset json --data_files empty.jsonl", r"has no documents: check empty\.jsonl"),
         ("--dataset parquet --data_files a.jsonl", "cannot read --dataset parquet as parquet files"),

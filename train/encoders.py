@@ -12,7 +12,7 @@ import numpy as np
 import tiktoken
 
 from train.errors import UserError
-from train.tokens import gpt2_encoding, gpt2_ranks
+from train.tokens import END_OF_TEXT, END_OF_TEXT_STRING, gpt2_encoding, gpt2_ranks
 
 ENCODERS = ("auto", "tiktoken", "gigatoken")
 SPOT_CHECK_CHARACTERS = 2000  # at most, of a document that is encoded a second time while the work goes on: 1% to 4%
@@ -40,8 +40,11 @@ Encoder = Callable[[Sequence[str]], Encoded]
 
 @cache
 def fast_encoding() -> tiktoken.Encoding:
-    """`gpt2_encoding()` with the faster rule; special tokens are text to it."""
-    return tiktoken.Encoding("gpt2_same_rule", pat_str=SAME_RULE, mergeable_ranks=gpt2_ranks(), special_tokens={})
+    """`gpt2_encoding()` with the faster rule."""
+    special_tokens = {END_OF_TEXT_STRING: END_OF_TEXT}  # without one, tiktoken looks for the empty text, everywhere
+    return tiktoken.Encoding(
+        "gpt2_same_rule", pat_str=SAME_RULE, mergeable_ranks=gpt2_ranks(), special_tokens=special_tokens
+    )
 
 
 def ids_of(text: str, encoding: tiktoken.Encoding) -> np.ndarray:

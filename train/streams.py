@@ -271,19 +271,17 @@ def parse_line(source: Source, line: str | None) -> str | None:
     """The text of a JSON line; None of a blank one. Lone surrogates become U+FFFD, as in tiktoken."""
     if not line or line.isspace():
         return None
-    remedy = "it has to be one JSON object a line"
+    where = f"the line that begins {line[:60]!r} in {' '.join(source.data_files)}"
     try:
         value = json.loads(line)
     except ValueError as error:
+        raise UserError(f"cannot read --dataset json: {where} is no JSON ({error}); write one object a line") from None
+    if not isinstance(value, dict):
+        raise UserError(f"cannot read --dataset json: {where} is no JSON object; write one a line")
+    if source.text_column not in value:
         raise UserError(
-            f"cannot read --dataset json: the line that begins {line[:60]!r} is no JSON ({error}); check "
-            f"{' '.join(source.data_files)}: {remedy}"
-        ) from None
-    if not isinstance(value, dict) or source.text_column not in value:
-        keys = ", ".join(value) if isinstance(value, dict) else "nothing"
-        raise UserError(
-            f"--dataset json has no column {source.text_column}: choose one with --text_column from {keys}, which the "
-            f"line has that begins {line[:60]!r}; {remedy}"
+            f"--dataset json has no column {source.text_column} in {where}: choose one with --text_column from "
+            f"{', '.join(value)}"
         )
     text = value[source.text_column]
     if text is not None and not isinstance(text, str):
