@@ -29,7 +29,7 @@ def prepare(*words: object, cwd: Path, check: bool = True) -> subprocess.Complet
 
 
 def refused(*words: object, cwd: Path) -> str:
-    """The sentence with which a command ends that cannot be."""
+    """The sentence, or one a line, with which a command ends that cannot be."""
     return sentence(prepare(*words, cwd=cwd, check=False))
 
 
@@ -37,9 +37,9 @@ def sentence(done: subprocess.CompletedProcess[str]) -> str:
     said = f"{done.returncode}\n{done.stdout}\n{done.stderr}"
     assert done.returncode == 2, said
     assert "Traceback" not in done.stderr, said
-    last = done.stderr.splitlines()[-1]
-    assert last.startswith("error: "), said
-    return last
+    _, error, sentences = done.stderr.partition("error: ")
+    assert error, said
+    return sentences
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import itertools
 import json
 import platform
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -124,19 +125,21 @@ def test_killed_at_random_moments(library: Corpus, tmp_path: Path, split: str, k
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("split", SPLITS)
-@pytest.mark.parametrize("older", ["no older files", "older files"])
-def test_killed_before_every_change_of_the_disk(small: Corpus, tmp_path: Path, split: str, older: str) -> None:
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(("split", "overwrite"), [("hash", ["--overwrite"]), ("nanogpt", [])])
+def test_killed_before_every_change_of_the_disk(
+    small: Corpus, tmp_path: Path, split: str, overwrite: list[str]
+) -> None:
     """And the process that goes on is killed as well, at a random change; the third finishes."""
-    rng = random.Random(f"{split} {older}")
-    overwrite = ["--overwrite"] if older == "older files" else []
+    rng = random.Random(split)
+    prepare(*words(split, tmp_path / "older", "--seed=1"), cwd=small.folder)
     for n in itertools.count(1):
         folder = tmp_path / str(n)
         folder.mkdir()
         for part in small.folder.glob("part*"):
             (folder / part.name).symlink_to(part)
         if overwrite:
-            assert fork_prepare(words(split, "out", "--seed=1"), folder)[0] == 0
+            shutil.copytree(tmp_path / "older", folder / "out")
         command = words(split, "out", *overwrite)
         code, said = fork_prepare(command, folder, change=n)
         assert code in (0, -signal.SIGKILL), said
