@@ -62,12 +62,12 @@ def fingerprint(source: Source) -> str | None:
 
 
 def _headers(source: Source, address: str) -> list[str | None]:
-    from huggingface_hub.utils import get_session
+    from huggingface_hub.utils import httpx
 
     attempts = Attempts(source)
     while True:
         try:
-            response = get_session().head(address, follow_redirects=True)
+            response = httpx.head(address, follow_redirects=True, timeout=SILENCE_SECONDS)
             if response.status_code not in (405, 501):  # not every server answers this question
                 response.raise_for_status()
             return [response.headers.get(name) for name in ("ETag", "Last-Modified", "Content-Length")]
@@ -212,10 +212,10 @@ def is_transient(error: BaseException | None, opening: bool) -> bool:
 
 def is_refused(address: str) -> bool:
     """Whether a server says for good that it has no such file for us."""
-    from huggingface_hub.utils import get_session, httpx
+    from huggingface_hub.utils import httpx
 
     try:
-        status = get_session().head(address, follow_redirects=True).status_code
+        status = httpx.head(address, follow_redirects=True, timeout=SILENCE_SECONDS).status_code
     except httpx.RequestError:
         return False
     return 400 <= status < 500 and status not in (408, 429)
