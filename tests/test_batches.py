@@ -1,3 +1,4 @@
+import json
 import math
 from pathlib import Path
 
@@ -43,6 +44,25 @@ def test_labels_are_the_next_tokens(tmp_path: Path) -> None:
         assert (tensor.shape, tensor.dtype, tensor.is_contiguous()) == ((4, BLOCK), torch.int64, True)
     assert torch.equal(batch["shift_labels"], batch["input_ids"] + 1)
     assert ((batch["input_ids"][:, 0] - 100) % BLOCK == 0).all()
+
+
+def test_ids_beyond_uint16_arrive(tmp_path: Path) -> None:
+    path, first = tmp_path / "train.bin", 70_000
+    np.arange(first, first + 41, dtype="<u4").tofile(path)
+    (tmp_path / "train.json").write_text(json.dumps({"dtype": "uint32", "tokens": 41, "max_token_id": first + 40}))
+    tokens = open_tokens(path, 80_000)
+    rows = TrainBatches(tokens, BLOCK, 10, 1).micro_batch(0, 0, 0, 1, 10)
+    assert sorted(rows["input_ids"].flatten().tolist()) == list(range(first, first + 40))
+    assert torch.equal(rows["shift_labels"], rows["input_ids"] + 1)
+    assert EvalBatches(tokens, BLOCK).micro_batch(9, 0, 1, 1)["shift_labels"][0, -1] == first + 40
+
+
+def test_windows_anywhere_can_be_announced(tmp_path: Path) -> None:
+    (np.arange(100_000) % 50_000).astype(np.uint16).tofile(tmp_path / "train.bin")  # 49 pages
+    tokens = open_tokens(tmp_path / "train.bin", 50257)
+    for offsets in ([], [0], [99_990, 5, 2048, 0, 99_999]):
+        tokens.will_need(np.array(offsets, dtype=np.int64), 10)
+    assert (tokens.ids == np.arange(100_000) % 50_000).all()
 
 
 def test_every_layout_sees_the_same_global_batch(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ def write_run(
     for step in range(1, steps + 1):
         record = {"step": step, "epoch": 0.1, "tokens": 1000 * step, "loss": 3.0 + 8.0 / step, "learning_rate": 1e-3}
         record |= {"grad_norm": None, "tokens_per_second": 1000 / step_time, "step_time_seconds": step_time}
+        record["data_seconds"] = 0.01 * step_time
         records.append(record)
     for record in records[steps // 2 - 1 :: steps // 2]:
         record |= {"val_loss": val_loss, "perplexity": math.exp(val_loss)}

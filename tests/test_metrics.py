@@ -112,6 +112,7 @@ def test_throughput_leaves_the_first_step_out() -> None:
     assert metrics.throughput(1000, []) is None
     assert metrics.time_per_epoch(500.0, 50_000) == 100.0
     assert metrics.time_per_epoch(None, 50_000) is None
+    assert metrics.time_per_epoch(500.0, None) is None
 
 
 def test_step_time_percentiles() -> None:
@@ -119,6 +120,16 @@ def test_step_time_percentiles() -> None:
     assert metrics.step_time_percentiles(times) == {"median": 5.0, "p10": 1.0, "p90": 9.0}
     assert metrics.step_time_percentiles([2.0]) == {"median": 2.0, "p10": 2.0, "p90": 2.0}
     assert metrics.step_time_percentiles([]) == {"median": None, "p10": None, "p90": None}
+
+
+def test_data_share() -> None:
+    assert metrics.data_share([5.0, 0.25, 0.75], [9.0, 1.0, 3.0]) == 0.25  # 1 of 4 seconds; the first step is left out
+    assert metrics.data_share([0.5], [2.0]) == 0.25
+    assert metrics.data_share([], []) is None
+    waits = [record(step, 2.0, 1.0, data_seconds=0.5) for step in range(1, 4)]
+    assert summary(waits)["data_share"] == 0.25
+    assert summary([record(1, 2.0, 1.0), *waits[1:]])["data_share"] == 0.25
+    assert summary([waits[0], record(2, 2.0, 1.0)])["data_share"] is None, "not measured is not zero"
 
 
 def test_perplexity_and_what_json_cannot_hold() -> None:

@@ -30,6 +30,7 @@ def test_a_finished_run_is_complete(finished: Path) -> None:
     assert [line["tokens"] for line in lines] == [step * 4 * 32 for step in range(1, 9)]
     for line in lines:
         assert {"loss", "learning_rate", "grad_norm", "tokens_per_second", "step_time_seconds"} <= line.keys()
+        assert 0 <= line["data_seconds"] <= line["step_time_seconds"]
     assert lines[-1]["loss"] < lines[0]["loss"] - 0.5
 
 
@@ -38,6 +39,8 @@ def test_the_summary_sums_up_the_lines(finished: Path) -> None:
     assert summary["val_loss"] == lines[-1]["val_loss"]
     assert summary["perplexity"] == pytest.approx(math.exp(lines[-1]["val_loss"]))
     assert summary["training_time_seconds"] == pytest.approx(sum(line["step_time_seconds"] for line in lines))
+    waits, times = (sum(line[key] for line in lines[1:]) for key in ("data_seconds", "step_time_seconds"))
+    assert summary["data_share"] == pytest.approx(waits / times)
     for key in ("time_per_epoch_seconds", "tokens_per_second", "inference_latency_seconds",
                 "inference_tokens_per_second", "peak_memory_bytes"):  # fmt: skip
         assert summary[key] > 0

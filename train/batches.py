@@ -10,15 +10,22 @@
 4. Micro-step j of data-parallel rank r takes entries (j·D + r)·B … + B - 1 of the global batch, where D is how many
    such ranks there are (the stages of a pipeline share one). Which ranks there are, and how they accumulate, changes
    who computes a sample and never which samples a step sees.
+
+A file that is still being prepared is read in another order, which needs no later tokens: train/follow.py.
+
+With `document_mask` a batch also has `position_ids`, (B, T) int64, which restart in each document (train/documents.py)
+and so keep attention inside it. The labels are the same: every token but the first is predicted, whatever the mask.
 """
 
 import math
 from fractions import Fraction
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
 
+from train.documents import document_positions
 from train.errors import UserError
 from train.tokens import TokenFile
 
@@ -36,7 +43,9 @@ def epoch_order(seed: int, epoch: int, windows: int) -> np.ndarray:
 class TrainBatches:
     """Training data by optimizer step; see the module's docstring for the guarantee."""
 
-    def __init__(self, tokens: TokenFile, block_size: int, global_batch_size: int, seed: int) -> None:
+    def __init__(
+        self, tokens: TokenFile, block_size: int, global_batch_size: int, seed: int, document_mask: bool = False
+    ) -> None:
         if len(tokens) - 1 < block_size:
             raise UserError(
                 f"{tokens.path} has {len(tokens)} tokens, too few for one block of {block_size} tokens and the one "
@@ -46,11 +55,21 @@ class TrainBatches:
         self.block_size = block_size
         self.global_batch_size = global_batch_size
         self.seed = seed
-        self.windows = (len(tokens) - 1) // block_size
+        self.document_mask = document_mask
 
     @property
-    def steps_per_epoch(self) -> float:
+    def windows(self) -> int:
+        return (len(self.tokens) - 1) // self.block_size
+
+    @property
+    def steps_per_epoch(self) -> float | None:
+        """None where it is not known yet."""
         return self.windows / self.global_batch_size
+
+    def epochs(self, steps: int) -> float | None:
+        """How many `steps` are; None where it is not known yet."""
+        steps_per_epoch = self.steps_per_epoch
+        return None if steps_per_epoch is None else steps / steps_per_epoch
 
     def updates(self, epochs: float) -> int:
         """Optimizer steps that cover `epochs`: ⌈epochs · n / G⌉, so the last one borrows from the next epoch."""
@@ -62,22 +81,42 @@ class TrainBatches:
         position = step * self.global_batch_size
         missing = self.global_batch_size
         parts = []
-        while missing:  # one turn, two at an epoch's border, more only when a batch is larger than an epoch
-            epoch, start = divmod(position, self.windows)
-            parts.append(epoch_order(self.seed, epoch, self.windows)[start : start + missing])
+        while missing:  # one turn, two at a border, more only when a batch is larger than what lies between two
+            parts.append(self.order_from(position)[:missing])
             position += len(parts[-1])
             missing -= len(parts[-1])
         return np.concatenate(parts)
 
+    def order_from(self, position: int) -> np.ndarray:
+        """The windows of sample `position` and of those behind it, up to a border of the order."""
+        epoch, start = divmod(position, self.windows)
+        return epoch_order(self.seed, epoch, self.windows)[start:]
+
     def micro_batch(
         self, step: int, micro_step: int, rank: int, world_size: int, micro_batch_size: int
     ) -> dict[str, torch.Tensor]:
-        """`input_ids` and `shift_labels`, both (B, T) int64: shift_labels[b, t] is the token after input_ids[b, t]."""
+        """`input_ids` and `shift_labels`, both (B, T) int64: shift_labels[b, t] is the token after input_ids[b, t].
+
+        With `document_mask`, `position_ids` too.
+        """
         start = (micro_step * world_size + rank) * micro_batch_size
         assert start + micro_batch_size <= self.global_batch_size, "micro-step, rank and size exceed the global batch"
         offsets = self.window_indices(step)[start : start + micro_batch_size] * self.block_size
+        self.tokens.will_need(offsets, self.block_size + 1)
         rows = np.stack([self.tokens.ids[offset : offset + self.block_size + 1] for offset in offsets])
-        return as_tensors(rows[:, :-1].astype(np.int64), rows[:, 1:].astype(np.int64))
+        return as_tensors(rows[:, :-1].astype(np.int64), rows[:, 1:].astype(np.int64), self.document_mask)
+
+    def identity(self, step: int) -> dict[str, Any]:
+        """What a checkpoint after `step` steps says of its data, and a run that goes on from it has to say as well."""
+        return describe(self.tokens)
+
+    def stop(self) -> None:
+        """Nobody needs another `micro_batch`: one that waits in another thread may fail. Here none waits."""
+
+
+def describe(tokens: TokenFile) -> dict[str, Any]:
+    """What tells one token file from another; a bare file has no digest."""
+    return {"tokens": len(tokens), "sha256": tokens.sidecar["sha256"] if tokens.sidecar else None}
 
 
 class EvalBatches:
@@ -89,11 +128,12 @@ class EvalBatches:
     nothing but -100, over which a mean is NaN, so sum the losses and divide by the labels counted.
     """
 
-    def __init__(self, tokens: TokenFile, block_size: int) -> None:
+    def __init__(self, tokens: TokenFile, block_size: int, document_mask: bool = False) -> None:
         if len(tokens) < 2:
             raise UserError(f"{tokens.path} has {len(tokens)} token, none of which follows another: prepare more text")
         self.tokens = tokens
         self.block_size = block_size
+        self.document_mask = document_mask
         self.windows = math.ceil((len(tokens) - 1) / block_size)
 
     def steps(self, world_size: int, micro_batch_size: int) -> int:
@@ -101,7 +141,10 @@ class EvalBatches:
         return math.ceil(self.windows / (world_size * micro_batch_size))
 
     def micro_batch(self, step: int, rank: int, world_size: int, micro_batch_size: int) -> dict[str, torch.Tensor]:
-        """`input_ids` and `shift_labels`, both (B, T) int64; labels are -100 beyond the end of the file."""
+        """`input_ids` and `shift_labels`, both (B, T) int64; labels are -100 beyond the end of the file.
+
+        With `document_mask`, `position_ids` too.
+        """
         input_ids = np.full((micro_batch_size, self.block_size), self.tokens.ids[-1], dtype=np.int64)
         shift_labels = np.full((micro_batch_size, self.block_size), IGNORED_LABEL, dtype=np.int64)
         first = (step * world_size + rank) * micro_batch_size
@@ -110,8 +153,11 @@ class EvalBatches:
             ids = self.tokens.ids[offset : offset + self.block_size + 1]
             input_ids[row, : len(ids) - 1] = ids[:-1]
             shift_labels[row, : len(ids) - 1] = ids[1:]
-        return as_tensors(input_ids, shift_labels)
+        return as_tensors(input_ids, shift_labels, self.document_mask)
 
 
-def as_tensors(input_ids: np.ndarray, shift_labels: np.ndarray) -> dict[str, torch.Tensor]:
-    return {"input_ids": torch.from_numpy(input_ids), "shift_labels": torch.from_numpy(shift_labels)}
+def as_tensors(input_ids: np.ndarray, shift_labels: np.ndarray, document_mask: bool) -> dict[str, torch.Tensor]:
+    arrays = {"input_ids": input_ids, "shift_labels": shift_labels}
+    if document_mask:
+        arrays["position_ids"] = document_positions(input_ids)
+    return {key: torch.from_numpy(array) for key, array in arrays.items()}

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,10 +23,11 @@ from train.engines.accelerated import AcceleratedEngine
 from train.engines.accelerators import device_type, world_size
 from train.engines.base import Engine
 from train.errors import UserError
+from train.follow import FollowingBatches, GrowingTokens
 from train.metrics import cpu_has_bf16
 from train.models import build_model, model_config
 from train.runlog import check_trackers
-from train.tokens import TokenFile, gpt2_encoding, open_tokens
+from train.tokens import gpt2_encoding, open_tokens
 
 CPP_COMPILERS = (os.environ.get("CXX", "g++"), "g++", "clang++")
 SHAPE = ("n_layer", "n_head", "n_embd", "n_inner", "n_positions", "vocab_size")
@@ -40,7 +42,7 @@ class Run:
     model_config: GPT2FlashConfig
     attention: tuple[str, str]  # implementation, why
     train: TrainBatches
-    val: EvalBatches
+    val: EvalBatches | None  # None: not in place yet, of a preparation that is followed
     partition: Partition | None  # None without a pipeline
     micro_batch_size: int  # sequences per data-parallel process
     accumulation: int  # micro-batches per step
@@ -63,18 +65,15 @@ class Run:
             "step": step,
             "tokens": step * self.tokens_per_step,
             "model": self.shape,
-            "train_data": describe(self.train.tokens),
+            "train_data": self.train.identity(step),
             "seed": self.config.seed,
             "block_size": self.train.block_size,
+            "document_mask": self.config.document_mask,
+            "follow": self.config.follow,
             "sequences_per_step": self.train.global_batch_size,
             "total_steps": self.total_steps,
             "config": dataclasses.asdict(self.config),
         }
-
-
-def describe(tokens: TokenFile) -> dict[str, Any]:
-    """What tells one token file from another; a bare file has no digest."""
-    return {"tokens": len(tokens), "sha256": tokens.sidecar["sha256"] if tokens.sidecar else None}
 
 
 def settle(config: RunConfig) -> Run:
@@ -121,17 +120,19 @@ def settle(config: RunConfig) -> Run:
             "recomputed by itself; write 1 (in the JSON too), or give --pipeline_stages"
         )
     sequences = micro_batch_size * accumulation * (world_size() // stages)
-    train = TrainBatches(open_tokens(config.train_data_path, shape.vocab_size), block_size, sequences, config.seed)
-    val = EvalBatches(open_tokens(config.val_data_path, shape.vocab_size), block_size)
+    attention = _settle_attention(config, shape)
+    cut = _settle_partition(config, deepspeed, shape, block_size) if stages > 1 else None
+    train = _settle_training_data(config, shape.vocab_size, block_size, sequences)
+    val = None if _awaits_validation(config, train) else open_validation(config, shape.vocab_size, block_size)
     total_steps = config.max_steps or train.updates(config.epochs)
     run = Run(
         config=dataclasses.replace(config, block_size=block_size),
         deepspeed=deepspeed,
         model_config=shape,
-        attention=_settle_attention(config, shape),
+        attention=attention,
         train=train,
         val=val,
-        partition=_settle_partition(config, deepspeed, shape, block_size) if stages > 1 else None,
+        partition=cut,
         micro_batch_size=micro_batch_size,
         accumulation=accumulation,
         total_steps=total_steps,
@@ -183,8 +184,38 @@ def _settle_engine(config: RunConfig) -> tuple[RunConfig, dict[str, Any] | None]
     return dataclasses.replace(config, **open_flags), deepspeed
 
 
+def _settle_training_data(config: RunConfig, vocab_size: int, block_size: int, sequences: int) -> TrainBatches:
+    """The batches; of a preparation that is followed when there are enough tokens to begin with."""
+    if config.follow:
+        growing = GrowingTokens(config.train_data_path, vocab_size)
+        return FollowingBatches(growing, block_size, sequences, config.seed, config.document_mask)
+    tokens = open_tokens(config.train_data_path, vocab_size)
+    return TrainBatches(tokens, block_size, sequences, config.seed, config.document_mask)
+
+
+def _awaits_validation(config: RunConfig, train: TrainBatches) -> bool:
+    """Whether the validation file is one that the preparation which is followed has still to put in its place."""
+    path = Path(config.val_data_path)
+    beside = path.parent.resolve() == train.tokens.path.parent.resolve()
+    return beside and train.steps_per_epoch is None and not path.exists()
+
+
+def open_validation(config: RunConfig, vocab_size: int, block_size: int) -> EvalBatches:
+    return EvalBatches(open_tokens(config.val_data_path, vocab_size), block_size, config.document_mask)
+
+
 def _settle_attention(config: RunConfig, shape: GPT2FlashConfig) -> tuple[str, str]:
     assert config.attn_implementation is not None
+    if config.document_mask:
+        # Flash kernels would need the documents' bounds: from positions alone they tell documents apart in a batch of
+        # one only, and in larger ones let them see each other without a word.
+        if config.attn_implementation == "auto":
+            return "sdpa", "sdpa, PyTorch's own kernels: it takes --document_mask's mask, FlashAttention does not."
+        if "flash" in config.attn_implementation:
+            raise UserError(
+                f"--attn_implementation {config.attn_implementation}: does not keep documents apart, as "
+                "--document_mask asks; give sdpa or eager, or drop one of the flags"
+            )
     dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
     try:
         return choose_attention(

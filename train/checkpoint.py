@@ -159,10 +159,11 @@ def find(asked: str, run_folder: Path) -> Checkpoint:
 
 def check_same_run(checkpoint: Checkpoint, state: dict[str, Any]) -> None:
     """Refuse to go on with another model, data or batch: the loss curve would not be the uninterrupted run's."""
-    for key in ("model", "train_data", "seed", "block_size", "sequences_per_step"):
-        if checkpoint.state.get(key) != state[key]:
+    for key in ("model", "follow", "train_data", "seed", "block_size", "document_mask", "sequences_per_step"):
+        found = checkpoint.state.get(key, False)  # a checkpoint from before there was a flag is one without it
+        if found != state[key]:
             raise UserError(
-                f"{checkpoint.folder}: was trained with {key} {checkpoint.state.get(key)}, this run has {state[key]}; "
+                f"{checkpoint.folder}: was trained with {key} {found}, this run has {state[key]}; "
                 f"give the same flags, or start a new run from its weights with --model {checkpoint.folder}"
             )
 

@@ -34,6 +34,7 @@ FIGURES = (
     Figure("step_time_seconds.median", "Step time, median", "seconds"),
     Figure("step_time_seconds.p10", "Step time, 10th percentile", "seconds"),
     Figure("step_time_seconds.p90", "Step time, 90th percentile", "seconds"),
+    Figure("data_share", "Waiting for data, share of a step", "fraction"),
     Figure("training_time_seconds", "Training time", "seconds"),
     Figure("time_per_epoch_seconds", "Time per epoch", "seconds"),
     Figure("train_loss", "Training loss, last steps", "nats"),
@@ -72,6 +73,8 @@ def differences(runs: Sequence[Run]) -> list[dict[str, Any]]:
     work["seed"] = [run.get("config.seed") for run in runs]
     work["model"] = [run.get("config.model") for run in runs]
     work["dropout"] = [run.get("config.dropout") for run in runs]
+    work["follow"] = [run.get("config.follow") for run in runs]
+    work["document_mask"] = [run.get("config.document_mask") for run in runs]
     work["val_tokens"] = [run.get("val_tokens") for run in runs]
     work["train_data"] = data_names(runs, "train")
     work["val_data"] = data_names(runs, "val")

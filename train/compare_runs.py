@@ -16,7 +16,7 @@ STEPS_FILE = "metrics.jsonl"
 NUMBER = (int, float)
 NUMBERS = [
     *("steps", "tokens", "tokens_per_step", "block_size", "world_size", "parameters"),
-    *("training_time_seconds", "time_per_epoch_seconds", "tokens_per_second", "flops_per_second", "mfu"),
+    *("training_time_seconds", "time_per_epoch_seconds", "tokens_per_second", "flops_per_second", "mfu", "data_share"),
     *("train_loss", "val_loss", "perplexity", "inference_latency_seconds", "inference_tokens_per_second"),
     *("peak_memory_bytes", "peak_memory_reserved_bytes"),
 ]

@@ -43,10 +43,14 @@ class RunConfig:
     )
     train_data_path: str = _flag("data/train.bin", "tokens to train on, from python -m train.preprocess_data")
     val_data_path: str = _flag("data/val.bin", "tokens to validate on")
+    follow: bool = _flag(
+        False, "begin while train.bin is still being prepared, and train in an order that needs no later tokens"
+    )
     checkpoint_path: str = _flag("checkpoint", "the run is written to the folder named after the run type in here")
     epochs: float = _flag(1.0, "passes over the training tokens")
     max_steps: int | None = _flag(None, "optimizer steps in all (default: what the epochs take)")
     block_size: int | None = _flag(None, "tokens in a sequence (default: the model's n_positions)")
+    document_mask: bool = _flag(False, "documents in one sequence do not see each other; positions restart in each")
     train_micro_batch_size_per_gpu: int | None = _flag(
         None, "sequences per process and forward pass (default: the DeepSpeed JSON's number, else 4)"
     )
@@ -254,6 +258,8 @@ def check(config: RunConfig) -> None:
         for name in config.report_to.split(","):
             if name.strip() not in TRACKERS:
                 raise UserError(f"--report_to {name}: unknown tracker; choose from {', '.join(TRACKERS)}, or none")
+    if config.follow and config.max_steps is None:
+        raise UserError("--follow: how many steps an epoch has is not known while text is prepared; give --max_steps")
     if config.seed >= 2**32:
         refuse("seed", "must be below 2^32")
     if config.resume_from_checkpoint == "":

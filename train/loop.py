@@ -2,14 +2,16 @@
 
 import dataclasses
 import time
+from contextlib import closing
 
 from train import checkpoint as checkpoints
 from train.build import Run, build
 from train.engines.base import Engine
+from train.prefetch import Batch, read_ahead
 from train.runlog import RunLog
 from train.schedule import learning_rate
 from train.summary import write_summary
-from train.validate import validate
+from train.validate import Validation
 
 
 def due(step: int, interval: int, last: int) -> bool:
@@ -33,47 +35,56 @@ def train(run: Run) -> None:
     config = run.config
     engine = build(run)
     log = RunLog(engine.accelerator, config.run_folder, dataclasses.asdict(config), run.total_steps)
+    validation = Validation(engine, run)
     first = run.checkpoint.step if run.checkpoint else 0
     log.start(first, run.checkpoint.folder.parent / "metrics.jsonl" if run.checkpoint else log.file)
     log.say(engine.layout)
     if run.partition is not None:
         log.say(f"{run.partition.table()}\nschedule {config.pipeline_schedule}")
     log.say(f"attention: {run.attention[0]} ({run.attention[1]}); precision: {config.mixed_precision}")
-    for step in range(first, run.total_steps):
-        began = time.perf_counter()
-        rate = learning_rate(
-            step,
-            peak=config.learning_rate,
-            total_steps=run.total_steps,
-            warmup_steps=run.warmup_steps,
-            min_ratio=config.min_learning_rate_ratio,
-            schedule=config.lr_schedule,
-        )
-        micro_batches = (
+
+    def micro_batches(step: int) -> list[Batch]:
+        return [
             run.train.micro_batch(step, micro_step, engine.data_rank, engine.data_world_size, run.micro_batch_size)
             for micro_step in range(run.accumulation)
-        )
-        result = engine.train_step(step, micro_batches, rate)
-        seconds = time.perf_counter() - began
+        ]
 
-        done = step + 1
-        record = {
-            "step": done,
-            "epoch": done / run.train.steps_per_epoch,
-            "tokens": done * run.tokens_per_step,
-            "loss": result.loss,
-            "learning_rate": rate,
-            "grad_norm": result.grad_norm,
-            "tokens_per_second": run.tokens_per_step / seconds,
-            "step_time_seconds": seconds,
-        }
-        if due(done, config.eval_interval, run.total_steps):
-            record |= validate(engine, run.val, run.micro_batch_size, config.eval_steps)
-        log.write(record)
-        if due(done, config.save_interval, run.total_steps):
-            save(engine, run, done)
+    steps = range(first, run.total_steps)
+    with closing(read_ahead(micro_batches, steps, engine.device, run.train.stop)) as data:
+        for step in steps:
+            began = time.perf_counter()
+            batches = next(data)
+            data_seconds = time.perf_counter() - began
+            rate = learning_rate(
+                step,
+                peak=config.learning_rate,
+                total_steps=run.total_steps,
+                warmup_steps=run.warmup_steps,
+                min_ratio=config.min_learning_rate_ratio,
+                schedule=config.lr_schedule,
+            )
+            result = engine.train_step(step, batches, rate)
+            seconds = time.perf_counter() - began
+
+            done = step + 1
+            record = {
+                "step": done,
+                "epoch": run.train.epochs(done),
+                "tokens": done * run.tokens_per_step,
+                "loss": result.loss,
+                "learning_rate": rate,
+                "grad_norm": result.grad_norm,
+                "tokens_per_second": run.tokens_per_step / seconds,
+                "step_time_seconds": seconds,
+                "data_seconds": data_seconds,
+            }
+            if due(done, config.eval_interval, run.total_steps):
+                record |= validation.measure()
+            log.write(record)
+            if due(done, config.save_interval, run.total_steps):
+                save(engine, run, done)
     log.close()
     main, processes, memory = engine.is_main, engine.world_size, engine.peak_memory()
     engine.close()
     if main:
-        write_summary(run, log.records, processes, memory)
+        write_summary(run, validation.batches, log.records, processes, memory)

@@ -114,9 +114,12 @@ def throughput(tokens_per_step: int, step_times: Sequence[float]) -> float | Non
     return tokens_per_step * len(times) / seconds if seconds > 0 else None
 
 
-def time_per_epoch(tokens_per_second: float | None, tokens_per_epoch: int) -> float | None:
-    """Seconds that one pass over the training data takes at this throughput, whether or not a whole one was made."""
-    return tokens_per_epoch / tokens_per_second if tokens_per_second else None
+def time_per_epoch(tokens_per_second: float | None, tokens_per_epoch: int | None) -> float | None:
+    """Seconds that one pass over the training data takes at this throughput, whether or not a whole one was made.
+
+    None where either is unknown, as the number of tokens is until a file that is being prepared is finished.
+    """
+    return tokens_per_epoch / tokens_per_second if tokens_per_second and tokens_per_epoch else None
 
 
 def step_time_percentiles(step_times: Sequence[float]) -> dict[str, float | None]:
@@ -126,6 +129,12 @@ def step_time_percentiles(step_times: Sequence[float]) -> dict[str, float | None
         return {"median": None, "p10": None, "p90": None}
     median, p10, p90 = (float(value) for value in np.percentile(times, [50, 10, 90]))
     return {"median": median, "p10": p10, "p90": p90}
+
+
+def data_share(data_times: Sequence[float], step_times: Sequence[float]) -> float | None:
+    """Share of the time of the steps after the first that was spent waiting for data; None if no time was measured."""
+    seconds = math.fsum(after_warmup(step_times))
+    return math.fsum(after_warmup(data_times)) / seconds if seconds > 0 else None
 
 
 def perplexity(loss: float) -> float:
@@ -264,7 +273,7 @@ def summarise(
     run_type: str,
     records: Sequence[Mapping[str, Any]],
     tokens_per_step: int,
-    tokens_per_epoch: int,
+    tokens_per_epoch: int | None,
     block_size: int,
     precision: str,
     model: Mapping[str, int],
@@ -285,8 +294,9 @@ def summarise(
 ) -> dict[str, Any]:
     """The content of `metrics.json`, from the lines of `metrics.jsonl` and from what only the running process knows.
 
-    - `records`: one mapping an optimizer step, in order; needs "tokens", "loss", "step_time_seconds", and on the steps
-      that were validated "val_loss". `tokens_per_step` and the times are those of all processes together.
+    - `records`: one mapping an optimizer step, in order; needs "tokens", "loss", "step_time_seconds", "data_seconds"
+      (the part of a step in which the main process waited for its data), and on the steps that were validated
+      "val_loss". `tokens_per_step` and the times are those of all processes together.
     - `precision`: "bf16", "fp16", "tf32" or "fp32", what the matrix products run in; `device_peak_flops` is
       `peak_flops(name, precision)` of one of the `world_size` devices.
     - `memory`: what `peak_memory` returned, of the process with the most.
@@ -295,6 +305,7 @@ def summarise(
     - inference: one sequence at a time, the latency up to the first token, then the seconds of each further one.
     """
     times = [float(record["step_time_seconds"]) for record in records]
+    waits = [number(record.get("data_seconds")) for record in records]  # a run begun by an older version has none
     losses = [number(record["loss"]) for record in records[-FINAL_STEPS:]]
     validations = [number(record["val_loss"]) for record in records if "val_loss" in record]
     tokens_per_second = throughput(tokens_per_step, times)
@@ -309,6 +320,7 @@ def summarise(
         "time_per_epoch_seconds": time_per_epoch(tokens_per_second, tokens_per_epoch),
         "tokens_per_second": tokens_per_second,
         "step_time_seconds": step_time_percentiles(times),
+        "data_share": data_share(waits, times),
         "train_loss": sum(losses) / len(losses) if losses else None,
         "val_loss": validations[-1] if validations else None,
         "perplexity": perplexity(validations[-1]) if validations else None,

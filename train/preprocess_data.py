@@ -30,7 +30,16 @@ from train.errors import UserError, run_command
 from train.preparation import PARTS, WORK_FOLDER, Chunk, Preparation, finished, locked
 from train.sources import BUILDERS, FINEWEB_EDU, FINEWEB_EDU_SUBSET, OPENWEBTEXT, STDLIB, Source, resolve_source
 from train.splits import SplitRule, hash_rule, nanogpt_rows, nanogpt_rule
-from train.streams import Documents, Position, count_rows, estimated_rows, known_rows, load_documents, read_documents
+from train.streams import (
+    Documents,
+    Position,
+    count_rows,
+    estimated_rows,
+    fingerprint,
+    known_rows,
+    load_documents,
+    read_documents,
+)
 from train.tokens import (
     END_OF_TEXT,
     RANKS_SHA256,
@@ -152,7 +161,7 @@ def requested(args: argparse.Namespace, source: Source) -> dict[str, Any]:
         **{flag: getattr(args, flag) for flag in flags},
         "data_files": list(args.data_files),
         "max_documents": args.max_documents,
-        "files_sha256": source.fingerprint(),
+        "files_sha256": fingerprint(source),
     }
 
 
@@ -239,7 +248,7 @@ def read_all(args: argparse.Namespace, source: Source, preparation: Preparation)
     """Stream the source, from where the preparation is to its end."""
     before = preparation.sidecar
     dataset, source = load_documents(replace(source, revision=before["source"]["revision"]) if before else source)
-    stream = read_documents(source, dataset, preparation.position)
+    stream = read_documents(source, dataset, preparation.position, preparation.rows)
     first = next(stream, None)
     if first is None and not preparation.rows:
         raise UserError(f"--dataset {args.dataset} has no documents: check {' '.join(args.data_files) or 'its name'}")

@@ -1,8 +1,6 @@
 """Where text comes from: a name on the command line → a source in the words of `datasets`."""
 
 import glob
-import hashlib
-import json
 import platform
 import sysconfig
 from dataclasses import dataclass, field
@@ -45,8 +43,9 @@ class Source:
         return bool(self.files)
 
     @property
-    def is_remote(self) -> bool:
-        return not self.is_local and not self.is_on_the_hub
+    def addresses(self) -> tuple[str, ...]:
+        """Of files on servers that are not the Hub."""
+        return () if self.is_local or self.is_on_the_hub else self.data_files
 
     @property
     def is_on_the_hub(self) -> bool:
@@ -64,14 +63,6 @@ class Source:
             "text_column": self.text_column,
             "python": platform.python_version() if self.name == STDLIB else None,
         }
-
-    def fingerprint(self) -> str | None:
-        """SHA-256 of the local files' names, sizes and times; None for others."""
-        if not self.is_local:
-            return None
-        stats = [(path, Path(path).stat()) for path in self.files]
-        facts = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
-        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 def resolve_source(
@@ -108,10 +99,10 @@ def resolve_source(
     return Source(name, name, text_column, (), patterns, subset, revision)
 
 
-# Options of the text builder; bytes that are not UTF-8 become U+FFFD, line ends \n.
-WHOLE_DOCUMENTS: dict[str, Any] = {"sample_by": "document", "encoding_errors": "replace"}
+# Options of train/text_files.py.
+WHOLE_DOCUMENTS: dict[str, Any] = {"sample_by": "document"}
 # JSON lines are read as lines and parsed here, for Arrow refuses the lone surrogates that JSON can spell.
-LINES: dict[str, Any] = {"sample_by": "line", "encoding_errors": "replace", "chunksize": 1 << 20}
+LINES: dict[str, Any] = {"sample_by": "line", "chunksize": 1 << 20}
 
 
 def stdlib_modules() -> tuple[str, ...]:

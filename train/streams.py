@@ -6,6 +6,7 @@ came, and so does a program that was killed.
 """
 
 import glob
+import hashlib
 import json
 import sys
 import time
@@ -48,6 +49,32 @@ class Documents(NamedTuple):
     behind: Position
 
 
+def fingerprint(source: Source) -> str | None:
+    """SHA-256 of what tells the files from later ones of the same names; None on the Hub, which has commits."""
+    if source.is_on_the_hub:
+        return None
+    facts: list[tuple[Any, ...]] = []
+    for path in source.files:
+        stat = Path(path).stat()
+        facts.append((path, stat.st_size, stat.st_mtime_ns))
+    facts += [(address, *_headers(source, address)) for address in source.addresses]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def _headers(source: Source, address: str) -> list[str | None]:
+    from huggingface_hub.utils import get_session
+
+    attempts = Attempts(source)
+    while True:
+        try:
+            response = get_session().head(address, follow_redirects=True)
+            if response.status_code not in (405, 501):  # not every server answers this question
+                response.raise_for_status()
+            return [response.headers.get(name) for name in ("ETag", "Last-Modified", "Content-Length")]
+        except Exception as error:
+            attempts.failed(error, opening=True)
+
+
 def load_documents(source: Source) -> tuple["IterableDataset", Source]:
     """Open the source as a stream of Arrow tables; the source that comes back has the commit that was opened."""
     import datasets
@@ -55,7 +82,11 @@ def load_documents(source: Source) -> tuple["IterableDataset", Source]:
     datasets.disable_progress_bars()  # of its downloads and file lists; ours counts documents
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs, it raises too
     # It would read on by itself from a connection that is gone.
-    datasets.config.STREAMING_READ_MAX_RETRIES = datasets.config.STREAMING_OPEN_MAX_RETRIES = 1
+    for setting in ("STREAMING_READ", "STREAMING_OPEN"):
+        setattr(datasets.config, f"{setting}_MAX_RETRIES", 1)
+        setattr(datasets.config, f"{setting}_RETRY_INTERVAL", 0)
+    datasets.config.STREAMING_READ_SERVER_UNAVAILABLE_RETRY_INTERVAL = 0
+    datasets.config.STREAMING_READ_RATE_LIMIT_RETRY_INTERVAL = 0
     if "torch" not in sys.modules:
         datasets.config.TORCH_AVAILABLE = False  # 200 MB that nothing here needs
     attempts = Attempts(source)
@@ -97,13 +128,21 @@ def open_stream(source: Source) -> "IterableDataset":
 
     # `datasets` reads names as patterns; local ones are already resolved, so what looks like a pattern is a name.
     files = [glob.escape(str(Path(path).absolute())) for path in source.files] or list(source.data_files) or None
-    words = {"name": source.subset, "data_files": files, "revision": source.revision, **source.options}
-    if source.is_remote:
+    words: dict[str, Any] = {"data_files": files, **source.options}
+    if source.addresses:
         import aiohttp
 
         # Its own gives up after five minutes of one answer, however well it flows, and not before if nothing comes.
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=SILENCE_SECONDS, sock_read=SILENCE_SECONDS)
-        words["storage_options"] = {key: {"client_kwargs": {"timeout": timeout}} for key in ("http", "https")}
+        options: dict[str, Any] = {"client_kwargs": {"timeout": timeout}}
+        if source.path == "text":
+            options["block_size"] = 0  # read in one answer, as not every server can be asked for a part
+        words["storage_options"] = {"http": options, "https": options}
+    if source.path == "text":
+        from train.text_files import TextFiles
+
+        return TextFiles(**words).as_streaming_dataset(split="train").with_format("arrow")
+    words |= {"name": source.subset, "revision": source.revision}
     builder = load_dataset_builder(source.path, **words)
     dataset = builder.as_streaming_dataset(split="train")
     if isinstance(builder.config, ParquetConfig):
@@ -129,7 +168,7 @@ class Attempts:
     def succeeded(self) -> None:
         self.failures = 0
 
-    def failed(self, error: Exception, opening: bool = False) -> None:
+    def failed(self, error: Exception, opening: bool = False, row: int = 0) -> None:
         """Return when it is time to try again.
 
         Raises:
@@ -138,14 +177,18 @@ class Attempts:
         if isinstance(error, UserError):
             raise error
         self.failures += 1
-        if self.source.is_local or not is_transient(error, opening):
+        # fsspec calls a file missing whatever the server answered
+        remote = self.source.addresses
+        missing = remote and isinstance(error, FileNotFoundError) and not any(map(is_refused, remote))
+        if self.source.is_local or not (missing or is_transient(error, opening)):
             raise UserError(reading_failed(self.source, error)) from error
         if self.failures > RETRIES:
             raise UserError(
                 f"{reading_failed(self.source, error)}; it failed {self.failures} times in a row, so try again later"
             ) from error
         seconds = min(RETRY_SECONDS * 2 ** (self.failures - 1), LONGEST_RETRY_SECONDS)
-        tqdm.write(f"{reason(error)}: trying again in {seconds:g} s ({self.failures} of {RETRIES})", file=sys.stderr)
+        again = f"trying again from row {row:,} in {seconds:g} s ({self.failures} of {RETRIES})"
+        tqdm.write(f"{reason(error)}: {again}", file=sys.stderr)
         time.sleep(seconds)
 
 
@@ -165,6 +208,17 @@ def is_transient(error: BaseException | None, opening: bool) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def is_refused(address: str) -> bool:
+    """Whether a server says for good that it has no such file for us."""
+    from huggingface_hub.utils import get_session, httpx
+
+    try:
+        status = get_session().head(address, follow_redirects=True).status_code
+    except httpx.RequestError:
+        return False
+    return 400 <= status < 500 and status not in (408, 429)
 
 
 def reason(error: Exception) -> str:
@@ -199,7 +253,9 @@ def reading_failed(source: Source, error: Exception) -> str:
     return f"cannot read {where}{at} ({reason(error)}): check --revision, --subset and --data_files"
 
 
-def read_documents(source: Source, dataset: "IterableDataset", start: Position = BEGINNING) -> Iterator[Documents]:
+def read_documents(
+    source: Source, dataset: "IterableDataset", start: Position = BEGINNING, row: int = 0
+) -> Iterator[Documents]:
     """Documents behind `start`, in lists of bounded size; a null is an empty document, a blank JSON line is none."""
     attempts = Attempts(source)
     while True:
@@ -207,10 +263,10 @@ def read_documents(source: Source, dataset: "IterableDataset", start: Position =
             for documents in _read(source, dataset, start):
                 attempts.succeeded()
                 yield documents
-                start = documents.behind
+                start, row = documents.behind, row + len(documents.texts)
             return
         except Exception as error:
-            attempts.failed(error)
+            attempts.failed(error, row=row)
 
 
 def _read(source: Source, dataset: "IterableDataset", start: Position) -> Iterator[Documents]:
@@ -271,7 +327,7 @@ def parse_line(source: Source, line: str | None) -> str | None:
     """The text of a JSON line; None of a blank one. Lone surrogates become U+FFFD, as in tiktoken."""
     if not line or line.isspace():
         return None
-    where = f"the line that begins {line[:60]!r} in {' '.join(source.data_files)}"
+    where = f"the line that begins {line.rstrip()[:60]!r} in {' '.join(source.data_files)}"
     try:
         value = json.loads(line)
     except ValueError as error:

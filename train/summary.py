@@ -6,7 +6,8 @@ from typing import Any
 import torch
 
 from train import inference
-from train.build import Run, describe
+from train.batches import EvalBatches, describe
+from train.build import Run
 from train.files import write_json
 from train.metrics import hardware, peak_flops, summarise, versions
 from train.tokens import VOCABULARY_SIZE
@@ -14,14 +15,16 @@ from train.tokens import VOCABULARY_SIZE
 LATENCY_TOKENS = 32  # generated per timing, after a prompt of as many
 
 
-def write_summary(run: Run, records: list[dict[str, Any]], world_size: int, memory: dict[str, Any]) -> None:
+def write_summary(
+    run: Run, val: EvalBatches | None, records: list[dict[str, Any]], world_size: int, memory: dict[str, Any]
+) -> None:
     """Write metrics.json into the run folder, from its checkpoint. Main process only, with the engine closed."""
     config = run.config
     precision = "bf16" if config.mixed_precision == "bf16" else "fp32"
     folder = config.run_folder / f"step-{run.total_steps}"
     model = inference.load_model(folder, dtype="bfloat16" if precision == "bf16" else "float32")
     length = min(LATENCY_TOKENS, run.model_config.n_positions // 2)
-    prompt_ids = torch.tensor(run.val.tokens.ids[None, :length].astype("int64"), device=model.device)
+    prompt_ids = torch.tensor((val or run.train).tokens.ids[None, :length].astype("int64"), device=model.device)
     latency = inference.measure_latency(model, prompt_ids, length)
     sample = None
     if config.max_new_tokens > 0 and run.model_config.vocab_size >= VOCABULARY_SIZE:
@@ -34,7 +37,7 @@ def write_summary(run: Run, records: list[dict[str, Any]], world_size: int, memo
         run_type=config.run_type,
         records=records,
         tokens_per_step=run.tokens_per_step,
-        tokens_per_epoch=run.train.windows * run.train.block_size,
+        tokens_per_epoch=None if run.train.steps_per_epoch is None else run.train.windows * run.train.block_size,
         block_size=run.train.block_size,
         precision=precision,
         model={key: value for key, value in run.shape.items() if value is not None},
@@ -47,7 +50,7 @@ def write_summary(run: Run, records: list[dict[str, Any]], world_size: int, memo
         attn_reason=run.attention[1],
         data={
             "train": {"path": str(run.train.tokens.path), **describe(run.train.tokens)},
-            "val": {"path": str(run.val.tokens.path), **describe(run.val.tokens)},
+            "val": {"path": config.val_data_path, **(describe(val.tokens) if val else {})},
         },
         sample=sample,
         config=dataclasses.asdict(config),

@@ -8,6 +8,7 @@ from; a file without one is read as bare `uint16`, so whatever nanoGPT prepared 
 import base64
 import hashlib
 import json
+import mmap
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -237,6 +238,15 @@ class TokenFile:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def will_need(self, offsets: np.ndarray, count: int) -> None:
+        """Have the system fetch the `count` ids at each offset, side by side; reading would miss them one by one."""
+        mapped = self.ids.base
+        if not isinstance(mapped, mmap.mmap) or not hasattr(mmap, "MADV_WILLNEED"):
+            return
+        for first in (offsets * self.ids.itemsize).tolist():
+            page = first // mmap.PAGESIZE * mmap.PAGESIZE
+            mapped.madvise(mmap.MADV_WILLNEED, page, first - page + count * self.ids.itemsize)
+
 
 def open_tokens(path: str | Path, vocab_size: int) -> TokenFile:
     """Map a token file and make sure that a model with `vocab_size` tokens can read it.
@@ -260,13 +270,17 @@ def open_tokens(path: str | Path, vocab_size: int) -> TokenFile:
             "python -m train.preprocess_data"
         )
     ids = np.memmap(path, dtype=dtype, mode="r")
-    max_token_id = sidecar["max_token_id"] if sidecar else scan_max_token_id(ids)
+    check_vocabulary(path, sidecar["max_token_id"] if sidecar else scan_max_token_id(ids), vocab_size)
+    return TokenFile(path, ids, sidecar)
+
+
+def check_vocabulary(path: Path, max_token_id: int, vocab_size: int) -> None:
+    """Refuse ids that a model with `vocab_size` tokens has no embedding for."""
     if max_token_id >= vocab_size:
         raise UserError(
             f"{path} holds token id {max_token_id}, but the model's vocab_size is {vocab_size}: "
             f"set vocab_size to {max_token_id + 1} or more, or prepare the text with the model's own tokenizer"
         )
-    return TokenFile(path, ids, sidecar)
 
 
 def file_size(path: Path) -> int:

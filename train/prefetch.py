@@ -1,0 +1,46 @@
+"""A step's data is read, and on a GPU's machine pinned, while the step before it runs."""
+
+from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import torch
+
+Batch = dict[str, torch.Tensor]
+
+
+def read_ahead(
+    read: Callable[[int], list[Batch]],
+    steps: range,
+    device: torch.device,
+    stop: Callable[[], None] = lambda: None,
+) -> Generator[list[Batch]]:
+    """`read(step)` of each of the `steps`, in a thread of its own and one step ahead of the caller.
+
+    For a CUDA device the tensors lie in pinned memory, from where they can be copied without waiting. What `read`
+    raises is raised here, at the step that it belongs to. Close the iterator where it may not be read to its end: the
+    thread ends with it. `stop` is called before that, so that a `read` that waits for something need not see it come.
+    """
+    on_gpu = device.type == "cuda"
+
+    def fetch(step: int) -> list[Batch]:
+        batches = read(step)
+        if on_gpu:
+            batches = [{key: value.pin_memory() for key, value in batch.items()} for batch in batches]
+        return batches
+
+    if not steps:
+        return
+    # A new thread begins on GPU 0, where pinning on behalf of another one would take memory.
+    begin = partial(torch.cuda.set_device, torch.cuda.current_device()) if on_gpu else None
+    reader = ThreadPoolExecutor(1, "read-ahead", begin)
+    try:
+        ahead = reader.submit(fetch, steps.start)
+        for step in steps:
+            batches = ahead.result()
+            if step + 1 in steps:
+                ahead = reader.submit(fetch, step + 1)
+            yield batches
+    finally:
+        stop()
+        reader.shutdown(cancel_futures=True)
