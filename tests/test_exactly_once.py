@@ -29,7 +29,6 @@ SPLITS = {
     "hash": ["--split=hash", "--val_fraction=0.05"],
     "nanogpt": ["--split=nanogpt", "--order=nanogpt", "--val_fraction=0.05"],
 }
-FINISHED = {"train.bin", "train.json", "val.bin", "val.json"}
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class Corpus:
             prepare(*words(split, folder / split), cwd=folder)
             seconds[split] = time.monotonic() - start
             whole[split] = contents(folder / split)
-            assert set(whole[split]) == FINISHED
+            assert set(whole[split]) == {"train.bin", "train.json", "val.bin", "val.json"}
         return Corpus(folder, whole, seconds)
 
 
@@ -178,7 +177,8 @@ def test_a_dead_run_is_explained(library: Corpus, tmp_path: Path) -> None:
     assert left["owner"]["host"] == platform.node()
     done = prepare(*words("hash", out), cwd=library.folder)
     line = next(line for line in done.stderr.splitlines() if "going on from row" in line)
-    assert f"process {pid} on host {platform.node()}" in line
+    assert f"process {pid} " in line
+    assert platform.node() in line
     assert f"going on from row {left['rows']}" in line.replace(",", "")
     assert contents(out) == library.whole["hash"]
 
@@ -223,9 +223,6 @@ def test_a_source_that_changed_since_is_refused(small: Corpus, tmp_path: Path, c
     said = refused(*words("hash", out), cwd=tmp_path)
     assert "--overwrite" in said
     assert contents(out / ".preparing") == before
-    prepare(*words("hash", out, "--overwrite"), cwd=tmp_path)
-    prepare(*words("hash", tmp_path / "whole"), cwd=tmp_path)
-    assert contents(out) == contents(tmp_path / "whole")
 
 
 def test_tokens_after_the_journal_are_cut_off(library: Corpus, tmp_path: Path) -> None:
@@ -274,16 +271,11 @@ def test_a_finished_folder(small: Corpus, tmp_path: Path) -> None:
     assert contents(out) == small.whole["nanogpt"]
 
 
-def test_a_finished_folder_with_a_missing_or_other_file_is_not_prepared(small: Corpus, tmp_path: Path) -> None:
-    for number, name in enumerate(sorted(FINISHED)):
-        out = tmp_path / str(number)
-        prepare(*words("hash", out), cwd=small.folder)
-        (out / name).unlink()
-        done = prepare(*words("hash", out), cwd=small.folder, check=False)
-        assert "already prepared" not in done.stdout + done.stderr
-        assert done.returncode in (0, 2), done.stderr
-        if done.returncode == 0:
-            assert contents(out) == small.whole["hash"]
+@pytest.mark.parametrize("name", ["train.bin", "train.json", "val.bin", "val.json"])
+def test_a_finished_folder_that_lacks_a_file_is_not_prepared(small: Corpus, tmp_path: Path, name: str) -> None:
+    out = Path(shutil.copytree(small.folder / "hash", tmp_path / "out"))
+    (out / name).unlink()
+    assert "exist already" in refused(*words("hash", out), cwd=small.folder)
 
 
 def test_an_older_pair_stays_until_the_new_one_is_whole(library: Corpus, tmp_path: Path) -> None:
