@@ -164,10 +164,15 @@ class Preparation:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for appender in self._appenders.values():
-            appender.__exit__(kind, error, trace)
-        if error is not None and not self.journal["rows"]:
-            self.discard()
+        try:
+            orderly = error is not None and not isinstance(error, OSError) and self.folder.exists()
+            if orderly and self.phase == "reading" and self.rows > self.journal["rows"]:
+                self.commit()  # a source that fails, or Ctrl-C, costs nothing that was read
+        finally:
+            for appender in self._appenders.values():
+                appender.__exit__(kind, error, trace)
+            if error is not None and not self.journal["rows"]:
+                self.discard()
 
     def discard(self) -> None:
         """Leave nothing to take up, if all of it is this process's work."""

@@ -13,14 +13,12 @@ import argparse
 import os
 import shutil
 import sys
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -51,6 +49,7 @@ from train.tokens import (
     token_dtype,
 )
 from train.verify_data import verify
+from train.workers import in_parallel
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
@@ -220,28 +219,6 @@ def checked(batches: Iterable[Batch], rows: int | None, preparation: Preparation
             preparation.discard()
             raise UserError(f"there are more than the {rows:,} documents that the split is for: correct --num_rows")
         yield batch
-
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-
-
-def in_parallel(
-    function: Callable[[Item], Result], items: Iterable[Item], workers: int
-) -> Iterator[tuple[Item, Result]]:
-    """Each item with its result, in the items' order; a few are read ahead, so that no worker waits."""
-    pending: deque[tuple[Item, Future[Result]]] = deque()
-    pool = ThreadPoolExecutor(workers)
-    try:
-        for item in items:
-            pending.append((item, pool.submit(function, item)))
-            if len(pending) > workers + 2:
-                done, future = pending.popleft()
-                yield done, future.result()
-        for done, future in pending:
-            yield done, future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def read_all(args: argparse.Namespace, source: Source, preparation: Preparation) -> None:

@@ -221,7 +221,9 @@ def is_refused(address: str) -> bool:
     return 400 <= status < 500 and status not in (408, 429)
 
 
-def reason(error: Exception) -> str:
+def reason(error: BaseException) -> str:
+    if isinstance(error, ConnectionError) and error.__cause__ is not None:
+        error = error.__cause__  # what `datasets` only calls "Server Disconnected"
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".removesuffix(": ")
 
 
