@@ -37,7 +37,9 @@ def test_laid_out_computes_the_same(rows: int, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("one_thread")
 def test_the_layout_is_chosen_by_rows_and_threads() -> None:
     ours = make_ours()
-    assert type(laid_out(ours, 1).lm_head) is TransposedLinear
+    alone = laid_out(ours, 1)
+    assert type(alone.lm_head) is type(alone.transformer.h[0].mlp.c_fc) is TransposedLinear
+    assert type(alone.transformer.h[0].mlp.c_proj) is torch.nn.Linear
     assert type(laid_out(ours, 2).lm_head) is PackedLinear
     torch.set_num_threads(2)
     assert type(laid_out(ours, 1).lm_head) is PackedLinear

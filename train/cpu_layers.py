@@ -48,19 +48,19 @@ class TransposedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, I) -> (B, T, O)."""
-        product = x @ self.weight
-        return product if self.bias is None else product + self.bias
+        rows = x.reshape(-1, x.shape[-1])
+        product = rows @ self.weight if self.bias is None else torch.addmm(self.bias, rows, self.weight)
+        return product.view(*x.shape[:-1], -1)
 
 
 def laid_out(model: PreTrainedModel, rows: int) -> PreTrainedModel:
     """A copy of an fp32 model on a CPU that computes the same, sooner, for `rows` sequences; it cannot be saved.
 
-    One row on one thread is read quickest one input after the other, which is how Conv1D's weights lie already and
-    the head's do not. More rows, or more threads (MKL gives a single row to one), are oneDNN's.
+    One row on one thread is multiplied quickest by weights that lie along their longer side: Conv1D's do, but for the
+    MLP's second, and the head's do not. More rows, or more threads (MKL gives a single row to one), are oneDNN's.
     """
-    if rows == 1 and torch.get_num_threads() == 1:
-        return _copy_with(model, {nn.Linear: TransposedLinear})
-    return _copy_with(model, {Conv1D: PackedLinear, nn.Linear: PackedLinear})
+    alone = rows == 1 and torch.get_num_threads() == 1
+    return _copy_with(model, _along_longer_side if alone or not torch.backends.mkldnn.is_available() else PackedLinear)
 
 
 def quantized(model: PreTrainedModel) -> PreTrainedModel:
@@ -74,35 +74,42 @@ def quantized(model: PreTrainedModel) -> PreTrainedModel:
     if not {"x86", "fbgemm", "qnnpack", "onednn"} & set(torch.backends.quantized.supported_engines):
         raise UserError("--quantize int8: this build of torch has no int8 kernels for this CPU; leave it out")
     with warnings.catch_warnings():
-        # Deprecated in favour of torchao, whose int8 is quick on a CPU only when compiled, for minutes.
+        # Deprecated in favour of torchao, a package more; torch itself has no other int8 of this speed.
         warnings.filterwarnings("ignore", message=r"torch\..* deprecated")
-        return _copy_with(model, {Conv1D: _int8, nn.Linear: _int8})
+        return _copy_with(model, _int8)
+
+
+def _along_longer_side(weight: Tensor, bias: Tensor | None) -> nn.Module:
+    return TransposedLinear(weight, bias) if weight.shape[0] >= weight.shape[1] else _linear(weight, bias)
 
 
 def _int8(weight: Tensor, bias: Tensor | None) -> nn.Module:
+    how = {nn.Linear: torch.ao.quantization.per_channel_dynamic_qconfig}
+    return torch.ao.quantization.quantize_dynamic(nn.Sequential(_linear(weight, bias)), how, inplace=True)[0]
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     linear.weight = nn.Parameter(weight, requires_grad=False)
     if bias is not None:
         linear.bias = nn.Parameter(bias, requires_grad=False)
-    how = {nn.Linear: torch.ao.quantization.per_channel_dynamic_qconfig}
-    return torch.ao.quantization.quantize_dynamic(nn.Sequential(linear), how, inplace=True)[0]
+    return linear
 
 
-def _copy_with(
-    model: PreTrainedModel, makers: dict[type[nn.Module], Callable[[Tensor, Tensor | None], nn.Module]]
-) -> PreTrainedModel:
-    """A copy with `make(weight (O, I), bias (O,))` in place of each module of these kinds; other tensors are shared.
+def _copy_with(model: PreTrainedModel, make: Callable[[Tensor, Tensor | None], nn.Module]) -> PreTrainedModel:
+    """A copy with `make(weight (O, I), bias (O,))` in place of each Conv1D and the head; other tensors are shared.
 
     GPT-2's activation, eight steps of torch, becomes the one that does the same in one.
     """
     shared: dict[int, Any] = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
     twin = copy.deepcopy(model, shared)
     for name, module in list(twin.named_modules()):
-        if isinstance(module, Conv1D) and Conv1D in makers:
-            twin.set_submodule(name, makers[Conv1D](module.weight.detach().t().contiguous(), module.bias.detach()))
+        if isinstance(module, Conv1D):
+            twin.set_submodule(name, make(module.weight.detach().t().contiguous(), module.bias.detach()))
         elif isinstance(module, nn.Linear):
-            bias = None if module.bias is None else module.bias.detach()
-            twin.set_submodule(name, makers[nn.Linear](module.weight.detach(), bias))
+            twin.set_submodule(
+                name, make(module.weight.detach(), None if module.bias is None else module.bias.detach())
+            )
         elif isinstance(module, NewGELUActivation):
             twin.set_submodule(name, nn.GELU(approximate="tanh"))
     return twin

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -160,6 +161,8 @@ def check_room(name: str, n_positions: int, prompt: int, new: int) -> None:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     refuse_impossible(args)
+    # Read by torch at its first tensor. In pages of 2 MB a CPU reads the weights a fifth faster.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     from train.quiet import quiet_libraries
 
     quiet_libraries()
