@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from train.tokens import VOCABULARY_SIZE
 
 
 @pytest.fixture
-def one_thread() -> None:
+def one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

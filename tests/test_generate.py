@@ -1,9 +1,10 @@
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import CompileConfig, GPT2LMHeadModel
+from transformers import CompileConfig, GPT2Config, GPT2LMHeadModel
 
 from tests.conftest import SMALL, python
 from tests.tiny_gpt2 import TINY, make_ours, pad, tokens
@@ -16,20 +17,39 @@ PROMPTS = ["import os", "class A:", "", "def f(self, x):\n    return"]
 GREEDY = Decoding(12, temperature=0)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Tests run side by side, and threads of so small a model would only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def printed(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
     main([str(word) for word in argv])
     return capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")
-def greedy(finished: Path) -> list[str]:
+def writer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A stock GPT-2 folder whose random weights are so large that every token depends on all before it."""
+    folder = tmp_path_factory.mktemp("writer")
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config(**SMALL, initializer_range=0.5)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def greedy(writer: Path) -> list[str]:
     """What stock GPT-2 writes after each of the prompts, alone."""
-    stock = GPT2LMHeadModel.from_pretrained(finished).eval()
-    tokenizer = load_tokenizer(finished, stock)
+    stock = GPT2LMHeadModel.from_pretrained(writer).eval()
+    tokenizer = load_tokenizer(writer, stock)
     texts = []
     for prompt in PROMPTS:
         inputs = tokenizer(prompt or tokenizer.eos_token, return_tensors="pt")
         ids = stock.generate(**inputs, max_new_tokens=12, do_sample=False)
+        assert len(ids[0, -12:].unique()) > 4, "texts that repeat a token could not tell the ways apart"
         texts += tokenizer.batch_decode(ids, skip_special_tokens=True)
     return texts
 
@@ -59,17 +79,17 @@ def test_int8_is_quiet_and_writes(finished: Path, tmp_path: Path) -> None:
         "--batch_size 3",
         "--batch_size 3 --cache static",
         "--assistant SMALL",
-        "--assistant FINISHED",
+        "--assistant ITSELF",
         "--stream",
         "--stream --assistant SMALL",
     ],
 )
 def test_every_way_writes_what_stock_gpt2_does(
-    finished: Path, small_model: Path, greedy: list[str], way: str, capsys: pytest.CaptureFixture[str]
+    writer: Path, small_model: Path, greedy: list[str], way: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folders = {"FINISHED": finished, "SMALL": small_model}
+    folders = {"ITSELF": writer, "SMALL": small_model}
     words = [folders.get(word, word) for word in way.split()]
-    out = printed(capsys, "--checkpoint", finished, "--temperature", 0, "--max_new_tokens", 12, *words,
+    out = printed(capsys, "--checkpoint", writer, "--temperature", 0, "--max_new_tokens", 12, *words,
                   "--prompt", *PROMPTS)  # fmt: skip
     assert out == f"\n{SEPARATOR}\n".join(greedy) + "\n"
 
@@ -92,19 +112,19 @@ def test_without_a_cache_and_compiled_the_same_tokens_come(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_compiled_text_is_the_same(finished: Path, greedy: list[str], tmp_path: Path) -> None:
-    words = ["--checkpoint", finished, "--compile", "--temperature", 0, "--max_new_tokens", 12, "--batch_size", 2]
+def test_compiled_text_is_the_same(writer: Path, greedy: list[str], tmp_path: Path) -> None:
+    words = ["--checkpoint", writer, "--compile", "--temperature", 0, "--max_new_tokens", 12, "--batch_size", 2]
     done = python("-m", "train.generate", *words, "--prompt", *PROMPTS, cwd=tmp_path)
     assert done.stdout == f"\n{SEPARATOR}\n".join(greedy) + "\n"
     assert done.stderr == ""
 
 
 def test_prompts_from_a_file_and_json(
-    finished: Path, greedy: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    writer: Path, greedy: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text(f"{PROMPTS[1]}\n\nimport é  \n")
-    out = printed(capsys, "--checkpoint", finished, "--temperature", 0, "--max_new_tokens", 12,
+    out = printed(capsys, "--checkpoint", writer, "--temperature", 0, "--max_new_tokens", 12,
                   "--prompt", PROMPTS[0], "--prompt_file", file, "--json")  # fmt: skip
     found = [json.loads(line) for line in out.splitlines()]
     assert [each["prompt"] for each in found] == [PROMPTS[0], PROMPTS[1], "import é  "]
@@ -112,8 +132,8 @@ def test_prompts_from_a_file_and_json(
     assert found[2]["text"].startswith("import é  ")
 
 
-def test_several_texts_for_each_prompt(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--checkpoint", finished, "--max_new_tokens", 6, "--prompt", "def", "if", "--num_return_sequences", 3]
+def test_several_texts_for_each_prompt(writer: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--checkpoint", writer, "--max_new_tokens", 6, "--prompt", "def", "if", "--num_return_sequences", 3]
     texts = printed(capsys, *words, "--batch_size", 2, "--temperature", 2).rstrip("\n").split(f"\n{SEPARATOR}\n")
     assert [text.startswith("def") for text in texts] == [True] * 3 + [False] * 3
     assert len(set(texts)) == 6, "each is drawn on its own"
@@ -122,8 +142,8 @@ def test_several_texts_for_each_prompt(finished: Path, capsys: pytest.CaptureFix
     assert printed(capsys, *words, "--batch_size", 2, "--temperature", 2, "--seed", 1) != again
 
 
-def test_a_drawn_text_is_streamed_as_it_is_printed(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--checkpoint", finished, "--max_new_tokens", 30, "--prompt", "def ", "x\ny", "--temperature", 1]
+def test_a_drawn_text_is_streamed_as_it_is_printed(writer: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--checkpoint", writer, "--max_new_tokens", 30, "--prompt", "def ", "x\ny", "--temperature", 1]
     assert printed(capsys, *words, "--stream") == printed(capsys, *words)
 
 
@@ -143,9 +163,9 @@ def test_a_stock_folder_without_a_tokenizer_works(small_model: Path, capsys: pyt
     assert printed(capsys, "--checkpoint", small_model, "--prompt", "def", "--max_new_tokens", 2).startswith("def")
 
 
-def test_complete_writes_one_prompt(finished: Path, greedy: list[str]) -> None:
-    model = load_model(finished)
-    tokenizer = load_tokenizer(finished, model)
+def test_complete_writes_one_prompt(writer: Path, greedy: list[str]) -> None:
+    model = load_model(writer)
+    tokenizer = load_tokenizer(writer, model)
     assert complete(model, tokenizer, PROMPTS[1], 12, temperature=0) == [greedy[1]]
     assert list(write(model, tokenizer, PROMPTS, GREEDY, batch_size=2)) == [[text] for text in greedy]
 
