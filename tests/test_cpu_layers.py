@@ -12,7 +12,7 @@ from transformers import GPT2LMHeadModel
 
 from modeling_gpt2flash import GPT2FlashForCausalLM
 from tests.tiny_gpt2 import make_ours, make_pair, pad, tokens
-from train.cpu_layers import PackedLinear, TransposedLinear, laid_out, quantized
+from train.cpu_layers import MOST_THREADS_ALONE, PackedLinear, TransposedLinear, laid_out, quantized
 from train.tokens import VOCABULARY_SIZE
 
 
@@ -42,7 +42,7 @@ def test_the_layout_is_chosen_by_rows_and_threads() -> None:
     assert type(alone.lm_head) is type(alone.transformer.h[0].mlp.c_fc) is TransposedLinear
     assert type(alone.transformer.h[0].mlp.c_proj) is torch.nn.Linear
     assert type(laid_out(ours, 2).lm_head) is PackedLinear
-    torch.set_num_threads(2)
+    torch.set_num_threads(MOST_THREADS_ALONE + 1)
     assert type(laid_out(ours, 1).lm_head) is PackedLinear
 
 

@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from train.errors import UserError
 
 PACKED_ROWS = 8  # oneDNN blocks weights for a number of rows; what it takes for 8 was good for 1 to 32 as well
+MOST_THREADS_ALONE = 2  # up to so many, one row is read as quickly by one of them
 
 
 class PackedLinear(nn.Module):
@@ -56,10 +57,11 @@ class TransposedLinear(nn.Module):
 def laid_out(model: PreTrainedModel, rows: int) -> PreTrainedModel:
     """A copy of an fp32 model on a CPU that computes the same, sooner, for `rows` sequences; it cannot be saved.
 
-    One row on one thread is multiplied quickest by weights that lie along their longer side: Conv1D's do, but for the
-    MLP's second, and the head's do not. More rows, or more threads (MKL gives a single row to one), are oneDNN's.
+    One row is multiplied quickest by weights that lie along their longer side: Conv1D's do, but for the MLP's second,
+    and the head's do not. MKL gives it to one thread; oneDNN shares it out, which two threads do not make up for. More
+    rows are oneDNN's.
     """
-    alone = rows == 1 and torch.get_num_threads() == 1
+    alone = rows == 1 and torch.get_num_threads() <= MOST_THREADS_ALONE
     return _copy_with(model, _along_longer_side if alone or not torch.backends.mkldnn.is_available() else PackedLinear)
 
 
