@@ -129,6 +129,7 @@ def masked_run(masked: list[str], tmp_path_factory: pytest.TempPathFactory) -> P
     return folder / "baseline"
 
 
+@pytest.mark.slow
 def test_validation_is_of_single_documents(masked_run: Path, documents: Path) -> None:
     """The run's validation loss against the same model given each document by itself, which needs no mask."""
     model = GPT2FlashForCausalLM.from_pretrained(masked_run).eval()
@@ -145,6 +146,7 @@ def test_validation_is_of_single_documents(masked_run: Path, documents: Path) ->
     assert summary["val_loss"] == pytest.approx(nll / (len(ids) - 1), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_resume_without_the_mask_is_refused(masked: list[str], masked_run: Path, tmp_path: Path) -> None:
     unmasked = [flag for flag in masked if flag != "--document_mask"]
     resume = [f"--resume_from_checkpoint={masked_run}/step-4", f"--checkpoint_path={tmp_path}"]

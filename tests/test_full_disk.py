@@ -87,7 +87,7 @@ def words(source: Path, split: str, out: Path | str) -> list[str]:
     return [*files, *SPLITS[split], "--tokenizer=tiktoken", "--num_proc=1", f"--out_dir={out}"]
 
 
-@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("split", [pytest.param("hash", marks=pytest.mark.slow), "nanogpt"])
 def test_a_full_disk_keeps_what_is_whole(disk: Disk, source: Path, tmp_path: Path, split: str) -> None:
     prepare(*words(source, split, tmp_path / "whole"), cwd=tmp_path)
     out = disk.mount / "out"

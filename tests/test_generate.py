@@ -1,13 +1,57 @@
+import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import GPT2LMHeadModel
+from transformers import CompileConfig, GPT2Config, GPT2LMHeadModel
 
-from tests.conftest import python
+from tests.conftest import SMALL, python
+from tests.tiny_gpt2 import TINY, make_ours, pad, tokens
+from train.cpu_layers import laid_out
 from train.errors import UserError
-from train.generate import main
-from train.inference import complete, load_model, load_tokenizer, measure_latency
+from train.generate import SEPARATOR, main
+from train.inference import Decoding, complete, load_model, load_tokenizer, measure_latency, measure_speed, write
+
+PROMPTS = ["import os", "class A:", "", "def f(self, x):\n    return"]
+GREEDY = Decoding(12, temperature=0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Tests run side by side, and threads of so small a model would only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def printed(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
+    main([str(word) for word in argv])
+    return capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def writer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A stock GPT-2 folder whose random weights are so large that every token depends on all before it."""
+    folder = tmp_path_factory.mktemp("writer")
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config(**SMALL, initializer_range=0.5)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def greedy(writer: Path) -> list[str]:
+    """What stock GPT-2 writes after each of the prompts, alone."""
+    stock = GPT2LMHeadModel.from_pretrained(writer).eval()
+    tokenizer = load_tokenizer(writer, stock)
+    texts = []
+    for prompt in PROMPTS:
+        inputs = tokenizer(prompt or tokenizer.eos_token, return_tensors="pt")
+        ids = stock.generate(**inputs, max_new_tokens=12, do_sample=False)
+        assert len(ids[0, -12:].unique()) > 4, "texts that repeat a token could not tell the ways apart"
+        texts += tokenizer.batch_decode(ids, skip_special_tokens=True)
+    return texts
 
 
 def test_the_command_writes_prompt_and_continuation(finished: Path, tmp_path: Path) -> None:
@@ -19,47 +63,199 @@ def test_the_command_writes_prompt_and_continuation(finished: Path, tmp_path: Pa
     assert first.stderr == ""
 
 
-def test_greedy_text_is_that_of_stock_gpt2(finished: Path) -> None:
-    model = load_model(finished)
-    tokenizer = load_tokenizer(finished, model)
-    stock = GPT2LMHeadModel.from_pretrained(finished).eval()
-    inputs = tokenizer("class A:", return_tensors="pt")
-    expected = stock.generate(**inputs, max_new_tokens=20, do_sample=False)
-    assert complete(model, tokenizer, "class A:", 20, temperature=0) == tokenizer.batch_decode(
-        expected, skip_special_tokens=True
-    )
+def test_int8_is_quiet_and_writes(finished: Path, tmp_path: Path) -> None:
+    words = ["--checkpoint", finished, "--prompt", "import os", "--max_new_tokens", "5", "--quantize", "int8"]
+    done = python("-m", "train.generate", *words, cwd=tmp_path)
+    assert done.stdout.startswith("import os")
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        "",
+        "--cache static",
+        "--batch_size 4",
+        "--batch_size 3",
+        "--batch_size 3 --cache static",
+        "--assistant SMALL",
+        "--assistant ITSELF",
+        "--stream",
+        "--stream --assistant SMALL",
+    ],
+)
+def test_every_way_writes_what_stock_gpt2_does(
+    writer: Path, small_model: Path, greedy: list[str], way: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = {"ITSELF": writer, "SMALL": small_model}
+    words = [folders.get(word, word) for word in way.split()]
+    out = printed(capsys, "--checkpoint", writer, "--temperature", 0, "--max_new_tokens", 12, *words,
+                  "--prompt", *PROMPTS)  # fmt: skip
+    assert out == f"\n{SEPARATOR}\n".join(greedy) + "\n"
+
+
+def test_without_a_cache_and_compiled_the_same_tokens_come(tmp_path: Path) -> None:
+    ours = make_ours()
+    ids, mask = pad(tokens(3), [0, 4, 9], "left")
+    settings = {"do_sample": False, "max_new_tokens": 8, "eos_token_id": None, "pad_token_id": 0}
+    expected = ours.generate(ids, attention_mask=mask, **settings)
+    assert torch.equal(ours.generate(ids, attention_mask=mask, use_cache=False, **settings), expected)
+    # Traced as --compile does, but without the minute that inductor takes.
+    compiled = CompileConfig(fullgraph=True, backend="eager", mode=None)
+    compiled._compile_all_devices = True
+    torch._dynamo.reset()
+    static = {"cache_implementation": "static", "compile_config": compiled}
+    assert torch.equal(ours.generate(ids, attention_mask=mask, **static, **settings), expected)
+    assert ours._compiled_call is not None
+    for rows in (1, 3):
+        assert torch.equal(laid_out(ours, rows).generate(ids, attention_mask=mask, **settings), expected)
+
+
+@pytest.mark.slow
+def test_compiled_text_is_the_same(writer: Path, greedy: list[str], tmp_path: Path) -> None:
+    words = ["--checkpoint", writer, "--compile", "--temperature", 0, "--max_new_tokens", 12, "--batch_size", 2]
+    done = python("-m", "train.generate", *words, "--prompt", *PROMPTS, cwd=tmp_path)
+    assert done.stdout == f"\n{SEPARATOR}\n".join(greedy) + "\n"
+    assert done.stderr == ""
+
+
+def test_prompts_from_a_file_and_json(
+    writer: Path, greedy: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text(f"{PROMPTS[1]}\n\nimport é  \n")
+    out = printed(capsys, "--checkpoint", writer, "--temperature", 0, "--max_new_tokens", 12,
+                  "--prompt", PROMPTS[0], "--prompt_file", file, "--json")  # fmt: skip
+    found = [json.loads(line) for line in out.splitlines()]
+    assert [each["prompt"] for each in found] == [PROMPTS[0], PROMPTS[1], "import é  "]
+    assert [each["text"] for each in found[:2]] == greedy[:2]
+    assert found[2]["text"].startswith("import é  ")
+
+
+def test_several_texts_for_each_prompt(writer: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--checkpoint", writer, "--max_new_tokens", 6, "--prompt", "def", "if", "--num_return_sequences", 3]
+    texts = printed(capsys, *words, "--batch_size", 2, "--temperature", 2).rstrip("\n").split(f"\n{SEPARATOR}\n")
+    assert [text.startswith("def") for text in texts] == [True] * 3 + [False] * 3
+    assert len(set(texts)) == 6, "each is drawn on its own"
+    again = printed(capsys, *words, "--batch_size", 2, "--temperature", 2)
+    assert again.rstrip("\n").split(f"\n{SEPARATOR}\n") == texts, "a seed repeats its texts"
+    assert printed(capsys, *words, "--batch_size", 2, "--temperature", 2, "--seed", 1) != again
+
+
+def test_a_drawn_text_is_streamed_as_it_is_printed(writer: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--checkpoint", writer, "--max_new_tokens", 30, "--prompt", "def ", "x\ny", "--temperature", 1]
+    assert printed(capsys, *words, "--stream") == printed(capsys, *words)
+
+
+def test_a_stream_arrives_piece_by_piece(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pieces = []
+    monkeypatch.setattr("builtins.print", lambda *words, **_: pieces.append(" ".join(words)))
+    main(["--checkpoint", str(finished), "--max_new_tokens", "20", "--prompt", "a b c", "--stream"])
+    assert len(pieces) > 20, "a piece a token, if only an empty one"
 
 
 def test_several_texts_from_an_empty_prompt(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main(["--checkpoint", str(finished), "--max_new_tokens", "4", "--num_return_sequences", "3"])
-    assert capsys.readouterr().out.count("-" * 80) == 2
+    out = printed(capsys, "--checkpoint", finished, "--max_new_tokens", 4, "--num_return_sequences", 3)
+    assert out.count(SEPARATOR) == 2
 
 
 def test_a_stock_folder_without_a_tokenizer_works(small_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main(["--checkpoint", str(small_model), "--prompt", "def", "--max_new_tokens", "2"])
-    assert capsys.readouterr().out.startswith("def")
+    assert printed(capsys, "--checkpoint", small_model, "--prompt", "def", "--max_new_tokens", 2).startswith("def")
+
+
+def test_complete_writes_one_prompt(writer: Path, greedy: list[str]) -> None:
+    model = load_model(writer)
+    tokenizer = load_tokenizer(writer, model)
+    assert complete(model, tokenizer, PROMPTS[1], 12, temperature=0) == [greedy[1]]
+    assert list(write(model, tokenizer, PROMPTS, GREEDY, batch_size=2)) == [[text] for text in greedy]
 
 
 @pytest.mark.parametrize(
     ("argv", "names"),
     [
-        (["--checkpoint", "nowhere"], ["nowhere", "no such folder"]),
-        (["--checkpoint", "."], [".", "config.json"]),
-        (["--checkpoint", "FINISHED", "--max_new_tokens", "0"], ["--max_new_tokens 0", "at least 1"]),
-        (["--checkpoint", "FINISHED", "--temperature", "-1"], ["--temperature", "at least 0"]),
-        (["--checkpoint", "FINISHED", "--prompt", "a b", "--max_new_tokens", "64"], ["64", "66", "62 or fewer"]),
+        ("--checkpoint nowhere", ["nowhere", "no such folder"]),
+        ("--checkpoint .", [".", "config.json"]),
+        ("--max_new_tokens 0", ["--max_new_tokens 0", "at least 1"]),
+        ("--temperature -1", ["--temperature", "at least 0"]),
+        ("--batch_size 0", ["--batch_size 0", "at least 1"]),
+        ("--prompt a_b --max_new_tokens 64", ["64", "67", "61 or fewer"]),
+        ("--prompt LONG --max_new_tokens 1", ["--max_new_tokens 1", "shorten the prompt"]),
+        ("--num_return_sequences 2 --temperature 0", ["--num_return_sequences 2", "raise the temperature"]),
+        ("--stream --batch_size 2", ["--stream", "--batch_size"]),
+        ("--stream --num_return_sequences 2", ["--stream", "one sequence"]),
+        ("--stream --json", ["--stream", "--json"]),
+        ("--compile --cache dynamic", ["--cache dynamic", "--cache static"]),
+        ("--compile --quantize int8", ["--quantize int8", "drop --compile"]),
+        ("--assistant SMALL --cache static", ["--assistant", "--cache static"]),
+        ("--assistant SMALL --num_return_sequences 2", ["--assistant", "one sequence"]),
+        ("--assistant nowhere --max_new_tokens 4", ["--assistant nowhere", "no such folder"]),
+        ("--assistant OTHER --max_new_tokens 4", ["--assistant", "61 tokens", "50257"]),
+        ("--prompt_file nowhere", ["--prompt_file nowhere", "no such file"]),
+        ("--prompt_file EMPTY", ["--prompt_file", "no prompts"]),
+        ("--prompt_file BINARY", ["--prompt_file", "UTF-8"]),
+        ("--batch_sizes 1", ["--batch_sizes", "--benchmark"]),
+        ("--benchmark --prompt a", ["--prompt", "--benchmark"]),
+        ("--benchmark --batch_size 2", ["--benchmark", "--batch_sizes"]),
+        ("--benchmark --batch_sizes 1 0", ["--batch_sizes 0", "at least 1"]),
+        ("--benchmark --max_new_tokens 1", ["--max_new_tokens 1", "2 or more"]),
+        ("--benchmark --max_new_tokens 40", ["--max_new_tokens 40", "72", "32 or fewer"]),
     ],
 )
 def test_mistakes_are_sentences(
-    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, argv: list[str], names: list[str]
+    finished: Path, small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, argv: str, names: list[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    Path("EMPTY").write_text("\n")
+    Path("BINARY").write_bytes(b"\xff\xfe")
+    if "OTHER" in argv:
+        make_ours().save_pretrained("OTHER")
+        assert TINY["vocab_size"] == 61
+    words = [{"SMALL": str(small_model), "LONG": "x " * SMALL["n_positions"]}.get(word, word) for word in argv.split()]
     with pytest.raises(UserError) as error:
-        main([str(finished) if word == "FINISHED" else word for word in argv])
+        main(["--checkpoint", str(finished), *words])
     assert all(name in str(error.value) for name in names), str(error.value)
+
+
+def test_a_mistake_ends_with_exit_code_2(finished: Path, tmp_path: Path) -> None:
+    words = ["--checkpoint", finished, "--stream", "--json"]
+    done = python("-m", "train.generate", *words, cwd=tmp_path, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: --stream")
 
 
 def test_latency_has_both_parts(small_model: Path) -> None:
     latency = measure_latency(load_model(small_model), torch.arange(8)[None], new_tokens=48)
     assert latency.first_token > 0
-    assert latency.per_token > 0  # 47 tokens against the noise of one
+    assert latency.per_token > 0
+
+
+def test_speed_is_coherent(small_model: Path) -> None:
+    ids = torch.arange(16).view(2, 8)
+    speed = measure_speed(load_model(small_model), ids, Decoding(24))
+    assert speed.batch_size == 2
+    seconds = 2 * 24 / speed.tokens_per_second
+    assert 0 < speed.first_token_seconds < 1.5 * seconds, "medians of different rounds"
+    weights = 4 * load_model(small_model).num_parameters()
+    assert weights < speed.memory_bytes < 64e9
+
+
+@pytest.mark.parametrize("way", ["", "--quantize int8", "--cache static"])
+def test_the_benchmark_prints_a_row_for_each_batch_size(
+    finished: Path, way: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--checkpoint", finished, "--benchmark", "--batch_sizes", 1, 3, "--max_new_tokens", 4, *way.split()]
+    table = [line for line in printed(capsys, *words).splitlines() if line.startswith("|")]
+    assert [row.split(" | ")[0] for row in table[2:]] == ["| 1", "| 3"]
+    figures = json.loads(printed(capsys, *words, "--json"))
+    assert [speed["batch_size"] for speed in figures["speeds"]] == [1, 3]
+    assert all(value > 0 for speed in figures["speeds"] for value in speed.values())
+    assert figures["new_tokens"] == 4
+    assert figures["versions"]["torch"] == torch.__version__
+
+
+def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    out = capsys.readouterr().out
+    assert out.count("python -m train.generate --checkpoint") == 5
+    assert "--prompt_file" in out

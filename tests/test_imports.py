@@ -15,8 +15,8 @@ FLOORS = [
     "optim", "metrics", "evaluate_metrics", "config", "preprocess_data", "models", "engines.deepspeed_json",
     "engines.rendezvous", "engines.accelerators", "engines.layout", "engines.state", "engines.base",
     "engines.accelerated", "engines.pipelined", "checkpoint", "runlog", "inference", "build", "validate", "summary",
-    "loop", "__main__", "generate", "compare_runs", "compare_plots", "compare", "parity_oracle", "parity_check",
-    "parity",
+    "loop", "__main__", "cpu_layers", "generate", "compare_runs", "compare_plots", "compare", "parity_oracle",
+    "parity_check", "parity",
 ]  # fmt: skip
 # What comes after training never touches its live objects.
 READ_FILES_ONLY = ["generate", "compare", "parity", "parity_check", "parity_oracle"]

@@ -147,7 +147,13 @@ def check(documents: list[list[int]], sidecars: dict[str, dict[str, Any]], texts
 
 
 @pytest.mark.parametrize(
-    ("tokenizer", "suffix"), [("tiktoken", ""), ("gigatoken", ""), ("tiktoken", ".zst"), ("gigatoken", ".gz")]
+    ("tokenizer", "suffix"),
+    [
+        ("tiktoken", ".zst"),
+        ("gigatoken", ".gz"),
+        pytest.param("tiktoken", "", marks=pytest.mark.slow),
+        pytest.param("gigatoken", "", marks=pytest.mark.slow),
+    ],
 )
 def test_json_lines(tmp_path: Path, tokenizer: str, suffix: str) -> None:
     texts = [*ODD, *LONE_SURROGATES, *nasty(300, 1, [*ALPHABET, "\ud800", "\udc4d", "\ud83d"])]
@@ -155,6 +161,7 @@ def test_json_lines(tmp_path: Path, tokenizer: str, suffix: str) -> None:
     check(*prepared(tmp_path, "--dataset=json", "--data_files=a.jsonl*", f"--tokenizer={tokenizer}"), texts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
 def test_json_lines_that_are_not_escaped(tmp_path: Path, tokenizer: str) -> None:
     """UTF-8 as it is, characters that some take for line ends among it, and several chunks of 10 MiB."""
@@ -232,6 +239,7 @@ def test_text_that_is_not_utf_8(tmp_path: Path, tokenizer: str) -> None:
     check(*prepared(tmp_path, "--dataset=text", "--data_files=*.txt", f"--tokenizer={tokenizer}"), texts)
 
 
+@pytest.mark.slow  # tests/test_encoders.py has them without a whole preparation
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
 def test_a_million_blanks_before_a_word(tmp_path: Path, tokenizer: str) -> None:
     """tiktoken itself gives up ("Max stack size exceeded"). By GPT-2's rule the last blank of a run is left to what is

@@ -185,8 +185,17 @@ def rows_gone_on_at(said: str) -> list[int]:
     return [int(row.replace(",", "")) for row in re.findall(r"row ([\d,]+)", said)]
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize(("kind", "ranges"), [("parquet", True), ("jsonl.gz", True), ("jsonl.gz", False)])
+KINDS = (("parquet", True), ("jsonl.gz", True), ("jsonl.gz", False))
+QUICK = {("parquet", True, "503"), ("parquet", True, "reset"), ("jsonl.gz", True, "429"), ("jsonl.gz", False, "reset")}
+
+
+@pytest.mark.parametrize(
+    ("kind", "ranges", "fault"),
+    [
+        pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow)
+        for case in ((kind, ranges, fault) for kind, ranges in KINDS for fault in FAULTS)
+    ],
+)
 def test_what_passes_costs_nothing(
     folder: Path, whole: dict[str, Any], tmp_path: Path, kind: str, ranges: bool, fault: str
 ) -> None:

@@ -1,0 +1,101 @@
+"""The copies that write on a CPU: fp32 ones compute the same, int8 loses what it may lose."""
+
+import math
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import GPT2LMHeadModel
+
+from modeling_gpt2flash import GPT2FlashForCausalLM
+from tests.tiny_gpt2 import make_ours, make_pair, pad, tokens
+from train.cpu_layers import MOST_THREADS_ALONE, PackedLinear, TransposedLinear, laid_out, quantized
+from train.tokens import VOCABULARY_SIZE
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("rows", [1, 3])
+def test_laid_out_computes_the_same(rows: int, tmp_path: Path) -> None:
+    stock, ours = make_pair(tmp_path)
+    ids, mask = pad(tokens(rows), list(range(rows)), "left")
+    with torch.no_grad():
+        expected = stock(ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0)).logits
+        found = laid_out(ours, rows)(ids, attention_mask=mask).logits
+    torch.testing.assert_close(found[mask == 1], expected[mask == 1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_the_layout_is_chosen_by_rows_and_threads() -> None:
+    ours = make_ours()
+    alone = laid_out(ours, 1)
+    assert type(alone.lm_head) is type(alone.transformer.h[0].mlp.c_fc) is TransposedLinear
+    assert type(alone.transformer.h[0].mlp.c_proj) is torch.nn.Linear
+    assert type(laid_out(ours, 2).lm_head) is PackedLinear
+    torch.set_num_threads(MOST_THREADS_ALONE + 1)
+    assert type(laid_out(ours, 1).lm_head) is PackedLinear
+
+
+@pytest.mark.parametrize("make", [lambda model: laid_out(model, 2), quantized])
+def test_the_model_itself_stays_as_it_is(make) -> None:
+    ours = make_ours()
+    before = {name: value.clone() for name, value in ours.state_dict().items()}
+    copy = make(ours)
+    assert type(ours.lm_head) is torch.nn.Linear
+    assert ours.lm_head.weight is ours.transformer.wte.weight
+    assert copy.transformer.wte.weight is ours.transformer.wte.weight, "what is not replaced is shared"
+    after = ours.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_quantizing_warns_of_nothing() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert quantized(make_ours())(tokens()).logits.isfinite().all()
+
+
+def perplexity(model: GPT2FlashForCausalLM, ids: Tensor) -> float:
+    """Of (B, T) tokens, from the logits: the loss knows heads of fp32 only."""
+    with torch.no_grad():
+        logits = model(ids).logits[:, :-1]
+    return math.exp(torch.nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), ids[:, 1:].reshape(-1)))
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_int8_costs_a_trained_model_a_percent_of_perplexity_at_most(corpus: Path) -> None:
+    # 16 positions of Python, learned until the model knows them better than chance by far: an untrained model's
+    # perplexity is the vocabulary's size whatever its weights are rounded to.
+    text = torch.from_file(str(corpus / "train.bin"), size=1024, dtype=torch.uint16).long()
+    words, ids = text.unique(return_inverse=True)
+    assert len(words) < VOCABULARY_SIZE
+    batch = ids.view(-1, 16)
+    model = make_ours(vocab_size=len(words), n_positions=16, n_embd=48, initializer_range=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(30):
+        optimizer.zero_grad()
+        model.train()(batch, labels=batch).loss.backward()
+        optimizer.step()
+    model.eval()
+    fp32 = perplexity(model, batch)
+    assert fp32 < len(words) / 20
+    int8 = perplexity(quantized(model), batch)
+    assert int8 == pytest.approx(fp32, rel=0.01)
+    assert int8 != pytest.approx(fp32, rel=1e-6), "it is not fp32 in disguise"
+
+
+def test_int8_opens_stock_checkpoints(small_model: Path) -> None:
+    ours = GPT2FlashForCausalLM.from_pretrained(small_model).eval()
+    expected = GPT2LMHeadModel.from_pretrained(small_model).eval()(tokens()).logits
+    found = quantized(ours)(tokens()).logits
+    assert (found - expected).norm() < 0.03 * expected.norm()

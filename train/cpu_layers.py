@@ -1,0 +1,117 @@
+"""A copy of a GPT-2 for writing text on a CPU: the same weights, in layouts that CPUs multiply quickly.
+
+At a handful of rows a matrix product is bound by the reading of its weights, and how they lie in memory decides how
+well cores read them. The weights of a checkpoint stay as they are; here each Conv1D and the head give way, in a copy
+of the model, to a module that holds the same numbers in oneDNN's blocks, or in int8.
+
+Shapes: B batch, T positions, I numbers in, O numbers out.
+"""
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.activations import NewGELUActivation
+from transformers.pytorch_utils import Conv1D
+
+from train.errors import UserError
+
+PACKED_ROWS = 8  # oneDNN blocks weights for a number of rows; what it takes for 8 was good for 1 to 32 as well
+MOST_THREADS_ALONE = 2  # up to so many, one row is read as quickly by one of them
+
+
+class PackedLinear(nn.Module):
+    """`nn.Linear` on weights that oneDNN has laid out for itself: fp32, on CPUs, without gradients."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        """`weight` (O, I), `bias` (O,)."""
+        super().__init__()
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_ROWS)
+        self.bias = bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, I) -> (B, T, O)."""
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+
+class TransposedLinear(nn.Module):
+    """`nn.Linear` on weights that lie as Conv1D's do, one input after the other."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        """`weight` (O, I), `bias` (O,)."""
+        super().__init__()
+        self.weight = nn.Parameter(weight.t().contiguous(), requires_grad=False)
+        self.bias = bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, I) -> (B, T, O)."""
+        rows = x.reshape(-1, x.shape[-1])
+        product = rows @ self.weight if self.bias is None else torch.addmm(self.bias, rows, self.weight)
+        return product.view(*x.shape[:-1], -1)
+
+
+def laid_out(model: PreTrainedModel, rows: int) -> PreTrainedModel:
+    """A copy of an fp32 model on a CPU that computes the same, sooner, for `rows` sequences; it cannot be saved.
+
+    One row is multiplied quickest by weights that lie along their longer side: Conv1D's do, but for the MLP's second,
+    and the head's do not. MKL gives it to one thread; oneDNN shares it out, which two threads do not make up for. More
+    rows are oneDNN's.
+    """
+    alone = rows == 1 and torch.get_num_threads() <= MOST_THREADS_ALONE
+    return _copy_with(model, _along_longer_side if alone or not torch.backends.mkldnn.is_available() else PackedLinear)
+
+
+def quantized(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy that multiplies in int8: weights rounded now, a scale for each output, activations at each call.
+
+    The activations of a call share one scale, so what a sequence gets depends a little on the others in its batch.
+
+    Raises:
+        UserError: when this machine's torch has no int8 kernels.
+    """
+    if not {"x86", "fbgemm", "qnnpack", "onednn"} & set(torch.backends.quantized.supported_engines):
+        raise UserError("--quantize int8: this build of torch has no int8 kernels for this CPU; leave it out")
+    with warnings.catch_warnings():
+        # Deprecated in favour of torchao, a package more; torch itself has no other int8 of this speed.
+        warnings.filterwarnings("ignore", message=r"torch\..* deprecated")
+        return _copy_with(model, _int8)
+
+
+def _along_longer_side(weight: Tensor, bias: Tensor | None) -> nn.Module:
+    return TransposedLinear(weight, bias) if weight.shape[0] >= weight.shape[1] else _linear(weight, bias)
+
+
+def _int8(weight: Tensor, bias: Tensor | None) -> nn.Module:
+    how = {nn.Linear: torch.ao.quantization.per_channel_dynamic_qconfig}
+    return torch.ao.quantization.quantize_dynamic(nn.Sequential(_linear(weight, bias)), how, inplace=True)[0]
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias, requires_grad=False)
+    return linear
+
+
+def _copy_with(model: PreTrainedModel, make: Callable[[Tensor, Tensor | None], nn.Module]) -> PreTrainedModel:
+    """A copy with `make(weight (O, I), bias (O,))` in place of each Conv1D and the head; other tensors are shared.
+
+    GPT-2's activation, eight steps of torch, becomes the one that does the same in one.
+    """
+    shared: dict[int, Any] = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
+    twin = copy.deepcopy(model, shared)
+    for name, module in list(twin.named_modules()):
+        if isinstance(module, Conv1D):
+            twin.set_submodule(name, make(module.weight.detach().t().contiguous(), module.bias.detach()))
+        elif isinstance(module, nn.Linear):
+            twin.set_submodule(
+                name, make(module.weight.detach(), None if module.bias is None else module.bias.detach())
+            )
+        elif isinstance(module, NewGELUActivation):
+            twin.set_submodule(name, nn.GELU(approximate="tanh"))
+    return twin
