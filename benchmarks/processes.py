@@ -34,7 +34,7 @@ class Watched:
 
 
 def measure(words: list[str], scratch: Path) -> Timed:
-    """Run to the end, undisturbed. The command's caches and temporary files are in `scratch`."""
+    """Run to the end, undisturbed. The command's caches are in `scratch`."""
     os.sync()  # what an earlier run wrote is not to burden this one
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     began = time.perf_counter()
@@ -59,7 +59,7 @@ def watch(words: list[str], scratch: Path) -> Watched:
 
 
 def start(words: list[str], scratch: Path) -> subprocess.Popen[bytes]:
-    places = {"HF_HOME": str(scratch / "hf"), "TMPDIR": str(scratch), "HF_HUB_OFFLINE": "1"}
+    places = {"HF_HOME": str(scratch / "hf"), "HF_HUB_OFFLINE": "1"}
     with (scratch / "log").open("wb") as log:
         return subprocess.Popen(words, env={**os.environ, **places}, stdout=log, stderr=log)
 

@@ -154,7 +154,7 @@ def test_a_step_waits_for_its_tokens_and_no_longer(tmp_path: Path, capsys: pytes
         assert reader.is_alive(), "the last window's last label is missing"
         prepared.grow_to(2 * SEGMENT)
         reader.join(WAIT_SECONDS)
-    said = capsys.readouterr().out
+    said = capsys.readouterr().err
     assert said == f"waiting for the preparation of {tmp_path}/train.bin: 33 of 65 tokens are there\n"
     orders = [segment_order(1, 0, SEGMENT), SEGMENT + segment_order(1, 1, SEGMENT)]
     assert found == np.concatenate(orders)[BATCH : 2 * BATCH].tolist()

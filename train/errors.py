@@ -34,6 +34,8 @@ def run_command(main: Callable[[], None]) -> NoReturn:
         if failure.job()[1] > 1:
             failure.end(error)
         raise
+    if failure.job()[1] > 1:
+        failure.leave()
     sys.exit(0)
 
 

@@ -14,6 +14,7 @@
 import hashlib
 import math
 import os
+import sys
 import threading
 import time
 from functools import lru_cache
@@ -76,7 +77,8 @@ class GrowingTokens:
             if time.monotonic() - since > (PATIENCE_SECONDS if under_way else START_SECONDS):
                 raise UserError(self._without_hope(count, journal) if under_way else self._nothing_there())
             if time.monotonic() - self._said > SAY_SECONDS and failure.job()[0] == 0:
-                tqdm.write(f"waiting for the preparation of {self.path}: {len(self):,} of {count:,} tokens are there")
+                there = f"{len(self):,} of {count:,} tokens are there"
+                tqdm.write(f"waiting for the preparation of {self.path}: {there}", file=sys.stderr)
                 self._said = time.monotonic()
             if self._stopped.wait(POLL_SECONDS):
                 raise RuntimeError("nobody waits for these tokens any more")

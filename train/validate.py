@@ -1,5 +1,6 @@
 """Validation loss and perplexity over the whole validation file, shared among all processes."""
 
+import sys
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ class Validation:
         seen = torch.tensor(float(self.batches is not None or path.exists()), device=self.engine.device)
         self._all_see_it = self.engine.sum_over_processes(seen).item() == self.engine.world_size
         if not self._all_see_it and not self._said and self.engine.is_main:
-            tqdm.write(f"no validation until {path} is in place")
+            tqdm.write(f"no validation until {path} is in place", file=sys.stderr)
         self._said = True
 
 
