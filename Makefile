@@ -38,7 +38,8 @@ test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 slow: $(VENV)/installed
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "slow and not gpu" --ignore tests/test_demo.py
+	$(BIN)/python -m pytest -m slow tests/test_demo.py # alone, for it measures
 
 clean:
 	rm -rf $(DEMO) build dist *.egg-info
