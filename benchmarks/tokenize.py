@@ -18,7 +18,6 @@ system may take back; what it may not is given apart as anonymous. Disk is the p
 
 import argparse
 import filecmp
-import os
 import platform
 import random
 import re
@@ -37,6 +36,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from benchmarks.processes import Timed, Watched, measure, watch
+from train.preprocess_data import available_cores
 from train.tokens import END_OF_TEXT
 
 MB = 1_000_000
@@ -208,10 +208,6 @@ def print_table(results: dict[Variant, Result], baseline: Variant, megabytes: fl
         print(f"| {' | '.join(cells)} |", flush=True)
 
 
-def cores() -> int:
-    return len(os.sched_getaffinity(0))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", type=Path, metavar="DIR", help='a folder of *.parquet with a column "text" '
@@ -223,7 +219,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
 
-    print(f"{platform.machine()}, {cores()} cores, Python {platform.python_version()}, "
+    print(f"{platform.machine()}, {available_cores()} cores, Python {platform.python_version()}, "
           f"{', '.join(f'{name} {version(name)}' for name in PACKAGES if find_spec(name))}")  # fmt: skip
     ours = [side for side in OURS if "gigatoken" not in side or find_spec("gigatoken")]
     with tempfile.TemporaryDirectory() as name:
@@ -239,7 +235,7 @@ def main() -> None:
         )
         print_table(results, best, corpus.megabytes(middle), heading=True)
 
-        variants = [best, (ONE_BY_ONE, None), *((side, cores()) for side in ours)]
+        variants = [best, (ONE_BY_ONE, None), *((side, available_cores()) for side in ours)]
         for size in args.sizes:
             results = compare(variants, corpus.files[:size], args.rounds, folder)
             print_table(results, best, corpus.megabytes(size), heading=size == args.sizes[0])
