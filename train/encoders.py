@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from functools import cache, partial
 from importlib.resources import as_file, files
 from importlib.util import find_spec
-from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -20,8 +19,9 @@ SPOT_CHECK_CHARACTERS = 2000  # at most, of a document that is encoded a second 
 # tiktoken's rule for GPT-2 as a rule of the same language that its engine runs 1.6 times faster: the words, which are
 # most of a text, come first and in one alternative without look-around and without possessive repetition, which that
 # engine hands to a plain automaton as a whole. The possessive repetitions stood at the end of an alternative, where
-# nothing can make them give back; the three kinds of words begin with different characters, none of them blank.
-SAME_RULE = r"(?:'(?:[sdmt]|ll|ve|re)| ?(?:\p{L}+|\p{N}+|[^\s\p{L}\p{N}]+))|\s++$|\s+(?!\S)|\s"
+# nothing can make them give back; the three kinds of words begin with different characters, none of them blank. Blanks
+# at the end of a text, which have an alternative of their own in tiktoken's rule, are matched by the next one as well.
+SAME_RULE = r"(?:'(?:[sdmt]|ll|ve|re)| ?(?:\p{L}+|\p{N}+|[^\s\p{L}\p{N}]+))|\s+(?!\S)|\s"
 
 # Blanks before a word take that engine a step of its stack each, of which it has a million.
 LONG_TEXT = 100_000
@@ -51,11 +51,17 @@ def ids_of(text: str, encoding: tiktoken.Encoding) -> np.ndarray:
     """`encode_ordinary` as (tokens,) uint32, without a list of Python integers; the interpreter is free meanwhile."""
     if len(text) < LONG_TEXT:
         return encoding.encode_to_numpy(text, disallowed_special=())
-    # GPT-2's rule leaves the last blank of a run to the word behind it, so the text may be cut before that one.
-    ends = (run.end() for run in LONG_RUN_OF_BLANKS.finditer(text))
-    cuts = [0, *(end - 1 for end in ends if end < len(text)), len(text)]
-    pieces = [text[start:end] for start, end in pairwise(cuts)]
-    return np.concatenate([encoding.encode_to_numpy(piece, disallowed_special=()) for piece in pieces])
+    ids = []
+    start = 0
+    for run in LONG_RUN_OF_BLANKS.finditer(text):
+        # GPT-2's rule leaves the last blank of a run to the word behind it and makes the others a piece, which by
+        # itself tiktoken's own rule takes in one step.
+        end = run.end() if run.end() == len(text) else run.end() - 1
+        ids.append(encoding.encode_to_numpy(text[start : run.start()], disallowed_special=()))
+        ids.append(gpt2_encoding().encode_to_numpy(text[run.start() : end]))
+        start = end
+    ids.append(encoding.encode_to_numpy(text[start:], disallowed_special=()))
+    return np.concatenate(ids)
 
 
 def encode_plainly(texts: Sequence[str], encoding: tiktoken.Encoding) -> Encoded:
