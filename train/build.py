@@ -206,16 +206,6 @@ def open_validation(config: RunConfig, vocab_size: int, block_size: int) -> Eval
 
 def _settle_attention(config: RunConfig, shape: GPT2FlashConfig) -> tuple[str, str]:
     assert config.attn_implementation is not None
-    if config.document_mask:
-        # Flash kernels would need the documents' bounds: from positions alone they tell documents apart in a batch of
-        # one only, and in larger ones let them see each other without a word.
-        if config.attn_implementation == "auto":
-            return "sdpa", "sdpa, PyTorch's own kernels: it takes --document_mask's mask, FlashAttention does not."
-        if "flash" in config.attn_implementation:
-            raise UserError(
-                f"--attn_implementation {config.attn_implementation}: does not keep documents apart, as "
-                "--document_mask asks; give sdpa or eager, or drop one of the flags"
-            )
     dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
     try:
         return choose_attention(

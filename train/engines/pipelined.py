@@ -125,9 +125,9 @@ class PipelinedEngine(Engine):
     def _expect(self, batch: dict[str, torch.Tensor]) -> None:
         """Before micro-batches like `batch`: the stages tell each other what they pass once, and when it changes.
 
-        So all micro-batches of a step have the same keys and shapes, in every process.
+        So in all micro-batches of a step what passes has the same keys and shapes, in every process.
         """
-        passing = {key: value.shape for key, value in batch.items()}
+        passing = {key: value.shape for key, value in batch.items() if key in ("input_ids", "position_ids")}
         if passing != self.passing:
             self.model.reset_activation_shape()
             self.passing = passing
