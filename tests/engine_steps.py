@@ -6,12 +6,14 @@ to OUT/<rank>.json, the main process the weights in the end to OUT/weights.safet
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from train.build import Run, build, settle
 from train.config import parse
@@ -80,7 +82,27 @@ def watched(engine: Engine, run: Run) -> Iterator[dict[str, Any]]:
         calls.clear()
 
 
-SCENARIOS = {"plain": plain, "in_packs": in_packs, "interrupted": interrupted, "watched": watched}
+class Operations(TorchDispatchMode):
+    """Counts the operations of torch that are carried out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.counts[func.name()] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def counted(engine: Engine, run: Run) -> Iterator[dict[str, Any]]:
+    """How often each operation is carried out in a step."""
+    for step in range(run.total_steps):
+        with Operations() as operations:
+            result = engine.train_step(step, micro_batches(engine, run, step), LEARNING_RATE)
+        yield {**vars(result), "operations": operations.counts}
+
+
+SCENARIOS = {"counted": counted, "plain": plain, "in_packs": in_packs, "interrupted": interrupted, "watched": watched}
 
 
 def main(scenario: str, out: str, *flags: str) -> None:

@@ -88,7 +88,7 @@ def four_varlen(
     return attend_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal), None
 
 
-def install(patch: pytest.MonkeyPatch) -> list[Call]:
+def install(patch: pytest.MonkeyPatch, two: Callable = two, two_varlen: Callable = two_varlen) -> list[Call]:
     """Put the three packages in place; the list fills with the calls of their kernels."""
     calls: list[Call] = []
 

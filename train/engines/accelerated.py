@@ -16,14 +16,13 @@ from train.batches import IGNORED_LABEL
 from train.engines.accelerators import launcher_asks
 from train.engines.base import Engine, StepResult
 from train.engines.layout import Place
+from train.recompute import checkpoint_arguments, recompute_blocks
 
 
 class AcceleratedEngine(Engine):
     def _take(self, model: GPT2FlashForCausalLM) -> nn.Module:
         if self.config.activation_checkpointing:
-            # transformers 5.23 calls it otherwise
-            enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-            enable({"use_reentrant": False})
+            recompute_blocks(model, checkpoint_arguments(self.config.activation_checkpointing_keeps))
         self.module = model
         return model
 
