@@ -49,7 +49,9 @@ class GPT2FlashAttention(nn.Module):
     def __init__(self, config: PreTrainedConfig, layer_idx: int) -> None:
         super().__init__()
         self.config = config
-        self.layer_idx = layer_idx
+        # Not `layer_idx`, which transformers reads for its flash kernels: torch.compile would guard its value, and
+        # compile each block by itself.
+        self.index = layer_idx
         self.head_dim = config.n_embd // config.n_head
         self.scaling = self.head_dim**-0.5 if config.scale_attn_weights else 1.0
         if config.scale_attn_by_inverse_layer_idx:
@@ -74,7 +76,9 @@ class GPT2FlashAttention(nn.Module):
             for part in self.c_attn(hidden_states).split(width, dim=-1)
         )
         if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+            key, value = past_key_values.update(key, value, self.index)
+        if "cache" in kwargs:
+            self.layer_idx = self.index  # a paged cache is filled by the attention function, which asks for it
 
         implementation = self.config._attn_implementation
         if "flash" in implementation:

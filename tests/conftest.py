@@ -108,6 +108,19 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def documents(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The corpus with an end of text in place of every eleventh token or so, several in each block."""
+    from train.tokens import END_OF_TEXT
+
+    folder = tmp_path_factory.mktemp("documents")
+    for name in ("train.bin", "val.bin"):
+        ids = np.fromfile(corpus / name, dtype=np.uint16)
+        ids[np.random.default_rng(0).random(len(ids)) < 1 / 11] = END_OF_TEXT
+        ids.tofile(folder / name)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A stock GPT-2 folder with GPT-2's vocabulary and almost nothing else."""
     import torch

@@ -52,17 +52,6 @@ def test_bounds_and_positions_say_the_same(seed: int) -> None:
     assert set(bounds[:-1].tolist()) == {*first_in_a_row.tolist(), *behind_an_end.tolist()}
 
 
-@pytest.fixture(scope="module")
-def documents(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The corpus with an end of text in place of every eleventh token or so, several in each block."""
-    folder = tmp_path_factory.mktemp("documents")
-    for name in ("train.bin", "val.bin"):
-        ids = np.fromfile(corpus / name, dtype=np.uint16)
-        ids[np.random.default_rng(0).random(len(ids)) < 1 / 11] = E
-        ids.tofile(folder / name)
-    return folder
-
-
 def test_batches_give_positions_only_when_asked(documents: Path) -> None:
     tokens = open_tokens(documents / "train.bin", 50257)
     plain, masked = (TrainBatches(tokens, BLOCK, 4, 1, mask).micro_batch(2, 0, 0, 1, 4) for mask in (False, True))

@@ -82,8 +82,7 @@ class Engine(ABC):
         """
         config = self.config
         if config.torch_compile:
-            for block in model.transformer.h:
-                block.compile()
+            compile_blocks(model)
         module = self._take(model)
         optimizer = build_optimizer(
             module,
@@ -186,6 +185,12 @@ class Engine(ABC):
             set_whole(self.optimizer, parameter, weights[name].to(self.device))
             for key in MOMENTS:
                 set_whole(self.optimizer, parameter, moments[f"{key}.{name}"].to(self.device), key)
+
+
+def compile_blocks(model: GPT2FlashForCausalLM, **how: Any) -> None:
+    """Compile each block by itself; `how` goes to `torch.compile`. They share one compilation, for they are alike."""
+    for block in model.transformer.h:
+        block.compile(**how)
 
 
 def _mix(seed: int, step: int, rank: int) -> int:
