@@ -17,7 +17,13 @@ from torch import nn
 from modeling_gpt2flash import GPT2FlashForCausalLM
 from train import failure
 from train.config import RunConfig
-from train.engines.accelerators import deepspeed_accelerator, device_type, plain_accelerator, world_size
+from train.engines.accelerators import (
+    deepspeed_accelerator,
+    device_type,
+    plain_accelerator,
+    set_product_precision,
+    world_size,
+)
 from train.engines.layout import Place, check_launch, check_places
 from train.engines.state import MOMENTS, create_moments, set_whole, torch_optimizer, whole
 from train.errors import UserError
@@ -40,6 +46,7 @@ class Engine(ABC):
         self.config = config
         self.deepspeed = deepspeed
         check_launch(world_size())
+        set_product_precision(config)
         self.accelerator = deepspeed_accelerator(config, deepspeed) if deepspeed else plain_accelerator(config)
         if self.world_size != world_size():
             raise UserError(
