@@ -42,8 +42,8 @@ def attention_arguments(
 ) -> dict[str, Any]:
     """What every layer's attention is told: the mask, and to flash kernels the documents' bounds.
 
-    Looking for documents waits for the device, once a call and not once a layer. Flash kernels whose caller gives
-    bounds wait for nothing.
+    Asking whether there are several documents waits for the device, once a call and not once a layer. A caller who
+    gives bounds is not asked.
 
     Args:
         config: names the attention implementation.
@@ -67,7 +67,7 @@ def attention_arguments(
     if position_ids is not None and length > 1 and (attention_mask is None or attention_mask.ndim == 2):
         positions = position_ids.expand(inputs_embeds.shape[0], -1)
         no_others = past_key_values is None or past_key_values.get_mask_sizes(length, 0)[0] == length
-        starts = _starts_of_several(positions, attention_mask, no_others)
+        starts = _starts_of_several(positions, attention_mask, no_others, known=bounds is not None)
     if starts is not None and flash:
         return {"attention_mask": None, **kernel_arguments(document_bounds(starts), length)}
     # None where plain causality is all there is to say and the kernel knows it by itself.
@@ -81,10 +81,12 @@ def attention_arguments(
     return {"attention_mask": mask}
 
 
-def _starts_of_several(position_ids: Tensor, attention_mask: Tensor | None, no_others: bool) -> Tensor | None:
+def _starts_of_several(
+    position_ids: Tensor, attention_mask: Tensor | None, no_others: bool, known: bool
+) -> Tensor | None:
     """(B, T) positions -> (B, T) bool, where a row, a document or padding begins; None if no row holds several.
 
-    `no_others`: there are no keys but this call's.
+    `no_others`: there are no keys but this call's. `known`: that there are several.
     """
     begins = position_ids.diff(dim=-1) != 1
     padding_borders = torch.zeros_like(begins)
@@ -92,12 +94,12 @@ def _starts_of_several(position_ids: Tensor, attention_mask: Tensor | None, no_o
         tokens = attention_mask[:, -position_ids.shape[1] :].to(position_ids.device) != 0
         begins &= tokens[:, 1:] & tokens[:, :-1]
         padding_borders = tokens[:, 1:] != tokens[:, :-1]
-    if is_tracing(position_ids):  # a graph cannot ask, and several documents may well be one
-        if not no_others:
-            return None
-    elif not bool(begins.any()):
+    tracing = is_tracing(position_ids)  # a graph cannot ask, and what holds for several documents holds for one
+    if not (known or tracing) and not bool(begins.any()):
         return None
-    elif not no_others:
+    if not no_others and tracing:
+        return None
+    if not no_others:
         raise ValueError(
             "position_ids jump within a row, as where one document ends and the next begins, but a cache has other "
             "tokens or room for them: give each document a row of its own, or no cache."

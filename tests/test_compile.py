@@ -10,6 +10,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
+from modeling_gpt2flash.documents import document_bounds, kernel_arguments
 from tests.conftest import ROOT, python, torchrun
 from tests.flash_stubs import FLASH, attend, attend_varlen, install, make_flash
 from tests.tiny_gpt2 import gradients, make_ours, tokens
@@ -39,18 +40,39 @@ HOW: dict[str, Callable[[torch.nn.Module], None]] = {
 }
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("kernel", ["eager", "sdpa"])
-@pytest.mark.parametrize("how", HOW)
+def none(step: int) -> dict[str, Any]:
+    return {}
+
+
+def looked_for(step: int) -> dict[str, Any]:
+    return {"position_ids": positions(step)}
+
+
+def given(step: int) -> dict[str, Any]:
+    return {"position_ids": positions(step), **kernel_arguments(document_bounds(positions(step) == 0), 12)}
+
+
+@pytest.mark.parametrize(
+    ("how", "kernel", "documents"),
+    [
+        ("all kept", "sdpa", none),
+        ("attention kept", "sdpa", given),
+        pytest.param("all kept", "sdpa", given, marks=pytest.mark.slow),
+        pytest.param("all kept", "sdpa", looked_for, marks=pytest.mark.slow),
+        pytest.param("recomputed", "sdpa", none, marks=pytest.mark.slow),
+        pytest.param("recomputed", "eager", looked_for, marks=pytest.mark.slow),
+        pytest.param("all kept", "eager", given, marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.usefixtures("dynamo")
-def test_all_blocks_share_one_compilation(how: str, kernel: str, packed: bool) -> None:
+def test_all_blocks_share_one_compilation(how: str, kernel: str, documents: Callable[[int], dict[str, Any]]) -> None:
     models = [make_ours(n_layer=12, attn_implementation=kernel) for _ in range(2)]
     backend = CompileCounterWithBackend("aot_eager")
     for model in models:
         HOW[how](model)
     compile_blocks(models[1], backend=backend, fullgraph=True)
     for step in range(4):
-        ids, more = tokens(3, seed=step), {"position_ids": positions(step)} if packed else {}
+        ids, more = tokens(3, seed=step), documents(step)
         losses = []
         for model in models:
             model.train().zero_grad()
@@ -62,8 +84,8 @@ def test_all_blocks_share_one_compilation(how: str, kernel: str, packed: bool) -
         expected = gradients(models[0])
         for name, gradient in gradients(models[1]).items():
             torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6)
-        # The last pack is one document a row, which needs no mask.
-        assert backend.frame_count == (2 if not (packed and step == 3) else 4)
+        # The last rows are found to be one document each, which needs no mask.
+        assert backend.frame_count == (4 if documents is looked_for and step == 3 else 2)
     assert not counters["graph_break"]
 
 

@@ -185,7 +185,9 @@ def test_gradients_are_those_of_single_documents(calls: list[Call], kernel: str)
 def test_stages_find_the_bounds_once_each(calls: list[Call], monkeypatch: pytest.MonkeyPatch, kernel: str) -> None:
     searches = []
     search = documents._starts_of_several
-    monkeypatch.setattr(documents, "_starts_of_several", lambda *how: searches.append(1) or search(*how))
+    monkeypatch.setattr(
+        documents, "_starts_of_several", lambda *how, **more: searches.append(1) or search(*how, **more)
+    )
     model, ids, positions = make(kernel, n_layer=4), tokens(3, LENGTH), packed_positions()
     expected = logits(model, ids, position_ids=positions, use_cache=False)
     with_flash = calls[:]

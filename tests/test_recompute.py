@@ -109,6 +109,7 @@ def test_flash_attentions_operation_is_kept_too(monkeypatch: pytest.MonkeyPatch,
             assert all(map(torch.equal, found, expected))
 
 
+@pytest.mark.slow
 def test_a_run_with_attention_kept_has_the_same_losses(flags: list[str], tmp_path: Path) -> None:
     shared = [*flags, "--attn_implementation=sdpa", "--activation_checkpointing"]
     for name, more in (("full", []), ("kept", ["--activation_checkpointing_keeps=attention"])):

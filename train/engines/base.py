@@ -196,6 +196,8 @@ class Engine(ABC):
 
 def compile_blocks(model: GPT2FlashForCausalLM, **how: Any) -> None:
     """Compile each block by itself; `how` goes to `torch.compile`. They share one compilation, for they are alike."""
+    # Would cut a large block where one of DDP's buckets of gradients is full. Between blocks they go out as they are.
+    torch._dynamo.config.optimize_ddp = False
     for block in model.transformer.h:
         block.compile(**how)
 
