@@ -62,6 +62,16 @@ def torchrun(*words: object, cwd: Path, processes: int = 2) -> subprocess.Comple
     return command(*launch, *words, cwd=cwd)
 
 
+def engine_steps(scenario: str, folder: Path, *flags: object, processes: int = 2) -> list[list[dict[str, Any]]]:
+    """What each process says of each step of a scenario of `tests.engine_steps`; the weights are in the folder."""
+    words = ["-m", "tests.engine_steps", scenario, folder, *flags, f"--checkpoint_path={folder}"]
+    if processes > 1:
+        torchrun(*words, cwd=folder.parent, processes=processes)
+    else:
+        python(*words, cwd=folder.parent)
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(processes)]
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -1,6 +1,5 @@
 """Regional compilation: one block is compiled for all, whole, and only once for training and once for evaluation."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
 from modeling_gpt2flash.documents import document_bounds, kernel_arguments
-from tests.conftest import ROOT, python, torchrun
+from tests.conftest import ROOT, engine_steps
 from tests.flash_stubs import FLASH, attend, attend_varlen, install, make_flash
 from tests.tiny_gpt2 import gradients, make_ours, tokens
 from train.engines.base import compile_blocks
@@ -127,16 +126,6 @@ def test_blocks_with_a_flash_kernel_share_theirs(monkeypatch: pytest.MonkeyPatch
     assert counts == [1, 2, 3, 3]
 
 
-def steps(folder: Path, *flags: object, processes: int = 1) -> list[list[dict[str, Any]]]:
-    """What each process says of each step, trained and evaluated by turns."""
-    words = ["-m", "tests.engine_steps", "alternating", folder, *flags, f"--checkpoint_path={folder}"]
-    if processes > 1:
-        torchrun(*words, cwd=folder.parent, processes=processes)
-    else:
-        python(*words, cwd=folder.parent)
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(processes)]
-
-
 def zero(stage: int) -> list[str]:
     return ["--run_type=optimized", f"--deepspeed_config={ROOT}/ds_configs/zero{stage}.json"]
 
@@ -163,8 +152,8 @@ def test_inductor_in_every_layout(
     shared = [*flags, *more, "--attn_implementation=sdpa", "--mixed_precision=no", "--max_steps=5",
               f"--train_micro_batch_size_per_gpu={4 // processes}", f"--train_data_path={documents}/train.bin",
               f"--val_data_path={documents}/val.bin"]  # fmt: skip
-    expected = steps(tmp_path / "eager", *shared, processes=processes)
-    found = steps(tmp_path / "compiled", *shared, "--torch_compile", processes=processes)
+    expected = engine_steps("alternating", tmp_path / "eager", *shared, processes=processes)
+    found = engine_steps("alternating", tmp_path / "compiled", *shared, "--torch_compile", processes=processes)
     for rank in range(processes):
         assert not any(step["compilations"] for step in expected[rank])
         for ours, theirs in zip(found[rank], expected[rank], strict=True):

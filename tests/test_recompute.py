@@ -10,11 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.conftest import ROOT, losses, python
+from tests.conftest import ROOT, engine_steps, losses, python
 from tests.engine_steps import Operations
 from tests.flash_stubs import attend, attend_varlen, install, make_flash
 from tests.test_packed_documents import packed_positions
-from tests.test_pipelined import engine_steps
 from tests.tiny_gpt2 import gradients, make_ours, tokens
 from train.build import settle
 from train.config import parse
