@@ -1,5 +1,6 @@
 """Regional compilation: one block is compiled for all, whole, and only once for training and once for evaluation."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -161,3 +162,24 @@ def test_inductor_in_every_layout(
             assert ours["val_loss"] == pytest.approx(theirs["val_loss"], abs=1e-6)
             assert ours["graph_breaks"] == []
         assert found[rank][-1]["compilations"] == 2, "one for training, one for evaluation"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("interval", [0, 2])
+def test_inductor_in_stages(flags: list[str], documents: Path, tmp_path: Path, interval: int) -> None:
+    settings = json.loads((ROOT / "ds_configs" / "pipeline.json").read_text())
+    settings["pipeline"] |= {"partition": [2, 3]}
+    (tmp_path / "ds.json").write_text(json.dumps(settings))
+    shared = [*flags, "--run_type=optimized", f"--deepspeed_config={tmp_path}/ds.json", "--pipeline_stages=2",
+              "--train_micro_batch_size_per_gpu=2", "--gradient_accumulation_steps=2", "--mixed_precision=no",
+              "--max_steps=5", "--attn_implementation=sdpa", f"--activation_checkpointing={interval}",
+              "--document_mask", f"--train_data_path={documents}/train.bin",
+              f"--val_data_path={documents}/val.bin"]  # fmt: skip
+    expected = engine_steps("alternating", tmp_path / "eager", *shared)
+    found = engine_steps("alternating", tmp_path / "compiled", *shared, "--torch_compile")
+    for rank in (0, 1):
+        for ours, theirs in zip(found[rank], expected[rank], strict=True):
+            assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-6)
+            assert ours["val_loss"] == pytest.approx(theirs["val_loss"], abs=1e-6)
+            assert ours["graph_breaks"] == []
+        assert found[rank][-1]["compilations"] == 2
