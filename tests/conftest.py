@@ -69,7 +69,7 @@ def engine_steps(scenario: str, folder: Path, *flags: object, processes: int = 2
         torchrun(*words, cwd=folder.parent, processes=processes)
     else:
         python(*words, cwd=folder.parent)
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(processes)]
+    return [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
 
 
 def free_port() -> int:

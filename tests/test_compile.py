@@ -131,6 +131,16 @@ def zero(stage: int) -> list[str]:
     return ["--run_type=optimized", f"--deepspeed_config={ROOT}/ds_configs/zero{stage}.json"]
 
 
+def check(found: list[list[dict[str, Any]]], expected: list[list[dict[str, Any]]]) -> None:
+    """The same losses, in two compilations: one for training, one for evaluation."""
+    for compiled, plain in zip(found, expected, strict=True):
+        for ours, theirs in zip(compiled, plain, strict=True):
+            assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-6)
+            assert ours["val_loss"] == pytest.approx(theirs["val_loss"], rel=1e-6)  # of a sum in fp32
+            assert ours["graph_breaks"] == []
+        assert compiled[-1]["compilations"] == 2
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("processes", "more"),
@@ -155,13 +165,7 @@ def test_inductor_in_every_layout(
               f"--val_data_path={documents}/val.bin"]  # fmt: skip
     expected = engine_steps("alternating", tmp_path / "eager", *shared, processes=processes)
     found = engine_steps("alternating", tmp_path / "compiled", *shared, "--torch_compile", processes=processes)
-    for rank in range(processes):
-        assert not any(step["compilations"] for step in expected[rank])
-        for ours, theirs in zip(found[rank], expected[rank], strict=True):
-            assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-6)
-            assert ours["val_loss"] == pytest.approx(theirs["val_loss"], abs=1e-6)
-            assert ours["graph_breaks"] == []
-        assert found[rank][-1]["compilations"] == 2, "one for training, one for evaluation"
+    check(found, expected)
 
 
 @pytest.mark.slow
@@ -177,9 +181,5 @@ def test_inductor_in_stages(flags: list[str], documents: Path, tmp_path: Path, i
               f"--val_data_path={documents}/val.bin"]  # fmt: skip
     expected = engine_steps("alternating", tmp_path / "eager", *shared)
     found = engine_steps("alternating", tmp_path / "compiled", *shared, "--torch_compile")
-    for rank in (0, 1):
-        for ours, theirs in zip(found[rank], expected[rank], strict=True):
-            assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-6)
-            assert ours["val_loss"] == pytest.approx(theirs["val_loss"], abs=1e-6)
-            assert ours["graph_breaks"] == []
-        assert found[rank][-1]["compilations"] == 2
+    assert len(found) == 2
+    check(found, expected)

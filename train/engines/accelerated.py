@@ -23,6 +23,11 @@ class AcceleratedEngine(Engine):
     def _take(self, model: GPT2FlashForCausalLM) -> nn.Module:
         if self.config.activation_checkpointing:
             recompute_blocks(model, checkpoint_arguments(self.config.activation_checkpointing_keeps))
+        if self.config.torch_compile and self.deepspeed and self.deepspeed["zero_optimization"].get("stage") == 3:
+            # ZeRO-3 would gather each layer's parameters inside the compiled blocks, and so cut them into pieces.
+            from deepspeed.utils import set_z3_leaf_modules
+
+            set_z3_leaf_modules(model, [type(model.transformer.h[0])])
         self.module = model
         return model
 

@@ -199,7 +199,8 @@ def compile_blocks(model: GPT2FlashForCausalLM, **how: Any) -> None:
     # Would cut a large block where one of DDP's buckets of gradients is full. Between blocks they go out as they are.
     torch._dynamo.config.optimize_ddp = False
     for block in model.transformer.h:
-        block.compile(**how)
+        # Not `block.compile`, in which would be the hooks with which ZeRO-3 and FSDP2 gather its parameters.
+        block.forward = torch.compile(block.forward, **how)
 
 
 def _mix(seed: int, step: int, rank: int) -> int:
