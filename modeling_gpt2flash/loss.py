@@ -4,7 +4,8 @@ GPT-2's vocabulary makes the logits the largest tensor of a training step: batch
 x 4 bytes = 13.2 GB. Nothing needs all of them at once. The loss of a row and its gradients depend on that row's
 logits alone, so a few hundred rows at a time are projected, scored and differentiated, and their logits forgotten.
 
-Shapes: B batch, T positions, N = B * T rows, C rows of a chunk, D hidden width, V vocabulary.
+Shapes: B batch, T positions, N = B * T rows, C rows of a chunk, D hidden width, V vocabulary, W the vocabulary as the
+products see it.
 """
 
 from typing import Any
@@ -14,6 +15,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 CPU_PIECE_ROWS = 32  # x 50,257 x 4 bytes = 6.4 MB
+# To what the products round GPT-2's odd 50,257 words up: W = 50,304. A GPU's matrix units take rows that begin at
+# multiples of 16 bytes, and lengths in tiles of 128; a CPU's kernels copy their operands into an order of their own.
+VOCABULARY_MULTIPLES = {"cpu": 1}
+OTHER_MULTIPLE = 128
 
 
 def causal_lm_loss(
@@ -111,6 +116,19 @@ def _score(logits_PV: Tensor, targets_P: Tensor, ignore_index: int, needs_grad: 
     return (exp_sums_P1.log() - target_logits_P1).masked_fill(~counted_P1, 0).sum()
 
 
+def _padded(weight_VD: Tensor, dtype: torch.dtype) -> Tensor:
+    """(V, D) -> (W, D) in a dtype: zero rows below, so that the products' lengths suit the device."""
+    vocabulary, width = weight_VD.shape
+    multiple = VOCABULARY_MULTIPLES.get(weight_VD.device.type, OTHER_MULTIPLE)
+    missing = -vocabulary % multiple
+    if not missing:
+        return weight_VD.to(dtype)
+    weight_WD = weight_VD.new_empty((vocabulary + missing, width), dtype=dtype)
+    weight_WD[:vocabulary] = weight_VD
+    weight_WD[vocabulary:] = 0
+    return weight_WD
+
+
 class _ChunkedLoss(torch.autograd.Function):
     """The summed loss, with its gradients taken in the same pass.
 
@@ -132,38 +150,42 @@ class _ChunkedLoss(torch.autograd.Function):
         grad_weight: bool,
     ) -> Tensor:
         with torch.autocast(rows_ND.device.type, enabled=False):
-            weight = weight_VD.to(compute_dtype)
+            vocabulary = weight_VD.shape[0]
+            weight_WD = _padded(weight_VD, compute_dtype)
             # Sums over rows and over chunks are taken in fp32: in bf16 they would lose what each chunk adds.
             sum_dtype = torch.promote_types(compute_dtype, torch.float32)
             total = rows_ND.new_zeros((), dtype=sum_dtype)
             d_rows = torch.empty_like(rows_ND) if grad_rows else None
-            d_weight = weight_VD.new_zeros(weight_VD.shape, dtype=sum_dtype) if grad_weight else None
+            d_weight_WD = torch.zeros_like(weight_WD, dtype=sum_dtype) if grad_weight else None
             # One chunk's logits, their memory used again by each: fresh pages for every chunk cost a third more time.
             most_rows = min(chunk_size, rows_ND.shape[0])
-            logits_CV = rows_ND.new_empty((most_rows, weight.shape[0]), dtype=compute_dtype)
+            logits_CW = rows_ND.new_empty((most_rows, weight_WD.shape[0]), dtype=compute_dtype)
             # A product wants many rows; the passes over its result want few on a CPU, so that they stay in the cache.
             piece_rows = min(CPU_PIECE_ROWS, most_rows) if rows_ND.device.type == "cpu" else most_rows
             rounded = compute_dtype != sum_dtype
-            wide = logits_CV.new_empty((piece_rows, weight.shape[0]), dtype=sum_dtype) if rounded else None
-            d_weight_chunk = torch.empty_like(weight) if d_weight is not None and rounded else None
+            wide = logits_CW.new_empty((piece_rows, vocabulary), dtype=sum_dtype) if rounded else None
+            d_weight_chunk_WD = torch.empty_like(weight_WD) if d_weight_WD is not None and rounded else None
 
             for start in range(0, rows_ND.shape[0], chunk_size):
                 rows_CD = rows_ND[start : start + chunk_size].to(compute_dtype)
                 targets_C = targets_N[start : start + chunk_size]
-                chunk_CV = torch.mm(rows_CD, weight.T, out=logits_CV[: len(rows_CD)])
-                for piece_PV, targets_P in zip(chunk_CV.split(piece_rows), targets_C.split(piece_rows), strict=True):
+                # Beyond the vocabulary there are zeros, which no pass touches: as gradients, too, they are right.
+                chunk_CW = torch.mm(rows_CD, weight_WD.T, out=logits_CW[: len(rows_CD)])
+                pieces = chunk_CW[:, :vocabulary].split(piece_rows)
+                for piece_PV, targets_P in zip(pieces, targets_C.split(piece_rows), strict=True):
                     wide_PV = piece_PV if wide is None else wide[: len(piece_PV)].copy_(piece_PV)
                     total += _score(wide_PV, targets_P, ignore_index, grad_rows or grad_weight)
                     if wide is not None:
                         piece_PV.copy_(wide_PV)
                 if d_rows is not None:
-                    d_rows[start : start + chunk_size] = chunk_CV @ weight
-                if d_weight is not None and d_weight_chunk is not None:
-                    d_weight += torch.mm(chunk_CV.T, rows_CD, out=d_weight_chunk)
-                elif d_weight is not None:
-                    d_weight.addmm_(chunk_CV.T, rows_CD)
+                    d_rows[start : start + chunk_size] = chunk_CW @ weight_WD
+                if d_weight_WD is not None and d_weight_chunk_WD is not None:
+                    d_weight_WD += torch.mm(chunk_CW.T, rows_CD, out=d_weight_chunk_WD)
+                elif d_weight_WD is not None:
+                    d_weight_WD.addmm_(chunk_CW.T, rows_CD)
 
-        ctx.save_for_backward(d_rows, d_weight.to(weight_VD.dtype) if d_weight is not None else None)
+        d_weight = None if d_weight_WD is None else d_weight_WD[:vocabulary].to(weight_VD.dtype)
+        ctx.save_for_backward(d_rows, d_weight)
         return total
 
     @staticmethod

@@ -16,7 +16,6 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.generation import GenerationMixin
-from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
@@ -27,6 +26,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .attention import check_attention_name, check_flash_dtype, choose_attention, eager_attention_forward
 from .configuration_gpt2flash import GPT2FlashConfig, refuse_unsupported
+from .documents import attention_arguments
 from .loss import causal_lm_loss
 from .positions import check_length, check_positions, count_positions, keep_positions
 
@@ -49,7 +49,9 @@ class GPT2FlashAttention(nn.Module):
     def __init__(self, config: PreTrainedConfig, layer_idx: int) -> None:
         super().__init__()
         self.config = config
-        self.layer_idx = layer_idx
+        # Not `layer_idx`, which transformers reads for its flash kernels: torch.compile would guard its value, and
+        # compile each block by itself.
+        self.index = layer_idx
         self.head_dim = config.n_embd // config.n_head
         self.scaling = self.head_dim**-0.5 if config.scale_attn_weights else 1.0
         if config.scale_attn_by_inverse_layer_idx:
@@ -74,7 +76,9 @@ class GPT2FlashAttention(nn.Module):
             for part in self.c_attn(hidden_states).split(width, dim=-1)
         )
         if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+            key, value = past_key_values.update(key, value, self.index)
+        if "cache" in kwargs:
+            self.layer_idx = self.index  # a paged cache is filled by the attention function, which asks for it
 
         implementation = self.config._attn_implementation
         if "flash" in implementation:
@@ -228,9 +232,11 @@ class GPT2FlashModel(GPT2FlashPreTrainedModel):
             past_key_values: a cache of any kind; without one, `use_cache` makes a dynamic one.
             attention_mask: (B, S), 0 where there is padding, on either side; or (B, 1, T, S), ready for the kernel.
             token_type_ids: (B, T), embedded by the token embeddings and added, as GPT-2 does.
-            position_ids: (B, T) or (1, T). None: counted from the mask and the cache.
+            position_ids: (B, T) or (1, T). None: counted from the mask and the cache. Where they do not count up one
+                by one, another document begins, which sees none of the ones before it.
             inputs_embeds: (B, T, D), in place of `input_ids`.
             use_cache: whether to return the cache.
+            kwargs: for the attention function. Of packed documents `cu_seq_lens_q` spares flash kernels the search.
 
         Returns:
             `last_hidden_state`, (B, T, D), and the cache.
@@ -243,9 +249,15 @@ class GPT2FlashModel(GPT2FlashPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
 
-        # Positions that the caller gives may mark packed documents, so mask and kernel have to see them. Our own
-        # never do, and a kernel that saw them would look through them for documents.
-        given_position_ids = position_ids
+        given = {key: value for key, value in kwargs.items() if value is not None}
+        told = attention_arguments(  # of the positions that the caller gives: our own never mark documents
+            self.config,
+            inputs_embeds,
+            position_ids,
+            attention_mask,
+            past_key_values,
+            bounds=given.get("cu_seq_lens_q"),
+        )
         if position_ids is None:
             past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
             check_length(past_length, inputs_embeds.shape[1], self.config.n_positions)
@@ -253,23 +265,10 @@ class GPT2FlashModel(GPT2FlashPreTrainedModel):
         else:
             check_positions(position_ids, self.config.n_positions)
 
-        # None where plain causality is all there is to say and the kernel knows it by itself.
-        causal_mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=given_position_ids,
-        )
         hidden_states = self.embed(inputs_embeds, position_ids, token_type_ids)
         for block in self.h:
             hidden_states = block(
-                hidden_states,
-                attention_mask=causal_mask,
-                past_key_values=past_key_values,
-                position_ids=given_position_ids,
-                use_cache=use_cache,
-                **kwargs,
+                hidden_states, past_key_values=past_key_values, use_cache=use_cache, **(told | given)
             )
         hidden_states = self.ln_f(hidden_states)
         return BaseModelOutputWithPast(

@@ -6,7 +6,7 @@
     n + 2         head          (B, T, D) -> (B, T, V) logits, or the loss
 
 What passes between stages is the hidden states, (B, T, D); where the caller gave positions, for packed documents, it
-is (hidden states, positions), for every block's mask depends on them.
+is (hidden states, positions), for the attention of every block depends on them.
 
 Shapes: B batch, T positions, D hidden width, V vocabulary.
 
@@ -14,12 +14,12 @@ For training alone: no module that travels to the Hub imports this one.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.masking_utils import create_causal_mask
 
+from .documents import attention_arguments
 from .loss import causal_lm_loss
 from .modeling_gpt2flash import GPT2FlashForCausalLM
 from .positions import check_length, check_positions, count_positions
@@ -53,27 +53,36 @@ class EmbeddingLayer(nn.Module):
 
 
 class BlockLayer(nn.Module):
-    """One block and the mask that it needs."""
+    """One block, and what its attention is told of the documents."""
 
-    def __init__(self, model: GPT2FlashForCausalLM, index: int) -> None:
+    def __init__(self, block: nn.Module, tell: "Telling") -> None:
         super().__init__()
-        self.config = model.config
-        self.block = model.transformer.h[index]
+        self.block = block
+        self.tell = tell
 
     def forward(self, passed: Passed) -> Passed:
         """What passes -> what passes."""
         hidden_states, position_ids = _unpack(passed)
-        causal_mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=hidden_states,
-            attention_mask=None,
-            past_key_values=None,
-            position_ids=position_ids,
-        )
-        hidden_states = self.block(
-            hidden_states, attention_mask=causal_mask, position_ids=position_ids, use_cache=False
-        )
+        hidden_states = self.block(hidden_states, use_cache=False, **self.tell(hidden_states, position_ids))
         return _pack(hidden_states, position_ids)
+
+
+class Telling:
+    """`attention_arguments` for the blocks of a stage, worked out by the first that is handed some positions.
+
+    The others are handed the same tensor: working it out waits for the device and may make a mask.
+    """
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        self.config = config
+        self.positions: Tensor | None = None
+        self.told: dict[str, Any] = {}
+
+    def __call__(self, hidden_states: Tensor, position_ids: Tensor | None) -> dict[str, Any]:
+        if position_ids is None or position_ids is not self.positions:
+            self.told = attention_arguments(self.config, hidden_states, position_ids)
+            self.positions = position_ids
+        return self.told
 
 
 class FinalNormLayer(nn.Module):
@@ -124,7 +133,8 @@ def _pack(hidden_states: Tensor, position_ids: Tensor | None) -> Passed:
 
 def model_layers(model: GPT2FlashForCausalLM) -> list[nn.Module]:
     """The layers in order, sharing the model's own modules and parameters."""
-    blocks = [BlockLayer(model, index) for index in range(len(model.transformer.h))]
+    tell = Telling(model.config)
+    blocks = [BlockLayer(block, tell) for block in model.transformer.h]
     return [EmbeddingLayer(model), *blocks, FinalNormLayer(model), HeadLayer(model)]
 
 

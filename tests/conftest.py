@@ -62,6 +62,16 @@ def torchrun(*words: object, cwd: Path, processes: int = 2) -> subprocess.Comple
     return command(*launch, *words, cwd=cwd)
 
 
+def engine_steps(scenario: str, folder: Path, *flags: object, processes: int = 2) -> list[list[dict[str, Any]]]:
+    """What each process says of each step of a scenario of `tests.engine_steps`; the weights are in the folder."""
+    words = ["-m", "tests.engine_steps", scenario, folder, *flags, f"--checkpoint_path={folder}"]
+    if processes > 1:
+        torchrun(*words, cwd=folder.parent, processes=processes)
+    else:
+        python(*words, cwd=folder.parent)
+    return [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -104,6 +114,19 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ids = np.array(gpt2_encoding().encode_ordinary(text), dtype=np.uint16)
     ids[:8000].tofile(folder / "train.bin")
     ids[8000:9000].tofile(folder / "val.bin")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def documents(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The corpus with an end of text in place of every eleventh token or so, several in each block."""
+    from train.tokens import END_OF_TEXT
+
+    folder = tmp_path_factory.mktemp("documents")
+    for name in ("train.bin", "val.bin"):
+        ids = np.fromfile(corpus / name, dtype=np.uint16)
+        ids[np.random.default_rng(0).random(len(ids)) < 1 / 11] = END_OF_TEXT
+        ids.tofile(folder / name)
     return folder
 
 

@@ -6,12 +6,16 @@ to OUT/<rank>.json, the main process the weights in the end to OUT/weights.safet
 
 import json
 import sys
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo
 from safetensors.torch import save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from train.build import Run, build, settle
 from train.config import parse
@@ -80,7 +84,53 @@ def watched(engine: Engine, run: Run) -> Iterator[dict[str, Any]]:
         calls.clear()
 
 
-SCENARIOS = {"plain": plain, "in_packs": in_packs, "interrupted": interrupted, "watched": watched}
+class Operations(TorchDispatchMode):
+    """Counts the operations of torch that are carried out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.counts[func.name()] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def counted(engine: Engine, run: Run) -> Iterator[dict[str, Any]]:
+    """How often each operation is carried out in a step."""
+    for step in range(run.total_steps):
+        with Operations() as operations:
+            result = engine.train_step(step, micro_batches(engine, run, step), LEARNING_RATE)
+        yield {**vars(result), "operations": operations.counts}
+
+
+def alternating(engine: Engine, run: Run) -> Iterator[dict[str, Any]]:
+    """Training and evaluation by turns, and what torch.compile did; from the third step on it may do nothing."""
+    counters = torch._dynamo.utils.counters
+    for step in range(run.total_steps):
+        torch._dynamo.config.error_on_recompile = step >= 2
+        began = time.perf_counter()
+        result = engine.train_step(step, micro_batches(engine, run, step), LEARNING_RATE)
+        seconds = time.perf_counter() - began
+        batch = run.val.micro_batch(step, engine.data_rank, engine.data_world_size, run.micro_batch_size)
+        nll, tokens = engine.sum_over_processes(engine.eval_step(batch)).tolist()
+        yield {
+            **vars(result),
+            "val_loss": nll / tokens,
+            "seconds": seconds,
+            "compilations": counters["stats"]["unique_graphs"],
+            "graph_breaks": list(counters["graph_break"]),
+        }
+
+
+SCENARIOS = {
+    "plain": plain,
+    "in_packs": in_packs,
+    "interrupted": interrupted,
+    "watched": watched,
+    "counted": counted,
+    "alternating": alternating,
+}
 
 
 def main(scenario: str, out: str, *flags: str) -> None:

@@ -1,22 +1,18 @@
 """Which kernel is chosen, and what is said when it cannot be had."""
 
-import functools
 import json
-import sys
-import types
 from pathlib import Path
 
 import pytest
 import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
-from transformers import modeling_flash_attention_utils as flash_utils
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from modeling_gpt2flash import ATTENTION_NAMES, GPT2FlashConfig, GPT2FlashForCausalLM, attention, choose_attention
+from tests.flash_stubs import FLASH, install, make_flash
 from tests.tiny_gpt2 import TINY, gradients, make_ours, pad, tokens
 
-FLASH = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
 AMPERE, HOPPER, BLACKWELL, TURING = (8, 0), (9, 0), (10, 0), (7, 5)
 
 
@@ -162,55 +158,11 @@ def test_auto_is_understood_when_loading(tmp_path: Path) -> None:
     assert built.config._attn_implementation == "sdpa"
 
 
-def dense_flash(q, k, v, softmax_scale=None, causal=False, deterministic=False):
-    """`flash_attn_func` of FlashAttention 3: (B, T, H, K) in and out, causality aligned to the last key."""
-    mask = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool).tril(k.shape[1] - q.shape[1]) if causal else None
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=softmax_scale).transpose(1, 2)
-
-
-def dense_flash_varlen(
-    q,
-    k,
-    v,
-    cu_seqlens_q,
-    cu_seqlens_k,
-    max_seqlen_q,
-    max_seqlen_k,
-    softmax_scale=None,
-    causal=False,
-    deterministic=False,
-):
-    """`flash_attn_varlen_func`: sequences laid end to end, (tokens, H, K)."""
-    ends_q, ends_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
-    return torch.cat(
-        [
-            dense_flash(q[None, a:b], k[None, c:d], v[None, c:d], softmax_scale, causal)[0]
-            for a, b, c, d in zip(ends_q, ends_q[1:], ends_k, ends_k[1:], strict=False)
-        ]
-    )
-
-
 @pytest.fixture
 def flash(monkeypatch: pytest.MonkeyPatch) -> GPT2FlashForCausalLM:
     """A model on FlashAttention's code path, with dense attention where the kernel would be."""
-    package = types.ModuleType("flash_attn_interface")
-    calls = []
-
-    def record(function):
-        @functools.wraps(function)  # transformers reads the signature
-        def recorded(*args, **kwargs):
-            calls.append(function.__name__)
-            return function(*args, **kwargs)
-
-        return recorded
-
-    package.flash_attn_func, package.flash_attn_varlen_func = record(dense_flash), record(dense_flash_varlen)
-    package.flash_attn_with_kvcache = None
-    monkeypatch.setitem(sys.modules, "flash_attn_interface", package)
-    monkeypatch.setattr(flash_utils, "_loaded_implementation", None)
-    ours = make_ours()
-    ours.config._attn_implementation = "flash_attention_3"
+    calls = install(monkeypatch)
+    ours = make_flash("flash_attention_3")
     ours.kernel_calls = calls
     return ours
 
@@ -219,7 +171,7 @@ def test_flash_without_padding(flash: GPT2FlashForCausalLM) -> None:
     ids, reference = tokens(), make_ours().bfloat16()
     expected = reference(ids).logits
     torch.testing.assert_close(flash.bfloat16()(ids).logits, expected, rtol=3e-2, atol=3e-2)
-    assert flash.kernel_calls == ["dense_flash"] * 2  # one a layer
+    assert [call.name for call in flash.kernel_calls] == ["three"] * 2  # one a layer
     cache = flash(ids[:, :9], use_cache=True).past_key_values
     torch.testing.assert_close(flash(ids[:, 9:], past_key_values=cache).logits, expected[:, 9:], rtol=3e-2, atol=5e-2)
 
@@ -230,7 +182,7 @@ def test_flash_with_padding(flash: GPT2FlashForCausalLM, side: str) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         expected = make_ours()(ids, attention_mask=mask).logits
         got = flash(ids, attention_mask=mask).logits
-    assert flash.kernel_calls == ["dense_flash_varlen"] * 2
+    assert [call.name for call in flash.kernel_calls] == ["three_varlen"] * 2
     torch.testing.assert_close(got[mask == 1], expected[mask == 1], rtol=3e-2, atol=5e-2)
 
 

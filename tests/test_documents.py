@@ -1,5 +1,6 @@
 """Documents in one sequence: their positions, and that they do not see each other, in any layout."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -9,9 +10,10 @@ import torch
 from torch.nn import functional as F
 
 from modeling_gpt2flash import GPT2FlashForCausalLM
-from tests.conftest import ROOT, accelerate, check_parity, losses, python
+from modeling_gpt2flash.documents import document_bounds
+from tests.conftest import ROOT, accelerate, check_parity, losses, python, torchrun
 from train.batches import EvalBatches, TrainBatches
-from train.documents import document_bounds, document_positions
+from train.documents import document_positions
 from train.tokens import END_OF_TEXT, open_tokens
 
 E = END_OF_TEXT
@@ -29,12 +31,10 @@ def test_positions_restart_behind_each_end_of_text() -> None:
 
 def test_bounds_are_those_of_the_documents() -> None:
     input_ids = np.array([[7, 8, E, 9, E, E, 5, 6], [E, 1, 2, 3, 4, 5, 6, 7]])
-    cu_seqlens, longest = document_bounds(torch.from_numpy(document_positions(input_ids)))
-    assert cu_seqlens.tolist() == [0, 3, 5, 6, 8, 9, 16]
-    assert cu_seqlens.dtype == torch.int32
-    assert longest == 7
-    cu_seqlens, longest = document_bounds(torch.arange(4).expand(3, 4))
-    assert (cu_seqlens.tolist(), longest) == ([0, 4, 8, 12], 4)
+    bounds = document_bounds(torch.from_numpy(document_positions(input_ids)) == 0)
+    assert bounds.tolist() == [0, 3, 5, 6, 8, 9, 16]
+    assert bounds.dtype == torch.int32
+    assert document_bounds(torch.arange(4).expand(3, 4) == 0).tolist() == [0, 4, 8, 12]
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -42,35 +42,25 @@ def test_bounds_and_positions_say_the_same(seed: int) -> None:
     random = np.random.default_rng(seed)
     input_ids = random.choice([E, 1, 2], size=(random.integers(1, 5), random.integers(1, 40)))
     position_ids = torch.from_numpy(document_positions(input_ids))
-    cu_seqlens, longest = document_bounds(position_ids)
-    lengths = cu_seqlens.diff()
+    bounds = document_bounds(position_ids == 0)
+    lengths = bounds.diff()
     assert lengths.min() >= 1
-    assert longest == lengths.max() == position_ids.max() + 1
+    assert lengths.max() == position_ids.max() + 1
     assert torch.cat([torch.arange(length) for length in lengths]).tolist() == position_ids.flatten().tolist()
     first_in_a_row = torch.arange(0, position_ids.numel(), input_ids.shape[1])
     behind_an_end = torch.from_numpy(input_ids.flatten()[:-1] == E).nonzero().flatten() + 1
-    assert set(cu_seqlens[:-1].tolist()) == {*first_in_a_row.tolist(), *behind_an_end.tolist()}
-
-
-@pytest.fixture(scope="module")
-def documents(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The corpus with an end of text in place of every eleventh token or so, several in each block."""
-    folder = tmp_path_factory.mktemp("documents")
-    for name in ("train.bin", "val.bin"):
-        ids = np.fromfile(corpus / name, dtype=np.uint16)
-        ids[np.random.default_rng(0).random(len(ids)) < 1 / 11] = E
-        ids.tofile(folder / name)
-    return folder
+    assert set(bounds[:-1].tolist()) == {*first_in_a_row.tolist(), *behind_an_end.tolist()}
 
 
 def test_batches_give_positions_only_when_asked(documents: Path) -> None:
     tokens = open_tokens(documents / "train.bin", 50257)
     plain, masked = (TrainBatches(tokens, BLOCK, 4, 1, mask).micro_batch(2, 0, 0, 1, 4) for mask in (False, True))
     assert plain.keys() == {"input_ids", "shift_labels"}
-    assert masked.keys() == {*plain, "position_ids"}
+    assert masked.keys() == {*plain, "position_ids", "cu_seq_lens"}
     assert all(torch.equal(masked[key], plain[key]) for key in plain)
     assert masked["position_ids"].tolist() == document_positions(plain["input_ids"].numpy()).tolist()
-    assert (masked["position_ids"] == 0).sum() > 4, "there are documents to keep apart"
+    assert torch.equal(masked["cu_seq_lens"], document_bounds(masked["position_ids"] == 0))
+    assert len(masked["cu_seq_lens"]) > 4 + 1, "there are documents to keep apart"
 
 
 def test_evaluation_pads_with_documents_that_nobody_sees(documents: Path) -> None:
@@ -95,9 +85,9 @@ def test_a_document_changes_no_loss_but_its_own(small_model: Path, documents: Pa
 
     positions = {"position_ids": batch["position_ids"]}
     before = token_losses(batch["input_ids"], **positions)
-    cu_seqlens, _ = document_bounds(batch["position_ids"])
+    bounds = batch["cu_seq_lens"].tolist()
     changed = 0
-    for start, end in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True):
+    for start, end in itertools.pairwise(bounds):
         others = batch["input_ids"].clone()
         own = torch.zeros(others.numel(), dtype=torch.bool)
         own[start:end] = True
@@ -137,8 +127,8 @@ def test_validation_is_of_single_documents(masked_run: Path, documents: Path) ->
     nll = 0.0
     for start in range(0, len(ids) - 1, BLOCK):
         window, labels = ids[start : start + BLOCK + 1][:-1], ids[start : start + BLOCK + 1][1:]
-        cu_seqlens, _ = document_bounds(torch.from_numpy(document_positions(window[None].numpy())))
-        lengths = cu_seqlens.diff().tolist()
+        bounds = document_bounds(torch.from_numpy(document_positions(window[None].numpy())) == 0)
+        lengths = bounds.diff().tolist()
         for text, following in zip(window.split(lengths), labels.split(lengths), strict=True):
             with torch.no_grad():
                 nll += F.cross_entropy(model(text[None]).logits[0], following, reduction="sum").item()
@@ -157,11 +147,35 @@ def test_a_resume_without_the_mask_is_refused(masked: list[str], masked_run: Pat
     assert losses(tmp_path / "baseline") == losses(masked_run)
 
 
-def test_a_kernel_that_would_let_documents_see_each_other_is_refused(flags: list[str], tmp_path: Path) -> None:
-    flash = ["--document_mask", "--attn_implementation=flash_attention_2", f"--checkpoint_path={tmp_path}"]
-    done = python("-m", "train", *flags, *flash, cwd=tmp_path, check=False)
-    assert done.returncode == 2
-    assert "--attn_implementation flash_attention_2: does not keep documents apart" in done.stderr
+@pytest.fixture(scope="module")
+def masked_in_bf16(masked: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("masked_in_bf16")
+    bf16 = ["--mixed_precision=bf16", "--attn_implementation=sdpa"]
+    python("-m", "train", *masked, *bf16, f"--checkpoint_path={folder}", cwd=folder)
+    return folder / "baseline"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stages", [1, 2])
+def test_flash_kernels_train_on_single_documents(
+    masked: list[str], masked_run: Path, masked_in_bf16: Path, tmp_path: Path, stages: int
+) -> None:
+    """auto takes the kernel, every call of it is told the bounds, and only the rounding of bf16 is different."""
+    flags = [*masked, "--mixed_precision=bf16", "--attn_implementation=auto", f"--checkpoint_path={tmp_path}"]
+    words = ["-m", "tests.flash_stubs", "flash_attention_2", *flags]
+    if stages == 1:
+        done = python(*words, cwd=tmp_path)
+    else:
+        pipeline = [f"--deepspeed_config={ROOT}/ds_configs/pipeline.json", f"--pipeline_stages={stages}"]
+        halves = ["--gradient_accumulation_steps=2", "--train_micro_batch_size_per_gpu=2"]
+        done = torchrun(*words, "--run_type=optimized", *pipeline, *halves, cwd=tmp_path)
+    assert "attention: flash_attention_2" in done.stdout + done.stderr
+    # 8 steps (of 2 micro-batches in a pipeline) and 2 validations of 8 batches (16), 2 layers (1 a stage).
+    assert done.stdout.count("flash_attention_2: 48 calls with bounds of documents") == stages
+    assert "no bounds" not in done.stdout
+    run = tmp_path / ("baseline" if stages == 1 else "optimized")
+    assert losses(run) == pytest.approx(losses(masked_in_bf16), abs=2e-3)
+    assert losses(run) == pytest.approx(losses(masked_run), abs=2e-2)
 
 
 @pytest.mark.slow
@@ -181,5 +195,5 @@ def test_a_kernel_that_would_let_documents_see_each_other_is_refused(flags: list
 def test_layouts_agree(masked: list[str], masked_run: Path, tmp_path: Path, own: list[str]) -> None:
     (tmp_path / "ds_configs").symlink_to(ROOT / "ds_configs")
     done = accelerate(*masked, *own, "--run_type=optimized", f"--checkpoint_path={tmp_path}", cwd=tmp_path)
-    assert "--document_mask's mask" in done.stdout + done.stderr
+    assert "attention: sdpa" in done.stdout + done.stderr
     check_parity(tmp_path / "optimized", masked_run)

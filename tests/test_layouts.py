@@ -7,7 +7,18 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from tests.conftest import LOSS_TOLERANCE, ROOT, accelerate, check_parity, command, free_port, losses, python, torchrun
+from tests.conftest import (
+    LOSS_TOLERANCE,
+    ROOT,
+    accelerate,
+    check_parity,
+    command,
+    engine_steps,
+    free_port,
+    losses,
+    python,
+    torchrun,
+)
 
 
 @pytest.fixture(scope="module")
@@ -172,3 +183,22 @@ def test_a_mistake_is_said_once_whatever_the_number_of_processes(two_processes: 
     done = accelerate(*two_processes, "--run_type=optimized", cwd=tmp_path, check=False)
     assert done.returncode != 0
     assert done.stderr.count("error: --run_type optimized: trains through DeepSpeed") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [[], ["--run_type=optimized", f"--deepspeed_config={ROOT}/ds_configs/zero1.json"]])
+def test_gradients_travel_once_a_step_whatever_is_accumulated(
+    flags: list[str], tmp_path: Path, more: list[str]
+) -> None:
+    counts = []
+    for accumulation in (1, 4):
+        split = [
+            f"--gradient_accumulation_steps={accumulation}",
+            "--train_micro_batch_size_per_gpu=1",
+            "--max_steps=3",
+        ]
+        said = engine_steps("counted", tmp_path / str(accumulation), *flags, *more, *split, "--mixed_precision=no")
+        last = said[0][-1]["operations"]
+        counts.append({name: count for name, count in last.items() if name.startswith("c10d::") and "reduce" in name})
+    assert counts[0]
+    assert counts[0] == counts[1]

@@ -8,9 +8,17 @@ from torch.utils.checkpoint import checkpoint
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from modeling_gpt2flash import causal_lm_loss
+from modeling_gpt2flash import loss as loss_module
 from tests.tiny_gpt2 import make_ours, tokens
 
 BATCH, LENGTH, WIDTH, WORDS = 3, 7, 8, 29
+
+
+@pytest.fixture(autouse=True, params=[1, 128], ids=["as it is", "padded"])
+def multiple(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Everything holds with the vocabulary as it is, as CPUs take it, and padded, as GPUs do."""
+    monkeypatch.setitem(loss_module.VOCABULARY_MULTIPLES, "cpu", request.param)
+    return request.param
 
 
 def make(dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -44,6 +52,24 @@ def test_value_and_gradients(chunk_size: int, num_items: int | None) -> None:
     expected = plain(hidden, weight, labels, num_items)
     torch.testing.assert_close(ours, expected)
     torch.testing.assert_close(grads(ours, hidden, weight), grads(expected, hidden, weight))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("words", [127, 128, 129, 300])
+def test_padding_is_nobodys_word(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, words: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    # Logits far below 0: the padding's zeros would be the likeliest words by far.
+    hidden = -torch.rand(1, 21, WIDTH, generator=generator).to(dtype).mul(8).requires_grad_()
+    weight = torch.rand(words, WIDTH, generator=generator).to(dtype).mul(8).requires_grad_()
+    labels = torch.randint(words, (1, 21), generator=generator)
+    found = {}
+    for multiple in (1, 128):
+        monkeypatch.setitem(loss_module.VOCABULARY_MULTIPLES, "cpu", multiple)
+        loss = causal_lm_loss(hidden, weight, labels, chunk_size=8)
+        found[multiple] = (loss, *grads(loss, hidden, weight))
+    assert found[128][2].shape == weight.shape
+    close = {"rtol": 1e-2, "atol": 1e-2} if dtype == torch.bfloat16 else {}
+    torch.testing.assert_close(found[128], found[1], **close)
 
 
 @pytest.mark.parametrize("chunk_size", [0, 5])
@@ -194,16 +220,16 @@ def test_large_logits_stay_finite(scale: float) -> None:
     assert all(gradient.isfinite().all() for gradient in grads(loss, hidden, weight))
 
 
-def test_the_logits_are_never_whole() -> None:
+def test_the_logits_are_never_whole(multiple: int) -> None:
     hidden, weight, labels = make()
-    largest = 0
+    largest, columns = 0, max(WORDS, multiple)
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             nonlocal largest
             result = func(*args, **(kwargs or {}))
-            if isinstance(result, Tensor) and result.shape[-1:] == (WORDS,):
-                largest = max(largest, result.numel() // WORDS)
+            if isinstance(result, Tensor) and result.shape[-1:] == (columns,):
+                largest = max(largest, result.numel() // columns)
             return result
 
     with Watch():

@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from modeling_gpt2flash import GPT2FlashConfig, GPT2FlashForCausalLM, GPT2FlashModel
 from tests.tiny_gpt2 import TINY, gradients, make_ours, make_pair, pad, tokens
+from train.recompute import recompute_blocks
 
 VARIANTS = {
     "plain": {},
@@ -276,14 +277,13 @@ def test_a_head_that_is_more_than_its_weight_is_asked() -> None:
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")
 def test_gradient_checkpointing_changes_no_gradient(reentrant: bool) -> None:
     ours, ids = make_ours().train(), tokens()
     ours(ids, labels=ids).loss.backward()
     expected = gradients(ours)
     calls = []
     ours.transformer.h[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
-    ours.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    recompute_blocks(ours, {"use_reentrant": reentrant})
     ours.zero_grad()
     ours(ids, labels=ids).loss.backward()
     assert len(calls) == 2  # once forward, once again on the way back

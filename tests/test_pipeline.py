@@ -11,6 +11,7 @@ from torch import nn
 from modeling_gpt2flash import GPT2FlashConfig, GPT2FlashForCausalLM
 from modeling_gpt2flash import pipeline as pp
 from tests.tiny_gpt2 import gradients, make_ours, tokens
+from train.recompute import checkpoint_arguments, recompute_blocks
 
 GPT2 = GPT2FlashConfig()
 
@@ -104,7 +105,7 @@ def test_the_tied_weights_gradient_is_the_sum_of_both_ends() -> None:
 
 def test_checkpointed_blocks_are_computed_twice_and_nothing_else() -> None:
     model = make_ours()
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    recompute_blocks(model, checkpoint_arguments("nothing"))
     model.train()
     calls = dict.fromkeys(["wte", "attn", "ln_f"], 0)
     for name, module in model.named_modules():

@@ -18,6 +18,7 @@ from tests.conftest import (
     accelerate,
     check_parity,
     command,
+    engine_steps,
     free_port,
     losses,
     python,
@@ -126,16 +127,6 @@ def test_activation_checkpointing_changes_nothing(
     launch = ["deepspeed", "--num_gpus", "2", "--master_port", free_port(), "--module", "train"]
     command(*launch, *flags, *layout(tmp_path, 2, 2), "--activation_checkpointing", cwd=tmp_path)
     assert losses(tmp_path / "optimized") == losses(two_stages[0])
-
-
-def engine_steps(scenario: str, folder: Path, *flags: object, processes: int = 2) -> list[list[dict[str, Any]]]:
-    """What each process says of each step of a scenario of `tests.engine_steps`; the weights are in the folder."""
-    words = ["-m", "tests.engine_steps", scenario, folder, *flags, f"--checkpoint_path={folder}"]
-    if processes > 1:
-        torchrun(*words, cwd=folder.parent, processes=processes)
-    else:
-        python(*words, cwd=folder.parent)
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(processes)]
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,9 @@
 A file that is still being prepared is read in another order, which needs no later tokens: train/follow.py.
 
 With `document_mask` a batch also has `position_ids`, (B, T) int64, which restart in each document (train/documents.py)
-and so keep attention inside it. The labels are the same: every token but the first is predicted, whatever the mask.
+and so keep attention inside it, and `cu_seq_lens`, (documents + 1,) int32, which says the same to flash kernels: found
+here, on the CPU and ahead of time, no device is waited for. The labels are the same: every token but the first is
+predicted, whatever the mask.
 """
 
 import math
@@ -25,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from modeling_gpt2flash.documents import document_bounds
 from train.documents import document_positions
 from train.errors import UserError
 from train.tokens import TokenFile
@@ -97,7 +100,7 @@ class TrainBatches:
     ) -> dict[str, torch.Tensor]:
         """`input_ids` and `shift_labels`, both (B, T) int64: shift_labels[b, t] is the token after input_ids[b, t].
 
-        With `document_mask`, `position_ids` too.
+        With `document_mask`, `position_ids` and `cu_seq_lens` too.
         """
         start = (micro_step * world_size + rank) * micro_batch_size
         assert start + micro_batch_size <= self.global_batch_size, "micro-step, rank and size exceed the global batch"
@@ -143,7 +146,7 @@ class EvalBatches:
     def micro_batch(self, step: int, rank: int, world_size: int, micro_batch_size: int) -> dict[str, torch.Tensor]:
         """`input_ids` and `shift_labels`, both (B, T) int64; labels are -100 beyond the end of the file.
 
-        With `document_mask`, `position_ids` too.
+        With `document_mask`, `position_ids` and `cu_seq_lens` too.
         """
         input_ids = np.full((micro_batch_size, self.block_size), self.tokens.ids[-1], dtype=np.int64)
         shift_labels = np.full((micro_batch_size, self.block_size), IGNORED_LABEL, dtype=np.int64)
@@ -157,7 +160,8 @@ class EvalBatches:
 
 
 def as_tensors(input_ids: np.ndarray, shift_labels: np.ndarray, document_mask: bool) -> dict[str, torch.Tensor]:
-    arrays = {"input_ids": input_ids, "shift_labels": shift_labels}
+    batch = {"input_ids": torch.from_numpy(input_ids), "shift_labels": torch.from_numpy(shift_labels)}
     if document_mask:
-        arrays["position_ids"] = document_positions(input_ids)
-    return {key: torch.from_numpy(array) for key, array in arrays.items()}
+        position_ids = torch.from_numpy(document_positions(input_ids))
+        batch |= {"position_ids": position_ids, "cu_seq_lens": document_bounds(position_ids == 0)}
+    return batch

@@ -26,6 +26,7 @@ from train.errors import UserError
 from train.follow import FollowingBatches, GrowingTokens
 from train.metrics import cpu_has_bf16
 from train.models import build_model, model_config
+from train.recompute import KERNELS_THAT_CAN_BE_KEPT
 from train.runlog import check_trackers
 from train.tokens import gpt2_encoding, open_tokens
 
@@ -121,6 +122,8 @@ def settle(config: RunConfig) -> Run:
         )
     sequences = micro_batch_size * accumulation * (world_size() // stages)
     attention = _settle_attention(config, shape)
+    if config.activation_checkpointing_keeps == "attention":
+        _check_attention_can_be_kept(config, attention[0])
     cut = _settle_partition(config, deepspeed, shape, block_size) if stages > 1 else None
     train = _settle_training_data(config, shape.vocab_size, block_size, sequences)
     val = None if _awaits_validation(config, train) else open_validation(config, shape.vocab_size, block_size)
@@ -206,16 +209,6 @@ def open_validation(config: RunConfig, vocab_size: int, block_size: int) -> Eval
 
 def _settle_attention(config: RunConfig, shape: GPT2FlashConfig) -> tuple[str, str]:
     assert config.attn_implementation is not None
-    if config.document_mask:
-        # Flash kernels would need the documents' bounds: from positions alone they tell documents apart in a batch of
-        # one only, and in larger ones let them see each other without a word.
-        if config.attn_implementation == "auto":
-            return "sdpa", "sdpa, PyTorch's own kernels: it takes --document_mask's mask, FlashAttention does not."
-        if "flash" in config.attn_implementation:
-            raise UserError(
-                f"--attn_implementation {config.attn_implementation}: does not keep documents apart, as "
-                "--document_mask asks; give sdpa or eager, or drop one of the flags"
-            )
     dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
     try:
         return choose_attention(
@@ -227,6 +220,22 @@ def _settle_attention(config: RunConfig, shape: GPT2FlashConfig) -> tuple[str, s
         )
     except ValueError as error:
         raise UserError(f"--attn_implementation {config.attn_implementation}: {error}") from None
+
+
+def _check_attention_can_be_kept(config: RunConfig, attention: str) -> None:
+    asked = "--activation_checkpointing_keeps attention"
+    if not config.activation_checkpointing:
+        raise UserError(f"{asked}: everything is kept as it is; give --activation_checkpointing, or drop the flag")
+    if attention not in KERNELS_THAT_CAN_BE_KEPT:
+        raise UserError(
+            f"{asked}: the output of {attention} attention cannot be told from others; give --attn_implementation "
+            f"{' or '.join(KERNELS_THAT_CAN_BE_KEPT)}"
+        )
+    if config.dropout > 0:
+        # A kernel that is not run again draws no random numbers again, and the dropouts behind it would draw its.
+        raise UserError(
+            f"{asked}: with --dropout {config.dropout} the rest would be recomputed with other dropouts; give 0"
+        )
 
 
 def _settle_partition(

@@ -1,7 +1,6 @@
 """Where documents begin in sequences that hold several: GPT-2's `<|endoftext|>` closes each, and belongs to it."""
 
 import numpy as np
-import torch
 
 from train.tokens import END_OF_TEXT
 
@@ -16,14 +15,3 @@ def document_positions(input_ids: np.ndarray) -> np.ndarray:
     starts = np.zeros(input_ids.shape, dtype=np.int64)
     starts[:, 1:] = np.where(input_ids[:, :-1] == END_OF_TEXT, columns[1:], 0)
     return columns - np.maximum.accumulate(starts, axis=1)
-
-
-def document_bounds(position_ids: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """(B, T) positions -> (cu_seqlens, longest), what kernels for sequences of many lengths ask for.
-
-    Of the rows laid end to end, document d is tokens cu_seqlens[d] ... cu_seqlens[d + 1] - 1; cu_seqlens is int32, on
-    the positions' device, and longest is the length of the longest document.
-    """
-    starts = (position_ids.flatten() == 0).nonzero().flatten()
-    bounds = torch.cat([starts, starts.new_tensor([position_ids.numel()])])
-    return bounds.int(), int(bounds.diff().max())

@@ -6,6 +6,7 @@ from contextlib import closing
 
 from train import checkpoint as checkpoints
 from train.build import Run, build
+from train.engines.accelerators import product_precision
 from train.engines.base import Engine
 from train.prefetch import Batch, read_ahead
 from train.runlog import RunLog
@@ -41,7 +42,7 @@ def train(run: Run) -> None:
     log.say(engine.layout)
     if run.partition is not None:
         log.say(f"{run.partition.table()}\nschedule {config.pipeline_schedule}")
-    log.say(f"attention: {run.attention[0]} ({run.attention[1]}); precision: {config.mixed_precision}")
+    log.say(f"attention: {run.attention[0]} ({run.attention[1]}); precision: {product_precision(config)}")
 
     def micro_batches(step: int) -> list[Batch]:
         return [

@@ -8,6 +8,7 @@ import torch
 from train import inference
 from train.batches import EvalBatches, describe
 from train.build import Run
+from train.engines.accelerators import product_precision
 from train.files import write_json
 from train.metrics import hardware, peak_flops, summarise, versions
 from train.tokens import VOCABULARY_SIZE
@@ -20,7 +21,7 @@ def write_summary(
 ) -> None:
     """Write metrics.json into the run folder, from its checkpoint. Main process only, with the engine closed."""
     config = run.config
-    precision = "bf16" if config.mixed_precision == "bf16" else "fp32"
+    precision = product_precision(config)
     folder = config.run_folder / f"step-{run.total_steps}"
     model = inference.load_model(folder, dtype="bfloat16" if precision == "bf16" else "float32")
     length = min(LATENCY_TOKENS, run.model_config.n_positions // 2)

@@ -11,18 +11,23 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from modeling_gpt2flash import GPT2FlashForCausalLM
+from modeling_gpt2flash.documents import kernel_arguments
 from train.batches import IGNORED_LABEL
 from train.engines.accelerators import launcher_asks
 from train.engines.base import Engine, StepResult
 from train.engines.layout import Place
+from train.recompute import checkpoint_arguments, recompute_blocks
 
 
 class AcceleratedEngine(Engine):
     def _take(self, model: GPT2FlashForCausalLM) -> nn.Module:
         if self.config.activation_checkpointing:
-            # transformers 5.23 calls it otherwise
-            enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-            enable({"use_reentrant": False})
+            recompute_blocks(model, checkpoint_arguments(self.config.activation_checkpointing_keeps))
+        if self.config.torch_compile and self.deepspeed and self.deepspeed["zero_optimization"].get("stage") == 3:
+            # ZeRO-3 would gather each layer's parameters inside the compiled blocks, and so cut them into pieces.
+            from deepspeed.utils import set_z3_leaf_modules
+
+            set_z3_leaf_modules(model, [type(model.transformer.h[0])])
         self.module = model
         return model
 
@@ -59,7 +64,7 @@ class AcceleratedEngine(Engine):
         losses, grad_norm = [], None
         for micro_batch in micro_batches:
             with self.accelerator.accumulate(self.model):
-                loss = self.model(**self._on_device(micro_batch), use_cache=False, skip_logits=True).loss
+                loss = self.model(**self._inputs(micro_batch), use_cache=False, skip_logits=True).loss
                 self.accelerator.backward(loss)
                 if self.accelerator.sync_gradients:
                     limit = self.config.max_grad_norm or float("inf")
@@ -75,9 +80,9 @@ class AcceleratedEngine(Engine):
     @torch.no_grad()
     def eval_step(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         self.model.eval()
-        batch = self._on_device(batch)
-        nll = self.model(**batch, use_cache=False, skip_logits=True, num_items_in_batch=1).loss
-        return torch.stack([nll.double(), (batch["shift_labels"] != IGNORED_LABEL).sum().double()])
+        inputs = self._inputs(batch)
+        nll = self.model(**inputs, use_cache=False, skip_logits=True, num_items_in_batch=1).loss
+        return torch.stack([nll.double(), (inputs["shift_labels"] != IGNORED_LABEL).sum().double()])
 
     def close(self) -> None:
         if isinstance(self.model, DistributedDataParallel):
@@ -87,8 +92,12 @@ class AcceleratedEngine(Engine):
             del self.model
         super().close()
 
-    def _on_device(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
+    def _inputs(self, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
+        """A batch as the model's arguments, on its way to the device."""
+        moved: dict[str, Any] = {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
+        if "cu_seq_lens" in moved:
+            moved |= kernel_arguments(moved.pop("cu_seq_lens"), batch["input_ids"].shape[1])
+        return moved
 
 
 def _zero(stage: int, offload: bool) -> str:

@@ -29,6 +29,21 @@ def device_type() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def product_precision(config: RunConfig) -> str:
+    """What matrix products run in: "bf16", "fp32", or "tf32", GPUs' products of fp32 numbers rounded to 10 bits.
+
+    The baseline's fp32 is fp32.
+    """
+    if config.mixed_precision == "bf16":
+        return "bf16"
+    return "tf32" if config.optimized and device_type() == "cuda" else "fp32"
+
+
+def set_product_precision(config: RunConfig) -> None:
+    """Here and nowhere else; mixed precision comes with the Accelerator. On a CPU fp32 stays what it is."""
+    torch.set_float32_matmul_precision("high" if config.optimized and device_type() == "cuda" else "highest")
+
+
 def plain_accelerator(config: RunConfig) -> Accelerator:
     """One process, DDP or, where the launcher asks for it, FSDP2."""
     if launcher_asks("ACCELERATE_USE_DEEPSPEED"):

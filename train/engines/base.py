@@ -17,7 +17,13 @@ from torch import nn
 from modeling_gpt2flash import GPT2FlashForCausalLM
 from train import failure
 from train.config import RunConfig
-from train.engines.accelerators import deepspeed_accelerator, device_type, plain_accelerator, world_size
+from train.engines.accelerators import (
+    deepspeed_accelerator,
+    device_type,
+    plain_accelerator,
+    set_product_precision,
+    world_size,
+)
 from train.engines.layout import Place, check_launch, check_places
 from train.engines.state import MOMENTS, create_moments, set_whole, torch_optimizer, whole
 from train.errors import UserError
@@ -40,6 +46,7 @@ class Engine(ABC):
         self.config = config
         self.deepspeed = deepspeed
         check_launch(world_size())
+        set_product_precision(config)
         self.accelerator = deepspeed_accelerator(config, deepspeed) if deepspeed else plain_accelerator(config)
         if self.world_size != world_size():
             raise UserError(
@@ -82,8 +89,7 @@ class Engine(ABC):
         """
         config = self.config
         if config.torch_compile:
-            for block in model.transformer.h:
-                block.compile()
+            compile_blocks(model)
         module = self._take(model)
         optimizer = build_optimizer(
             module,
@@ -186,6 +192,15 @@ class Engine(ABC):
             set_whole(self.optimizer, parameter, weights[name].to(self.device))
             for key in MOMENTS:
                 set_whole(self.optimizer, parameter, moments[f"{key}.{name}"].to(self.device), key)
+
+
+def compile_blocks(model: GPT2FlashForCausalLM, **how: Any) -> None:
+    """Compile each block by itself; `how` goes to `torch.compile`. They share one compilation, for they are alike."""
+    # Would cut a large block where one of DDP's buckets of gradients is full. Between blocks they go out as they are.
+    torch._dynamo.config.optimize_ddp = False
+    for block in model.transformer.h:
+        # Not `block.compile`, in which would be the hooks with which ZeRO-3 and FSDP2 gather its parameters.
+        block.forward = torch.compile(block.forward, **how)
 
 
 def _mix(seed: int, step: int, rank: int) -> int:

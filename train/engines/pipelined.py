@@ -26,6 +26,7 @@ from train.config import RunConfig
 from train.engines.base import Engine, StepResult
 from train.engines.layout import Place
 from train.engines.state import MOMENTS
+from train.recompute import checkpoint_arguments
 
 
 class PipelinedEngine(Engine):
@@ -65,10 +66,13 @@ class PipelinedEngine(Engine):
             for index in self.partition.layers(stage)
             if self._owner(stage) == self.pipeline_rank
         }
+        # Not DeepSpeed's own checkpoint function: it needs inputs with gradients, which tokens have not. The interval
+        # is in the JSON.
+        recompute = partial(checkpoint, **checkpoint_arguments(self.config.activation_checkpointing_keeps))
         # DeepSpeed prints random seeds that nothing here uses, and broadcasts the tied weight into autograd's sight.
         with contextlib.redirect_stdout(None), torch.no_grad():
             kind = _TwoStages if self.two_way else _Stage
-            stage = kind(layers, self.layers, self.partition.bounds, self.pipeline_size, self.tied)
+            stage = kind(layers, self.layers, self.partition.bounds, self.pipeline_size, self.tied, recompute)
         assert stage.stage_id == self.pipeline_rank
         own = set(stage.parameters())
         for parameter in model.parameters():
@@ -125,9 +129,9 @@ class PipelinedEngine(Engine):
     def _expect(self, batch: dict[str, torch.Tensor]) -> None:
         """Before micro-batches like `batch`: the stages tell each other what they pass once, and when it changes.
 
-        So all micro-batches of a step have the same keys and shapes, in every process.
+        So in all micro-batches of a step what passes has the same keys and shapes, in every process.
         """
-        passing = {key: value.shape for key, value in batch.items()}
+        passing = {key: value.shape for key, value in batch.items() if key in ("input_ids", "position_ids")}
         if passing != self.passing:
             self.model.reset_activation_shape()
             self.passing = passing
@@ -158,7 +162,13 @@ class _Stage(PipelineModule):
     """DeepSpeed's module of the layers of one pipeline rank; it holds no reference to the layers of others."""
 
     def __init__(
-        self, layers: list[nn.Module], own: Container[int], bounds: Sequence[int], size: int, tied: bool
+        self,
+        layers: list[nn.Module],
+        own: Container[int],
+        bounds: Sequence[int],
+        size: int,
+        tied: bool,
+        recompute: Callable,
     ) -> None:
         self.bounds = bounds
         specs = [_Built(layer if index in own else None) for index, layer in enumerate(layers)]
@@ -174,9 +184,6 @@ class _Stage(PipelineModule):
             assert isinstance(head, HeadLayer)
             return head.loss(hidden_states, shift_labels, num_items_in_batch=None if self.training else 1)
 
-        # Not DeepSpeed's own checkpoint function: it needs inputs with gradients, which tokens have not. The interval
-        # is in the JSON.
-        recompute = partial(checkpoint, use_reentrant=False)
         super().__init__(specs, num_stages=size, loss_fn=loss, activation_checkpoint_func=recompute)
         # DeepSpeed sums the squares of the gradient's norm over the pipeline ranks once for each parameter group: a
         # rank with fewer groups would leave the others waiting. Embeddings or head alone have no vectors, the final
