@@ -5,6 +5,10 @@ orthogonal, so that it moves all directions of a matrix alike, by five Newton-Sc
 step of m x n has a root mean square of 1/√max(m, n); times 0.2 · √max(m, n) (Moonlight, arXiv:2502.16982, section 2.2)
 it is 0.2, about AdamW's, so that one learning rate and one weight decay serve both. Neither knows a matrix from its
 transpose, and GPT-2's layout (in, out) needs nothing done.
+
+c_attn, in which queries, keys and values stand side by side, is made orthogonal as a whole, as PyTorch sees it. In
+thirds, as others have it, four layers of width 64 learned the same in 200 steps (validation 2.289 nats whole against
+2.293 in thirds, 2.200 against 2.195, 2.108 against 2.113 at rates of 4e-3, 8e-3, 1.6e-2).
 """
 
 from typing import Any
