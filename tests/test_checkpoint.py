@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from modeling_gpt2flash import GPT2FlashConfig, GPT2FlashForCausalLM
 from tests.conftest import SMALL, losses
 from train import checkpoint as checkpoints
-from train.engines.state import MOMENTS
 from train.errors import UserError
+from train.optim import moments_of
 
 
 @pytest.fixture(scope="module")
@@ -27,12 +27,14 @@ def model() -> GPT2FlashForCausalLM:
     return GPT2FlashForCausalLM(GPT2FlashConfig(**SMALL, vocab_size=50257))
 
 
-def save(folder: Path, model: GPT2FlashForCausalLM, step: int, keep: int | None = None) -> Path:
+def save(
+    folder: Path, model: GPT2FlashForCausalLM, step: int, keep: int | None = None, optimizer: str = "adamw"
+) -> Path:
     tensors = (
-        (name, {"weight": p.detach(), **{key: torch.full_like(p.detach(), step) for key in MOMENTS}})
+        (name, {"weight": p.detach(), **{key: torch.full_like(p, step) for key in moments_of(optimizer, name)}})
         for name, p in model.named_parameters()
     )
-    return checkpoints.save(folder, model.config, tensors, {"step": step}, keep)
+    return checkpoints.save(folder, model.config, tensors, {"step": step, "optimizer": optimizer}, keep)
 
 
 def test_save_find_read(tmp_path: Path, model: GPT2FlashForCausalLM) -> None:
@@ -46,6 +48,23 @@ def test_save_find_read(tmp_path: Path, model: GPT2FlashForCausalLM) -> None:
         assert torch.equal(moments[f"exp_avg.{name}"], torch.full_like(parameter, 3))
     assert checkpoints.find(str(tmp_path), Path("elsewhere")).step == 3
     assert checkpoints.find(str(tmp_path / "step-3"), Path("elsewhere")).step == 3
+
+
+def test_muon_keeps_one_moment_of_a_matrix(tmp_path: Path, model: GPT2FlashForCausalLM) -> None:
+    save(tmp_path, model, 3, optimizer="muon")
+    _, moments = checkpoints.read_tensors(checkpoints.find("latest", tmp_path), model)
+    kept = [moment for moment in moments if moment.endswith(("wte.weight", "h.0.mlp.c_fc.weight"))]
+    assert sorted(kept) == [
+        "exp_avg.transformer.wte.weight",
+        "exp_avg_sq.transformer.wte.weight",
+        "momentum_buffer.transformer.h.0.mlp.c_fc.weight",
+    ]
+
+
+def test_a_checkpoint_from_before_there_was_a_choice_is_adamws(tmp_path: Path, model: GPT2FlashForCausalLM) -> None:
+    state = save(tmp_path, model, 3) / "training_state.json"
+    state.write_text(json.dumps({"step": 3}))
+    assert checkpoints.find("latest", tmp_path).state["optimizer"] == "adamw"
 
 
 def test_only_the_newest_are_kept(tmp_path: Path, model: GPT2FlashForCausalLM) -> None:

@@ -77,6 +77,7 @@ def test_yaml_mistakes_name_key_value_and_remedy(tmp_path: Path, text: str, name
         ["--resume_from_checkpoint", "--overwrite"],
         ["--deepspeed_config", "ds_configs/zero2.json"],
         ["--run_type", "optimized", "--pipeline_stages", "0"],
+        ["--run_type", "optimized", "--optimizer", "muon"],
         ["--pipeline_stages", "2"],
         ["--activation_checkpointing", "-1"],
         ["--config", "missing.yaml"],

@@ -12,7 +12,7 @@ from tests.conftest import ROOT
 FLOORS = [
     "failure", "errors", "files", "tensor_file", "quiet", "sources", "text_files", "streams", "tokens", "splits",
     "encoders", "preparation", "verify_data", "workers", "documents", "batches", "follow", "prefetch", "schedule",
-    "optim", "recompute", "metrics", "evaluate_metrics", "config", "preprocess_data", "models",
+    "muon", "optim", "recompute", "metrics", "evaluate_metrics", "config", "preprocess_data", "models",
     "engines.deepspeed_json", "engines.rendezvous", "engines.accelerators", "engines.layout", "engines.state",
     "engines.base",
     "engines.accelerated", "engines.pipelined", "checkpoint", "runlog", "inference", "build", "validate", "summary",

@@ -24,7 +24,9 @@ def test_matrices_decay_and_vectors_do_not_and_ties_count_once() -> None:
 def test_fused_and_plain_take_the_same_step() -> None:
     plain, fused = small(), small()
     for model, flag in ((plain, False), (fused, True)):
-        optimizer = build_optimizer(model, learning_rate=1e-2, weight_decay=0.1, betas=(0.9, 0.95), fused=flag)
+        optimizer = build_optimizer(
+            model, "adamw", learning_rate=1e-2, weight_decay=0.1, betas=(0.9, 0.95), fused=flag
+        )
         generator = torch.Generator().manual_seed(1)
         for _ in range(3):
             for parameter in model.parameters():

@@ -12,6 +12,9 @@ from transformers import AutoTokenizer, GPT2LMHeadModel
 
 from modeling_gpt2flash import GPT2FlashForCausalLM
 from tests.conftest import ROOT, losses, python, records
+from train.build import settle
+from train.config import parse
+from train.errors import UserError
 
 
 def run(flags: list[str], folder: Path, *more: str, check: bool = True):
@@ -180,6 +183,12 @@ def test_a_checkpoint_of_another_run_is_refused(flags: list[str], finished: Path
     assert "seed 1337" in done.stderr
     assert "--model" in done.stderr
     assert not (tmp_path / "baseline").exists()
+
+
+def test_a_checkpoint_of_another_optimizer_is_refused(flags: list[str], finished: Path, tmp_path: Path) -> None:
+    there = [f"--resume_from_checkpoint={finished}/step-4", f"--checkpoint_path={tmp_path}"]
+    with pytest.raises(UserError, match=r"was trained with optimizer adamw, this run has muon.*--model"):
+        settle(parse([*flags, "--optimizer=muon", *there]))
 
 
 def write_tokens(path: Path, ids: list[int]) -> None:

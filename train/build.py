@@ -72,6 +72,7 @@ class Run:
             "document_mask": self.config.document_mask,
             "follow": self.config.follow,
             "sequences_per_step": self.train.global_batch_size,
+            "optimizer": self.config.optimizer,
             "total_steps": self.total_steps,
             "config": dataclasses.asdict(self.config),
         }

@@ -22,9 +22,9 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from modeling_gpt2flash import GPT2FlashConfig, GPT2FlashForCausalLM
-from train.engines.state import MOMENTS
 from train.errors import UserError
 from train.files import flush_to_disk, write_text
+from train.optim import moments_of
 from train.tensor_file import TensorFile
 from train.tokens import VOCABULARY_SIZE, gpt2_tokenizer
 
@@ -32,6 +32,8 @@ STATE = "training_state.json"
 WEIGHTS = "model.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 LATEST = "latest"
+# What a checkpoint from before there was the flag was trained with.
+BEFORE_THE_FLAG = {"follow": False, "document_mask": False, "optimizer": "adamw"}
 
 
 @dataclass(frozen=True)
@@ -55,8 +57,8 @@ def save(
 ) -> Path:
     """Write `step-N`, point `latest` and the run folder at it, drop all but the newest `keep`. Main process only.
 
-    `tensors` gives every parameter once as (name, {"weight", "exp_avg", "exp_avg_sq"}), fp32 on the CPU; each is
-    written before the next is asked for.
+    `tensors` gives every parameter once as (name, {"weight", and the moments that `state["optimizer"]` has of it}),
+    fp32 on the CPU; each is written before the next is asked for.
     """
     target = run_folder / f"step-{state['step']}"
     aside = run_folder / f".{target.name}.tmp"
@@ -93,11 +95,12 @@ def _write(
         gpt2_tokenizer(model_max_length=model_config.n_positions).save_pretrained(folder)
     model_files = sorted({WEIGHTS, *(path.name for path in folder.iterdir())})
     shapes = {name: parameter.shape for name, parameter in shell.named_parameters()}
-    moment_shapes = {f"{moment}.{name}": shape for name, shape in shapes.items() for moment in MOMENTS}
+    kept = {name: moments_of(state["optimizer"], name) for name in shapes}
+    moment_shapes = {f"{moment}.{name}": shape for name, shape in shapes.items() for moment in kept[name]}
     with TensorFile(folder / WEIGHTS, shapes) as weights, TensorFile(folder / OPTIMIZER, moment_shapes) as moments:
         for name, state_of in tensors:
             weights.write(name, state_of["weight"])
-            for moment in MOMENTS:
+            for moment in kept[name]:
                 moments.write(f"{moment}.{name}", state_of[moment])
     (folder / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
     for file in folder.iterdir():
@@ -152,15 +155,16 @@ def find(asked: str, run_folder: Path) -> Checkpoint:
         )
     try:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        return Checkpoint(folder, {**state, "step": int(state["step"])})
+        return Checkpoint(folder, {**BEFORE_THE_FLAG, **state, "step": int(state["step"])})
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder / STATE} is not a training state of this trainer: {error}") from None
 
 
 def check_same_run(checkpoint: Checkpoint, state: dict[str, Any]) -> None:
     """Refuse to go on with another model, data or batch: the loss curve would not be the uninterrupted run's."""
-    for key in ("model", "follow", "train_data", "seed", "block_size", "document_mask", "sequences_per_step"):
-        found = checkpoint.state.get(key, False)  # a checkpoint from before there was a flag is one without it
+    for key in ("model", "follow", "train_data", "seed", "block_size", "document_mask", "sequences_per_step",
+                "optimizer"):  # fmt: skip
+        found = checkpoint.state.get(key)
         if found != state[key]:
             raise UserError(
                 f"{checkpoint.folder}: was trained with {key} {found}, this run has {state[key]}; "
@@ -193,7 +197,8 @@ def read_tensors(checkpoint: Checkpoint, model: nn.Module) -> tuple[_Tensors, _T
     except (OSError, SafetensorError) as error:
         raise UserError(f"{checkpoint.folder}: damaged checkpoint: {error}") from None
     for name, _ in model.named_parameters():
-        for wanted, found in ((name, weights), *((f"{moment}.{name}", moments) for moment in MOMENTS)):
+        kept = [f"{moment}.{name}" for moment in moments_of(checkpoint.state["optimizer"], name)]
+        for wanted, found in ((name, weights), *((moment, moments) for moment in kept)):
             if wanted not in found:
                 raise UserError(f"{checkpoint.folder}: damaged checkpoint: {wanted} is missing")
     return weights, moments

@@ -57,13 +57,16 @@ class RunConfig:
     gradient_accumulation_steps: int | None = _flag(
         None, "micro-batches per optimizer step (default: the DeepSpeed JSON's number, else 1)"
     )
+    optimizer: Literal["adamw", "muon"] = _flag(
+        "adamw", "adamw, or muon: Muon for the blocks' matrices and AdamW for the rest (run type baseline)"
+    )
     learning_rate: float = _flag(6e-4, "peak learning rate")
     lr_schedule: Literal["cosine", "linear", "constant", "wsd"] = _flag(
         "cosine", "after a linear warm-up: cosine or linear decay, constant, or warm-up, stable, decay (last fifth)"
     )
     warmup_steps: int | None = _flag(None, "steps of linear warm-up (default: a twentieth of all, at most 2000)")
     min_learning_rate_ratio: float = _flag(0.1, "the learning rate at the end as a share of the peak")
-    weight_decay: float = _flag(0.1, "AdamW's weight decay on matrices and embeddings; none on biases and norms")
+    weight_decay: float = _flag(0.1, "decoupled weight decay of matrices and embeddings; none of biases and norms")
     adam_beta1: float = _flag(0.9, "AdamW's first moment decay")
     adam_beta2: float = _flag(0.95, "AdamW's second moment decay")
     max_grad_norm: float | None = _flag(
@@ -269,6 +272,13 @@ def check(config: RunConfig) -> None:
         refuse("resume_from_checkpoint", "is empty; name a step folder, or latest")
     if config.resume_from_checkpoint and config.overwrite:
         raise UserError("--resume_from_checkpoint and --overwrite contradict each other; give one of them")
+    if config.optimizer == "muon" and config.optimized:
+        refuse(
+            "optimizer",
+            "DeepSpeed flattens the matrices, and the Muon of its own scales and clips otherwise than PyTorch's, so "
+            "layouts would not compute the same; use --run_type baseline (one process, DDP or FSDP2), with the "
+            "optimizations as flags: --attn_implementation auto --loss_chunk_size 512 --mixed_precision auto",
+        )
     if config.run_type == "baseline":
         if config.deepspeed_config:
             refuse("deepspeed_config", "the baseline is plain PyTorch; drop the flag or use --run_type optimized")

@@ -1,7 +1,7 @@
 """What every engine is: the processes of a run, joined through Accelerate, and the surface that the loop sees.
 
-Weights and AdamW moments pass in and out whole, in fp32, under GPT-2's parameter names, so that what one layout saves
-any other layout loads.
+Weights and the optimizer's moments pass in and out whole, in fp32, under GPT-2's parameter names, so that what one
+layout saves any other layout loads.
 """
 
 from abc import ABC, abstractmethod
@@ -25,10 +25,10 @@ from train.engines.accelerators import (
     world_size,
 )
 from train.engines.layout import Place, check_launch, check_places
-from train.engines.state import MOMENTS, create_moments, set_whole, torch_optimizer, whole
+from train.engines.state import create_moments, set_whole, torch_optimizer, whole
 from train.errors import UserError
 from train.metrics import peak_memory
-from train.optim import build_optimizer
+from train.optim import build_optimizer, moments_of
 
 
 @dataclass(frozen=True)
@@ -93,13 +93,14 @@ class Engine(ABC):
         module = self._take(model)
         optimizer = build_optimizer(
             module,
+            config.optimizer,
             learning_rate=config.learning_rate,
             weight_decay=config.weight_decay,
             betas=(config.adam_beta1, config.adam_beta2),
             fused=config.optimized,
         )
         self.model, self.optimizer = self.accelerator.prepare(module, optimizer)
-        assert isinstance(torch_optimizer(self.optimizer), torch.optim.AdamW), "DeepSpeed has put in its own optimizer"
+        assert torch_optimizer(self.optimizer) is optimizer, "DeepSpeed has put in its own optimizer"
         create_moments(self.optimizer, config.optimized)
         asked = Place(
             failure.job()[0], gethostname(), device_type(), self._asked_wrapping(), self._asked_stage(), self.data_rank
@@ -167,7 +168,7 @@ class Engine(ABC):
         """The parameters that this process trains (or holds shards of), under GPT-2's names."""
 
     def tensors(self) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
-        """Every parameter of the model once, whole: (name, {"weight", "exp_avg", "exp_avg_sq"}), fp32 on the CPU.
+        """Every parameter of the model once, whole: (name, {"weight", and its `moments_of`}), fp32 on the CPU.
 
         On the main process; the others take part in the gathering, step by step, and get nothing.
         """
@@ -176,10 +177,10 @@ class Engine(ABC):
 
     def _whole_states(self) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
         for name, parameter in self.parameters():
-            yield name, self._whole_state(parameter)
+            yield name, self._whole_state(name, parameter)
 
-    def _whole_state(self, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
-        moments = {key: whole(self.optimizer, parameter, key) for key in MOMENTS}
+    def _whole_state(self, name: str, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
+        moments = {key: whole(self.optimizer, parameter, key) for key in moments_of(self.config.optimizer, name)}
         return {"weight": whole(self.optimizer, parameter), **moments}
 
     def load_state(
@@ -187,10 +188,11 @@ class Engine(ABC):
     ) -> None:
         """Put back what `tensors` gave after `updates` optimizer updates, exactly."""
         for state in torch_optimizer(self.optimizer).state.values():
-            state["step"].fill_(updates)
+            if "step" in state:
+                state["step"].fill_(updates)
         for name, parameter in self.parameters():
             set_whole(self.optimizer, parameter, weights[name].to(self.device))
-            for key in MOMENTS:
+            for key in moments_of(self.config.optimizer, name):
                 set_whole(self.optimizer, parameter, moments[f"{key}.{name}"].to(self.device), key)
 
 

@@ -26,7 +26,7 @@ UNCHECKED_BLOCKS = {  # DeepSpeed reads these key by key and does not see the ot
 }  # fmt: skip
 PIPELINE_KEYS = ("stages", "partition", "activation_checkpoint_interval")
 ELSEWHERE = {
-    "optimizer": "the optimizer is set by --learning_rate, --weight_decay, --adam_beta1 and --adam_beta2",
+    "optimizer": "the optimizer is set by --optimizer, --learning_rate, --weight_decay, --adam_beta1 and --adam_beta2",
     "scheduler": "the schedule is set by --learning_rate, --lr_schedule and --warmup_steps",
     "activation_checkpointing": "use --activation_checkpointing",
     "amp": "apex is not supported; use bf16",

@@ -25,7 +25,7 @@ from train.batches import IGNORED_LABEL
 from train.config import RunConfig
 from train.engines.base import Engine, StepResult
 from train.engines.layout import Place
-from train.engines.state import MOMENTS
+from train.optim import moments_of
 from train.recompute import checkpoint_arguments
 
 
@@ -141,9 +141,9 @@ class PipelinedEngine(Engine):
         for name, shape in self.shapes.items():
             # A tied weight is fetched from the first stage: its copies are equal.
             owner = self._owner(self.partition.stage_of(locate(name, self.n_layer)[0]))
-            state = self._whole_state(own[name]) if self.pipeline_rank == owner else {}
+            state = self._whole_state(name, own[name]) if self.pipeline_rank == owner else {}
             sender = owner * self.data_world_size
-            for key in ("weight", *MOMENTS):
+            for key in ("weight", *moments_of(self.config.optimizer, name)):
                 if self.is_main and sender != self.rank:
                     state[key] = torch.empty(shape, dtype=torch.float32, device=self.device)
                     dist.recv(state[key], sender)

@@ -1,11 +1,12 @@
-"""Weights and AdamW moments as they are checkpointed: whole, in fp32, out of an optimizer that may hold shards."""
+"""Weights and optimizer moments as they are checkpointed: whole, in fp32, out of an optimizer that may hold shards."""
 
 from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, as torch.optim names them
+from train.muon import MuonAndAdamW
+from train.optim import ADAMW_MOMENTS, MUON_MOMENTS
 
 
 def torch_optimizer(prepared: Any) -> torch.optim.Optimizer:
@@ -53,6 +54,10 @@ def create_moments(prepared: Any, optimized: bool) -> None:
     parameter group alone, which is all that exists when ZeRO-1 and 2 look for them within the first step.
     """
     optimizer, zero = torch_optimizer(prepared), prepared.optimizer
+    if isinstance(optimizer, MuonAndAdamW):
+        for parameter in optimizer.matrices:
+            optimizer.state[parameter] = {key: torch.zeros_like(parameter) for key in MUON_MOMENTS}
+        optimizer = optimizer.adamw
     if hasattr(zero, "fp32_partitioned_groups_flat"):  # ZeRO-3
         flat = zero.fp32_partitioned_groups_flat
     elif hasattr(zero, "single_partition_of_fp32_groups"):  # ZeRO-1 and 2
@@ -63,7 +68,7 @@ def create_moments(prepared: Any, optimized: bool) -> None:
         device = parameter.device if optimized else "cpu"  # where a fused or a plain AdamW counts
         optimizer.state[parameter] = {
             "step": torch.tensor(0.0, device=device),
-            **{key: torch.zeros_like(parameter) for key in MOMENTS},
+            **{key: torch.zeros_like(parameter) for key in ADAMW_MOMENTS},
         }
     if hasattr(zero, "single_partition_of_fp32_groups"):
         zero._lazy_init_hp_params_optimizer_state()
