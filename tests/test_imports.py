@@ -15,7 +15,8 @@ FLOORS = [
     "optim", "metrics", "evaluate_metrics", "config", "preprocess_data", "models", "engines.deepspeed_json",
     "engines.rendezvous", "engines.accelerators", "engines.layout", "engines.state", "engines.base",
     "engines.accelerated", "engines.pipelined", "checkpoint", "runlog", "inference", "build", "validate", "summary",
-    "loop", "__main__", "cpu_layers", "generate", "compare_runs", "compare_plots", "compare", "parity_oracle",
+    "loop", "__main__", "cpu_layers", "generate", "compare_runs", "compare_plots", "compare_windows",
+    "compare_figures", "compare_gate", "report_style", "report_svg", "report_html", "compare", "parity_oracle",
     "parity_check", "parity",
 ]  # fmt: skip
 # What comes after training never touches its live objects.
