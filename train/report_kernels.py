@@ -217,10 +217,8 @@ def rows_table(labels: Labels, kernels: Sequence[Kernels]) -> str:
         line = cell("th", named(key)) + time_cell(first)
         for other in others:
             saved = (first or 0.0) - (other or 0.0)
-            mood = "" if not saved else "good" if saved > 0 else "bad"
-            line += time_cell(other) + cell(
-                "td", ("+" if saved > 0 else "-" if saved < 0 else "") + milliseconds(abs(saved)), mood, exact=saved
-            )
+            sign, mood = ("+", "good") if saved > 0 else ("-", "bad") if saved < 0 else ("", "")
+            line += time_cell(other) + cell("td", sign + milliseconds(abs(saved)), mood, exact=saved)
         lines.append(f"<tr>{line}</tr>")
     title = "What changed most, in ms" if len(labels) > 1 else "What takes longest, in ms"
     return f"<h3>{title}</h3>{scrolling('figures', header, lines)}"
