@@ -11,57 +11,12 @@ import matplotlib.image
 import numpy as np
 import pytest
 
+from tests.finished_runs import write_run
 from train import compare, compare_plots, compare_runs
 from train.errors import UserError
-from train.metrics import summarise
 
 REPOSITORY = Path(__file__).parent.parent
 PNGS = ["peak_memory.png", "throughput.png", "time_per_epoch.png", "training_loss.png", "validation_loss.png"]
-
-
-def write_run(
-    folder: Path, step_time: float = 1.0, peak: int = 2**30, steps: int = 40, val_loss: float = 2.0, **changed: Any
-) -> Path:
-    """A finished run of `steps` steps of 1,000 tokens, as the training loop leaves it."""
-    records: list[dict[str, Any]] = []
-    for step in range(1, steps + 1):
-        record = {"step": step, "epoch": 0.1, "tokens": 1000 * step, "loss": 3.0 + 8.0 / step, "learning_rate": 1e-3}
-        record |= {"grad_norm": None, "tokens_per_second": 1000 / step_time, "step_time_seconds": step_time}
-        record["data_seconds"] = 0.01 * step_time
-        records.append(record)
-    for record in records[steps // 2 - 1 :: steps // 2]:
-        record |= {"val_loss": val_loss, "perplexity": math.exp(val_loss)}
-    arguments: dict[str, Any] = {
-        "run_type": folder.name,
-        "records": records,
-        "tokens_per_step": 1000,
-        "tokens_per_epoch": 100_000,
-        "block_size": 250,
-        "precision": "fp32",
-        "model": {"n_layer": 2, "n_head": 2, "n_embd": 8, "n_positions": 250, "vocab_size": 101},
-        "n_inner": None,
-        "parameters": 5000,
-        "world_size": 1,
-        "device_peak_flops": None,
-        "memory": {"peak_memory_bytes": peak, "peak_memory_kind": "rss", "peak_memory_reserved_bytes": None},
-        "attn_implementation": "sdpa",
-        "attn_reason": "no GPU here",
-        "data": {
-            "train": {"path": "train.bin", "tokens": 100_000, "sha256": "a" * 64},
-            "val": {"path": "val.bin", "tokens": 1000, "sha256": "b" * 64},
-        },
-        "sample": {"prompt": "Once", "text": "upon a time\n```\ncode"},
-        "config": {"seed": 1, "learning_rate": 1e-3},
-        "hardware": {"cpu": "Some CPU", "gpus": []},
-        "versions": {"torch": "2.13.0"},
-        "inference_latency_seconds": 0.05,
-        "inference_seconds_per_token": 0.01,
-    }
-    summary = summarise(**{**arguments, **changed})
-    folder.mkdir(parents=True)
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    (folder / "metrics.json").write_text(json.dumps(summary, allow_nan=False))
-    return folder
 
 
 @pytest.fixture
@@ -107,6 +62,11 @@ def test_changes_by_hand(two: list[Path], tmp_path: Path, capsys: pytest.Capture
     }
     assert rows[""] == ["baseline", "optimized", "change"]
     assert rows["Training throughput (tokens/s)"] == ["1,000", "2,000", "+100.0 % (2.00×)"]
+    assert rows["Training throughput in windows (tokens/s)"] == [
+        "1,000 (1,000 … 1,000)",
+        "2,000 (2,000 … 2,000)",
+        "+100.0 % (2.00×)",
+    ]
     assert rows["Step time, median (s)"] == ["1.000", "0.500", "-50.0 %"]
     assert rows["Time per epoch (s)"] == ["100.00", "50.00", "-50.0 %"]
     assert rows["Peak memory (GiB)"] == ["1.00", "0.25", "-75.0 % (0.25×)"]
@@ -132,7 +92,8 @@ def test_table_is_aligned(two: list[Path], tmp_path: Path, capsys: pytest.Captur
 def test_report_and_pictures(two: list[Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
     run(two, out)
-    assert sorted(path.name for path in out.iterdir()) == sorted([*PNGS, "comparison.json", "report.md"])
+    files = [*PNGS, "comparison.json", "report.html", "report.md"]
+    assert sorted(path.name for path in out.iterdir()) == sorted(files)
     text = (out / "report.md").read_text()
     assert text.splitlines()[2] == (
         "**optimized trains 2.00× as fast as baseline in 0.25× of the memory, validation loss +0.004.**"
@@ -154,7 +115,7 @@ def test_a_second_comparison_replaces_the_first(two: list[Path], tmp_path: Path)
     run(two, out)
     data = run(two[::-1], out)
     assert data["first"] == "optimized"
-    assert len(list(out.iterdir())) == 7
+    assert len(list(out.iterdir())) == 8
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -304,7 +265,8 @@ def test_runs_of_one_step_and_of_none_are_drawn(tmp_path: Path) -> None:
 def test_repeated_steps_of_a_resumed_run_count_once(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "a")
     with (folder / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps({"step": 40, "tokens": 40_000, "loss": 1.5, "tokens_per_second": 1.0}) + "\n")
+        again = {"step": 40, "tokens": 40_000, "loss": 1.5, "tokens_per_second": 1.0, "step_time_seconds": 1.0}
+        file.write(json.dumps(again) + "\n")
     steps = compare_runs.read_run(folder, "a").steps
     assert [record["step"] for record in steps] == list(range(1, 41))
     assert steps[-1]["loss"] == 1.5
@@ -354,7 +316,7 @@ def test_refused_broken_and_foreign_files(two: list[Path], tmp_path: Path) -> No
     assert refusal(two, out) == f'{steps}, line 41: not a step of a run (an object with a "step")'
     steps.write_text('{"step": 1, "tokens": 2}\n')
     assert refusal(two, out) == f'{steps}, line 1: "loss" is missing'
-    steps.write_text('\n{"step": 1, "tokens": 2, "loss": "low", "tokens_per_second": 1}\n')
+    steps.write_text('\n{"step": 1, "tokens": 2, "loss": "low", "tokens_per_second": 1, "step_time_seconds": 1}\n')
     assert refusal(two, out) == f"{steps}, line 2: \"loss\" is 'low', not a number"
     steps.write_bytes(b"\xff\xfe")
     assert refusal(two, out) == f"{steps} is not text: byte 0 is no UTF-8"
@@ -372,6 +334,10 @@ def test_refused_broken_and_foreign_files(two: list[Path], tmp_path: Path) -> No
     assert refusal(two, out) == f"{summary} lacks mfu, model: it is not a whole summary of a run"
     summary.write_text(json.dumps({**good, "val_loss": "low"}))
     assert refusal(two, out) == f"{summary}: \"val_loss\" is 'low', not a number or null"
+    summary.write_text(json.dumps({**good, "step_time_seconds": {"median": "low"}}))
+    assert refusal(two, out) == f"{summary}: \"step_time_seconds.median\" is 'low', not a number or null"
+    summary.write_text(json.dumps({**good, "sample": {"text": "half \ud800"}}))
+    assert refusal(two, out) == f"{summary} holds half a character (U+D800 alone)"
 
 
 def test_refused_out(two: list[Path], tmp_path: Path) -> None:

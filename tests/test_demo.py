@@ -13,7 +13,7 @@ from tests.conftest import ROOT, command
 def test_the_demo_ends_with_a_comparison_a_report_and_a_sample(tmp_path: Path) -> None:
     done = command("make", "demo", f"DEMO={tmp_path}/demo", cwd=ROOT, timeout=2300)
     assert "| Training throughput (tokens/s)" in done.stdout
-    assert f"Report: {tmp_path}/demo/report/report.md" in done.stdout
+    assert f"Report: {tmp_path}/demo/report/report.html" in done.stdout
     assert done.stdout.split("--prompt")[-1].count("\n") > 3, "the sample comes last"
     baseline, optimized = (
         json.loads((tmp_path / "demo" / "checkpoint" / kind / "metrics.json").read_text())

@@ -224,9 +224,11 @@ def test_a_mistake_ends_with_exit_code_2(finished: Path, tmp_path: Path) -> None
 
 
 def test_latency_has_both_parts(small_model: Path) -> None:
-    latency = measure_latency(load_model(small_model), torch.arange(8)[None], new_tokens=48)
-    assert latency.first_token > 0
-    assert latency.per_token > 0
+    latencies = measure_latency(load_model(small_model), torch.arange(8)[None], new_tokens=48)
+    assert (len(latencies.first_tokens), len(latencies.further_tokens)) == (3 + 20, 3 * 47)
+    assert min(latencies.first_tokens) <= latencies.median.first_token <= max(latencies.first_tokens)
+    assert min(latencies.further_tokens) <= latencies.median.per_token <= max(latencies.further_tokens)
+    assert min(latencies.first_tokens + latencies.further_tokens) > 0
 
 
 def test_speed_is_coherent(small_model: Path) -> None:

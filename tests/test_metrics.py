@@ -132,6 +132,11 @@ def test_data_share() -> None:
     assert summary([waits[0], record(2, 2.0, 1.0)])["data_share"] is None, "not measured is not zero"
 
 
+def test_latency_percentiles_by_hand() -> None:
+    assert metrics.latency_percentiles([float(value) for value in range(101)]) == {"p50": 50.0, "p95": 95.0}
+    assert metrics.latency_percentiles([0.25]) == {"p50": 0.25, "p95": 0.25}
+
+
 def test_perplexity_and_what_json_cannot_hold() -> None:
     assert metrics.perplexity(math.log(50257)) == pytest.approx(50257)
     assert metrics.perplexity(1000.0) == math.inf

@@ -47,6 +47,8 @@ def test_the_summary_sums_up_the_lines(finished: Path) -> None:
     for key in ("time_per_epoch_seconds", "tokens_per_second", "inference_latency_seconds",
                 "inference_tokens_per_second", "peak_memory_bytes"):  # fmt: skip
         assert summary[key] > 0
+    for percentiles in summary["inference_percentiles"].values():
+        assert 0 < percentiles["p50"] <= percentiles["p95"]
     assert summary["attn_implementation"] == "eager"
     assert summary["config"]["gradient_accumulation_steps"] == 1, "defaults are resolved"
     assert summary["sample"]["text"].startswith("def ")

@@ -20,9 +20,14 @@ NUMBERS = [
     *("train_loss", "val_loss", "perplexity", "inference_latency_seconds", "inference_tokens_per_second"),
     *("peak_memory_bytes", "peak_memory_reserved_bytes"),
 ]
+NESTED_NUMBERS = [
+    *("step_time_seconds.median", "step_time_seconds.p10", "step_time_seconds.p90"),
+    *("inference_percentiles.first_token.p50", "inference_percentiles.first_token.p95"),
+    *("inference_percentiles.per_token.p50", "inference_percentiles.per_token.p95"),
+]
 TEXTS = ["run_type", "precision", "attn_implementation", "attn_reason", "peak_memory_kind"]
 MAPPINGS = ["step_time_seconds", "data", "model", "config", "hardware", "versions"]
-STEP_NUMBERS = ["step", "tokens", "loss", "tokens_per_second"]
+STEP_NUMBERS = ["step", "tokens", "loss", "tokens_per_second", "step_time_seconds"]
 
 
 @dataclass(frozen=True)
@@ -36,10 +41,14 @@ class Run:
 
     def get(self, key: str) -> Any:
         """A value of the summary by its dotted path ("step_time_seconds.median"); None where it is not."""
-        value: Any = self.summary
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
-        return value
+        return look_up(self.summary, key)
+
+
+def look_up(summary: dict[str, Any], key: str) -> Any:
+    value: Any = summary
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
@@ -76,6 +85,7 @@ def read_run(folder: Path, label: str) -> Run:
         raise UserError(f"{folder} has {SUMMARY_FILE} but no {STEPS_FILE}: its curves are lost; train it again")
     summary = parse(read(summary_path), summary_path)
     check_summary(summary, summary_path)
+    check_text(summary, summary_path)
     # A run that was killed and resumed repeats the steps since its checkpoint: the later line is the one that counts.
     by_step = {record["step"]: record for record in read_steps(steps_path)}
     return Run(label, folder, summary, [by_step[step] for step in sorted(by_step)])
@@ -147,13 +157,21 @@ def check_summary(summary: Any, path: Path) -> None:
     if missing:
         raise UserError(f"{path} lacks {', '.join(missing)}: it is not a whole summary of a run")
     for keys, right, wanted in [
-        (NUMBERS, lambda value: value is None or is_number(value), "a number or null"),
+        ([*NUMBERS, *NESTED_NUMBERS], lambda value: value is None or is_number(value), "a number or null"),
         (TEXTS, lambda value: isinstance(value, str), "a string"),
         (MAPPINGS, lambda value: isinstance(value, dict), "an object"),
     ]:
         for key in keys:
-            if not right(summary[key]):
-                raise UserError(f'{path}: "{key}" is {summary[key]!r}, not {wanted}')
+            if not right(look_up(summary, key)):
+                raise UserError(f'{path}: "{key}" is {look_up(summary, key)!r}, not {wanted}')
+
+
+def check_text(summary: dict[str, Any], path: Path) -> None:
+    """Refuse half characters, which JSON can name (a lone "\\ud800") and no file can hold."""
+    try:
+        json.dumps(summary, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{path} holds half a character (U+{ord(error.object[error.start]):04X} alone)") from None
 
 
 def is_number(value: Any) -> bool:

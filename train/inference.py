@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -51,6 +52,15 @@ class Latency:
 
     first_token: float
     per_token: float
+
+
+@dataclass(frozen=True)
+class Latencies:
+    """Seconds of every first token and of every further one that was timed, and the medians of the rounds."""
+
+    first_tokens: list[float]
+    further_tokens: list[float]
+    median: Latency
 
 
 @dataclass(frozen=True)
@@ -189,11 +199,22 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     return tokenizer(prompt or tokenizer.eos_token).input_ids
 
 
-def measure_latency(model: Any, prompt_ids: torch.Tensor, new_tokens: int, rounds: int = 3) -> Latency:
-    """Greedy generation from `prompt_ids` (batch, length), medians of `rounds` after one that is not counted."""
+def measure_latency(
+    model: Any, prompt_ids: torch.Tensor, new_tokens: int, rounds: int = 3, first_tokens: int = 20
+) -> Latencies:
+    """Greedy generation from `prompt_ids` (batch, length), `rounds` times after one that is not counted.
+
+    The first token alone is timed `first_tokens` times more: of few values there is no 95th percentile.
+    """
     decoding = Decoding(new_tokens, temperature=0)
-    latencies = [timed(model, prompt_ids, decoding).latency for _ in range(1 + rounds)][1:]
-    return Latency(median(each.first_token for each in latencies), median(each.per_token for each in latencies))
+    runs = [timed(model, prompt_ids, decoding) for _ in range(1 + rounds)][1:]
+    alone = [timed(model, prompt_ids, Decoding(1, temperature=0)).times for _ in range(first_tokens)]
+    latencies = [run.latency for run in runs]
+    return Latencies(
+        first_tokens=[each.first_token for each in latencies] + [first - began for began, first in alone],
+        further_tokens=[after - before for run in runs for before, after in pairwise(run.times[1:])],
+        median=Latency(median(each.first_token for each in latencies), median(each.per_token for each in latencies)),
+    )
 
 
 def measure_speed(model: Any, prompt_ids: torch.Tensor, decoding: Decoding, rounds: int = 3) -> Speed:

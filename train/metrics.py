@@ -131,6 +131,12 @@ def step_time_percentiles(step_times: Sequence[float]) -> dict[str, float | None
     return {"median": median, "p10": p10, "p90": p90}
 
 
+def latency_percentiles(seconds: Sequence[float]) -> dict[str, float]:
+    """Median and 95th percentile in seconds of some latencies, interpolated linearly."""
+    p50, p95 = (float(value) for value in np.percentile(seconds, [50, 95]))
+    return {"p50": p50, "p95": p95}
+
+
 def data_share(data_times: Sequence[float], step_times: Sequence[float]) -> float | None:
     """Share of the time of the steps after the first that was spent waiting for data; None if no time was measured."""
     seconds = math.fsum(after_warmup(step_times))
@@ -291,6 +297,7 @@ def summarise(
     versions: Mapping[str, str],
     inference_latency_seconds: float | None = None,
     inference_seconds_per_token: float | None = None,
+    inference_percentiles: Mapping[str, Mapping[str, float]] | None = None,
 ) -> dict[str, Any]:
     """The content of `metrics.json`, from the lines of `metrics.jsonl` and from what only the running process knows.
 
@@ -303,6 +310,7 @@ def summarise(
     - training time is the sum of the step times: validation and checkpoints are not in it, every attempt of a run that
       was resumed is.
     - inference: one sequence at a time, the latency up to the first token, then the seconds of each further one.
+      Percentiles: "first_token" and "per_token", each with "p50" and "p95" in seconds over all that were timed.
     """
     times = [float(record["step_time_seconds"]) for record in records]
     waits = [number(record.get("data_seconds")) for record in records]  # a run begun by an older version has none
@@ -327,6 +335,7 @@ def summarise(
         "inference_latency_seconds": inference_latency_seconds,
         "inference_seconds_per_token": inference_seconds_per_token,
         "inference_tokens_per_second": 1 / inference_seconds_per_token if inference_seconds_per_token else None,
+        "inference_percentiles": inference_percentiles,
         "val_tokens": next((r["val_tokens"] for r in reversed(records) if r.get("val_tokens")), None),
         "peak_memory_bytes": memory["peak_memory_bytes"],
         "peak_memory_kind": memory["peak_memory_kind"],

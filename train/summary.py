@@ -10,7 +10,7 @@ from train.batches import EvalBatches, describe
 from train.build import Run
 from train.engines.accelerators import product_precision
 from train.files import write_json
-from train.metrics import hardware, peak_flops, summarise, versions
+from train.metrics import hardware, latency_percentiles, peak_flops, summarise, versions
 from train.tokens import VOCABULARY_SIZE
 
 LATENCY_TOKENS = 32  # generated per timing, after a prompt of as many
@@ -26,7 +26,7 @@ def write_summary(
     model = inference.load_model(folder, dtype="bfloat16" if precision == "bf16" else "float32")
     length = min(LATENCY_TOKENS, run.model_config.n_positions // 2)
     prompt_ids = torch.tensor((val or run.train).tokens.ids[None, :length].astype("int64"), device=model.device)
-    latency = inference.measure_latency(model, prompt_ids, length)
+    latencies = inference.measure_latency(model, prompt_ids, length)
     sample = None
     if config.max_new_tokens > 0 and run.model_config.vocab_size >= VOCABULARY_SIZE:
         tokenizer = inference.load_tokenizer(folder, model)
@@ -57,7 +57,11 @@ def write_summary(
         config=dataclasses.asdict(config),
         hardware=hardware(),
         versions=versions(),
-        inference_latency_seconds=latency.first_token,
-        inference_seconds_per_token=latency.per_token,
+        inference_latency_seconds=latencies.median.first_token,
+        inference_seconds_per_token=latencies.median.per_token,
+        inference_percentiles={
+            "first_token": latency_percentiles(latencies.first_tokens),
+            "per_token": latency_percentiles(latencies.further_tokens),
+        },
     )
     write_json(config.run_folder / "metrics.json", summary)

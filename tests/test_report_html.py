@@ -1,0 +1,230 @@
+# ruff: noqa: RUF001 (the multiplication sign is what the page writes)
+import json
+import math
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.finished_runs import write_run
+from tests.html_page import Page
+from train import compare, compare_figures, report_svg
+from train.compare_runs import read_runs
+from train.report_html import POLICY
+
+HOSTILE = "</pre></script><script>alert(1)</script><img src=x onerror=alert(2)>&lt;\"'\x00\x1b[31m\u2028"
+BROWSERS = [found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))]
+
+
+@pytest.fixture(autouse=True)
+def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The PNG plots take most of a comparison's second, and are not in the page."""
+    monkeypatch.setattr(compare, "draw", lambda runs: {})
+
+
+@pytest.fixture
+def three(tmp_path: Path) -> list[Path]:
+    return [
+        write_run(tmp_path / "baseline", wobble=0.02),
+        write_run(tmp_path / "optimized", step_time=0.5, peak=2**28, val_loss=2.004, wobble=0.3),
+        write_run(tmp_path / "other", step_time=0.25, config={"seed": 2, "learning_rate": 1e-3, "zero": 3}),
+    ]
+
+
+def report(folders: list[Path], out: Path, *flags: str) -> str:
+    compare.main([*map(str, folders), "--out", str(out), *flags])
+    return (out / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_page_stands_alone(three: list[Path], tmp_path: Path) -> None:
+    source = report(three, tmp_path / "out")
+    page = Page(source)
+    assert source.startswith("<!doctype html>")
+    assert "://" not in source, "an address"
+    assert not re.search(r"url\(|@import|@font-face", page.text("style"))
+    for tag, attributes in page.elements:
+        assert tag not in {"link", "img", "iframe", "object", "embed", "image", "use", "base", "form", "a"}
+        assert not {name for name in attributes if name.startswith("on") or name in {"src", "href", "style"}}
+    assert [found for tag, found in page.elements if tag == "script"] == [
+        {"type": "application/json", "id": "comparison"}
+    ]
+    assert "prefers-color-scheme: dark" in page.text("style")
+    assert page.count("meta", name="viewport") == 1
+
+
+def test_it_says_what_the_markdown_and_the_json_say(three: list[Path], tmp_path: Path) -> None:
+    page = Page(report(three, tmp_path / "out"))
+    data = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert json.loads(page.text("script")) == data
+    assert page.texts["p"][:2] == [data["warnings"][0], data["verdict"]]
+    for line in data["warnings"]:
+        assert line in page.text("main")
+    cells = set(page.texts["td"]) | set(page.texts["th"])
+    exact = {float(found["value"] or "") for tag, found in page.elements if tag == "data" and not is_text(found)}
+    for row in compare_figures.figure_rows(read_runs(three)):
+        assert {row.title, *row.cells, *filter(None, row.changes)} <= cells
+        assert {value for value in row.values if isinstance(value, float)} <= exact
+    for spread in (spread for of_run in data["windows"].values() for spread in of_run.values()):
+        assert spread["median"] in exact
+    for part in ("config", "model", "data", "hardware", "versions"):
+        for entry in data["runs"]:
+            for key, value in compare_figures.flatten(entry["summary"][part]).items():
+                assert key in cells
+                assert str(value) in cells or value is None
+
+
+def is_text(attributes: dict[str, str | None]) -> bool:
+    try:
+        float(attributes["value"] or "")
+    except ValueError:
+        return True
+    return False
+
+
+def test_differences_are_marked(three: list[Path], tmp_path: Path) -> None:
+    source = report(three, tmp_path / "out")
+    marked = re.findall(r'<tr class="differs"><th>([^<]*)</th>', source)
+    # Each stands among what differs and again in the whole table.
+    assert sorted(marked) == sorted(["seed", "seed", "zero", "zero"])
+    assert source.count('<tr class=""><th>learning_rate</th>') == 1
+    assert Page(source).texts["summary"] == [
+        "All 3 settings", "All the same: 5 entries", "All the same: 6 entries", "All the same: 2 entries",
+        "All the same: 1 entries",
+    ]  # fmt: skip
+
+
+def test_the_tiles_answer_for_every_run(three: list[Path], tmp_path: Path) -> None:
+    page = Page(report(three, tmp_path / "out"))
+    assert page.texts["strong"][:8] == ["1.42×", "0.25×", "+0.004", "Yes", "4.12×", "1.00×", "+0.000", "No"]
+    assert "other seed" in page.texts["small"]
+    assert page.count("strong", class_="good") == 2 + 1
+    assert page.count("strong", class_="bad") == 1
+
+
+def test_curves_and_rows(three: list[Path], tmp_path: Path) -> None:
+    page = Page(report(three, tmp_path / "out"))
+    assert [title for title in page.texts["h3"] if " against " not in title][:7] == [
+        "Training loss over tokens", "Training loss over time", "Validation loss", "Throughput",
+        "Throughput in windows", "Peak memory", "Time per epoch",
+    ]  # fmt: skip
+    pictures = [found["aria-label"] for tag, found in page.elements if tag == "svg" and "aria-label" in found]
+    assert pictures == ["Training loss over tokens", "Training loss over time", "Validation loss", "Throughput"]
+    for run in range(3):
+        assert page.count("path", class_=f"line run{run}") == 4 + 4, "a curve and its key in the legend"
+        assert page.count("circle", class_=f"dot run{run}") == 2, "validations"
+        assert page.count("circle", class_=f"dot see-through run{run}") == 10, "windows"
+        assert page.count("rect", class_=f"bar run{run}") == 2
+    assert "nan" not in " ".join(found.get("d") or "" for _, found in page.elements)
+
+
+def test_everything_from_a_run_folder_is_text(tmp_path: Path) -> None:
+    hostile: dict[str, Any] = {
+        "config": {HOSTILE: HOSTILE, "list": [HOSTILE], "deep": {HOSTILE: 1}},
+        "sample": {"prompt": HOSTILE, "text": HOSTILE},
+        "attn_reason": HOSTILE,
+        "attn_implementation": HOSTILE,
+        "precision": HOSTILE,
+        "hardware": {"cpu": HOSTILE},
+        "versions": {"torch": HOSTILE},
+        "data": {"train": {"path": HOSTILE}, "val": {"path": HOSTILE}},
+        "run_type": HOSTILE,
+        "memory": {"peak_memory_bytes": 1, "peak_memory_kind": HOSTILE, "peak_memory_reserved_bytes": None},
+    }
+    folders = [write_run(tmp_path / "a"), write_run(tmp_path / "<img src=x onerror=alert(3)>\"&'", **hostile)]
+    source = report(folders, tmp_path / "out")
+    page = Page(source)
+    assert page.count("script") == 1
+    assert page.count("img") == 0
+    assert not [name for _, found in page.elements for name in found if name.startswith("on")]
+    assert page.text("pre").endswith(HOSTILE.replace("\x00", "\ufffd").replace("\x1b", "\ufffd"))
+    assert json.loads(page.text("script")) == json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert "\x00" not in source
+    assert "\x1b" not in source
+
+
+def test_two_runs_have_no_headings_between_the_tiles_and_a_gate_is_shown(three: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="1"):
+        compare.main([*map(str, three[:2]), "--out", str(tmp_path), "--gate", "val_loss<=+1,tokens_per_second>=9x"])
+    page = Page((tmp_path / "report.html").read_text())
+    assert "optimized against baseline" not in page.texts["h3"]
+    assert page.count("li", class_="good") == 1
+    assert page.count("li", class_="bad") == 1
+    assert "gate MISSED: tokens_per_second>=9x" in page.text("li")
+
+
+def test_runs_of_nothing_and_of_what_is_no_number(tmp_path: Path) -> None:
+    none = write_run(tmp_path / "none", steps=2)
+    summary = json.loads((none / "metrics.json").read_text())
+    nothing = dict.fromkeys(["tokens_per_second", "time_per_epoch_seconds", "val_loss", "train_loss", "sample"])
+    (none / "metrics.json").write_text(json.dumps({**summary, **nothing, "steps": 0}))
+    (none / "metrics.jsonl").write_text("")
+    diverged = write_run(tmp_path / "diverged", steps=2)
+    record = {"step": 1, "tokens": None, "loss": None, "tokens_per_second": None, "step_time_seconds": None}
+    (diverged / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    page = Page(report([none, diverged], tmp_path / "out"))
+    assert "nothing was measured" in page.text("text")
+    assert "not measured" in page.text("strong")
+    assert "No sample was taken." in page.text("p")
+    one = write_run(tmp_path / "one", steps=2)
+    assert "too short to be cut into windows" in Page(report([one, none], tmp_path / "out")).text("small")
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (0.0, 100.0, [0, 20, 40, 60, 80, 100]),
+        (0.0, 1.0, [0, 0.2, 0.4, 0.6, 0.8, 1.0]),
+        (3.6, 4.9, [4.0, 4.5]),
+        (0.0, 166_400.0, [0, 50_000, 100_000, 150_000]),
+        (2.0, 2.0, [2.0]),
+        (-1e-3, 1e-3, [-1e-3, -5e-4, 0, 5e-4, 1e-3]),
+    ],
+)
+def test_ticks_are_round(low: float, high: float, expected: list[float]) -> None:
+    got = report_svg.ticks(low, high, most=6)
+    assert len(got) <= 6
+    assert got == pytest.approx(expected)
+
+
+def test_long_curves_are_thinned_and_keep_their_peaks() -> None:
+    x = np.arange(100_000.0)
+    y = np.sin(x)
+    y[77_777] = 50.0
+    y[20_000:21_000] = math.nan
+    few_x, few_y = report_svg.thinned(x, y)
+    assert len(few_x) == len(few_y) <= report_svg.MOST_POINTS
+    assert few_y[few_x == 77_777] == 50.0
+    assert np.isnan(few_y).any()
+    assert (np.diff(few_x) > 0).all()
+
+
+def test_a_point_that_is_no_number_breaks_a_path() -> None:
+    assert report_svg.path(np.array([0.0, 1, 2, 3]), np.array([1.0, 2, math.nan, 4])) == "M0.0 1.0L1.0 2.0M3.0 4.0"
+
+
+@pytest.mark.skipif(not BROWSERS, reason="no Chromium on this machine")
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_browser_lays_it_out_within_the_screen(three: list[Path], tmp_path: Path, width: int) -> None:
+    source = report(three, tmp_path / "out")
+    # The page forbids scripts and frames; the copy that measures itself allows its own. A window of Chromium has at
+    # least 500 pixels, so the phone is a frame in it.
+    root = "document.documentElement"
+    measure = f"<script>parent.postMessage({root}.scrollWidth - {root}.clientWidth, '*')</script></body>"
+    copy = source.replace(POLICY, "style-src 'unsafe-inline'; script-src 'unsafe-inline'").replace("</body>", measure)
+    (tmp_path / "page.html").write_text(copy)
+    (tmp_path / "frame.html").write_text(
+        "<title></title><script>onmessage = (event) => { document.title = event.data }</script>"
+        f'<iframe src="page.html" style="border: 0; width: {width}px; height: 800px"></iframe>'
+    )
+    words = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/browser", "--dump-dom"]
+    done = subprocess.run(
+        [BROWSERS[0], *words, "--virtual-time-budget=2000", (tmp_path / "frame.html").as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert "<title>0</title>" in done.stdout, done.stderr
