@@ -166,7 +166,10 @@ def test_flash_kernels_train_on_single_documents(
     if stages == 1:
         done = python(*words, cwd=tmp_path)
     else:
-        pipeline = [f"--deepspeed_config={ROOT}/ds_configs/pipeline.json", f"--pipeline_stages={stages}"]
+        settings = json.loads((ROOT / "ds_configs" / "pipeline.json").read_text())
+        settings["pipeline"] |= {"partition": [2, 3]}
+        (tmp_path / "ds.json").write_text(json.dumps(settings))
+        pipeline = [f"--deepspeed_config={tmp_path}/ds.json", f"--pipeline_stages={stages}"]
         halves = ["--gradient_accumulation_steps=2", "--train_micro_batch_size_per_gpu=2"]
         done = torchrun(*words, "--run_type=optimized", *pipeline, *halves, cwd=tmp_path)
     assert "attention: flash_attention_2" in done.stdout + done.stderr
