@@ -20,7 +20,15 @@ from train.compare import markdown_table
 from train.errors import run_command
 from train.quiet import quiet_libraries
 
-PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::linear", "mkl::_mkl_linear", "mkldnn::_linear_pointwise")
+PRODUCTS = (
+    "aten::mm",
+    "aten::addmm",
+    "aten::addmm_",
+    "aten::bmm",
+    "aten::linear",
+    "mkl::_mkl_linear",
+    "mkldnn::_linear_pointwise",
+)
 
 
 def label(event: Any) -> str:
