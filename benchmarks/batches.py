@@ -28,6 +28,7 @@ from unittest.mock import patch
 
 import numpy as np
 
+from benchmarks import commands
 from train.batches import TrainBatches
 from train.tokens import END_OF_TEXT, TokenFile, open_tokens
 
@@ -88,10 +89,8 @@ def trained(path: Path, model: str, block_size: int, sequences: int, steps: int)
     """Median step, median and share of its wait for data, of a run of `python -m train` on the file, begun cold."""
     drop_from_memory(path)
     with tempfile.TemporaryDirectory() as folder:
-        flags = [f"--model={model}", f"--block_size={block_size}", f"--train_micro_batch_size_per_gpu={sequences}",
-                 f"--max_steps={steps}", "--loss_chunk_size=512", "--attn_implementation=sdpa", "--report_to=none",
-                 f"--train_data_path={path}", f"--val_data_path={path}", "--eval_steps=1", "--max_new_tokens=0",
-                 f"--checkpoint_path={folder}"]  # fmt: skip
+        flags = commands.flags(path, model, block_size, steps, "no")
+        flags += [f"--train_micro_batch_size_per_gpu={sequences}", f"--checkpoint_path={folder}"]
         done = subprocess.run([sys.executable, "-m", "train", *flags], capture_output=True, text=True)
         if done.returncode:
             sys.exit(done.stderr)

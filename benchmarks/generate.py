@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from benchmarks.rounds import machine, speed_up, spread
 from modeling_gpt2flash import GPT2FlashConfig, GPT2FlashForCausalLM
 from train.cpu_layers import laid_out, quantized
 from train.inference import Decoding, timed
-from train.metrics import hardware, versions
 from train.models import SIZES
 from train.quiet import quiet_libraries
 
@@ -99,12 +99,7 @@ def main() -> None:
     args = parser.parse_args()
     quiet_libraries()
     torch.set_num_threads(args.threads)
-    machine, libraries = hardware(), versions()
-    print(
-        f"{args.size}, {args.prompt_tokens} tokens of prompt, {args.new_tokens} new; {machine['cpu']}, {args.threads} "
-        f"threads of {machine['cpu_usable_cores']} cores, {machine['cpu_capability']}; torch {libraries['torch']}, "
-        f"transformers {libraries['transformers']}"
-    )
+    print(f"{args.size}, {args.prompt_tokens} tokens of prompt, {args.new_tokens} new; {machine('cpu')}")
     rows = []
     for batch_size in args.batch_sizes:
         print(f"\nbatch {batch_size}")
@@ -128,14 +123,8 @@ def main() -> None:
 def table_row(name: str, batch_size: int, new_tokens: int, base: list[Round], own: list[Round]) -> str:
     """Medians of the rounds, their range, and the speed-up over `base`."""
     speeds = [batch_size * new_tokens / each.wall for each in own]
-    ratios = [theirs.wall / ours.wall for theirs, ours in zip(base, own, strict=True)]
-    quickest = min(each.wall for each in base) / min(each.wall for each in own)
-    cpu = min(each.cpu for each in base) / min(each.cpu for each in own)
-    return (
-        f"| {name} | {batch_size} | {1e3 * statistics.median(each.first_token for each in own):.0f} "
-        f"| {statistics.median(speeds):.1f} ({min(speeds):.1f} to {max(speeds):.1f}) "
-        f"| {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) | {quickest:.2f} | {cpu:.2f} |"
-    )
+    first_token = 1e3 * statistics.median(each.first_token for each in own)
+    return f"| {name} | {batch_size} | {first_token:.0f} | {' | '.join([spread(speeds, 1), *speed_up(base, own)])} |"
 
 
 if __name__ == "__main__":

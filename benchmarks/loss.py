@@ -7,16 +7,17 @@ by round. Each side runs once before it is timed, and its loss is held against a
 """
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.rounds import alternate, machine, speed_up, spread
 from modeling_gpt2flash.loss import causal_lm_loss
+from train.compare import markdown_table
 
 VOCABULARY = 50257
 Side = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -57,32 +58,22 @@ def main() -> None:
     targets = torch.randint(VOCABULARY, (args.rows,), device=args.device)
     reference = F.cross_entropy(rows.detach().double() @ weight.detach().double().T, targets).item()
 
-    def seconds(side: Side) -> float:
+    def once(side: Side) -> None:
         rows.grad = weight.grad = None
-        began = time.perf_counter()
         side(rows, weight, targets).backward()
-        if rows.is_cuda:
-            torch.cuda.synchronize()
-        return time.perf_counter() - began
 
     errors = {name: side(rows, weight, targets).item() - reference for name, side in sides.items()}
-    for side in sides.values():
-        seconds(side)
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(args.rounds):
-        for name, side in sides.items():
-            times[name].append(seconds(side))
+    timed = {name: partial(once, side) for name, side in sides.items()}
+    alternate(timed, rounds=1)
+    taken = alternate(timed, args.rounds)
 
-    where = torch.cuda.get_device_name() if args.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(f"{args.rows} rows, width {args.width}, {args.dtype}; {where}, torch {torch.__version__}\n")
-    print("\n| loss, forward and backward | median (s) | min to max (s) | speed-up | error of the loss |")
-    print("| --- | ---: | ---: | ---: | ---: |")
-    for name, taken in times.items():
-        ratio = statistics.median(a / b for a, b in zip(times["full logits"], taken, strict=True))
-        print(
-            f"| {name} | {statistics.median(taken):.3f} | {min(taken):.3f} to {max(taken):.3f} | {ratio:.2f} "
-            f"| {errors[name]:+.1e} |"
-        )
+    print(f"{args.rows} rows, width {args.width}, {args.dtype}; {machine(args.device)}\n")
+    cells = [
+        [name, spread([each.wall for each in own], 3), *speed_up(taken["full logits"], own), f"{errors[name]:+.1e}"]
+        for name, own in taken.items()
+    ]
+    header = ["loss, forward and backward", "seconds", "speed-up", "of the quickest", "in CPU seconds", "error"]
+    print(markdown_table(header, cells))
 
 
 if __name__ == "__main__":

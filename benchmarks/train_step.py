@@ -1,0 +1,90 @@
+"""A whole training step: ours against stock `GPT2LMHeadModel` and, where there is a checkout, nanoGPT.
+
+    python -m benchmarks.train_step --batch 4 --nanogpt ~/nanoGPT --memory
+    python -m benchmarks.train_step --dtype bfloat16 --sides hf-sdpa:float32 optimized nanogpt-compiled
+
+`benchmarks/sides.py` says what the sides are. All have to have the same losses in their first steps before anything is
+timed. Then they alternate within each round; the speed-up over the first side is taken round by round, and beside it
+that of the quickest rounds and that in CPU seconds, which other work on the machine disturbs less. On a GPU whose peak
+is known, MFU is the share of it that the model's arithmetic reaches. `--memory` adds the peak of each side, which
+takes one step in a process of its own.
+"""
+
+import argparse
+import statistics
+from collections.abc import Sequence
+from functools import partial
+
+import psutil
+import torch
+
+from benchmarks import memory, sides
+from benchmarks.rounds import Round, alternate, machine, speed_up, spread
+from benchmarks.sides import VOCABULARY, Case
+from train.compare import markdown_table
+from train.errors import UserError, run_command
+from train.metrics import flops_per_token, model_flops_utilisation, peak_flops
+from train.quiet import quiet_libraries
+
+DEFAULT_SIDES = ("baseline", "optimized", "hf-eager", "hf-sdpa", "hf-compiled")
+NANOGPT_SIDES = ("nanogpt", "nanogpt-compiled")
+PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}
+
+
+def utilisation(name: str, case: Case, tokens_per_second: float) -> float | None:
+    """MFU of a side; None on a CPU or an unknown GPU."""
+    if not case.device.startswith("cuda"):
+        return None
+    shape = case.shape
+    flops = flops_per_token(shape["n_layer"], shape["n_embd"], None, VOCABULARY, case.block)
+    peak = peak_flops(torch.cuda.get_device_name(case.device), PRECISIONS[name.partition(":")[2]])
+    return model_flops_utilisation(tokens_per_second, flops, peak, devices=1)
+
+
+def row(name: str, case: Case, base: Sequence[Round], own: Sequence[Round]) -> list[str]:
+    """Step time, tokens a second, speed-up over `base`, MFU."""
+    walls = [each.wall for each in own]
+    rate = case.batch * case.block / statistics.median(walls)
+    mfu = utilisation(name, case, rate)
+    return [name, spread(walls, 3), f"{rate:,.0f}", *speed_up(base, own), "" if mfu is None else f"{mfu:.1%}"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--sides",
+        nargs="+",
+        help=f"each against the first (default: {' '.join(DEFAULT_SIDES)}, with --nanogpt {' '.join(NANOGPT_SIDES)})",
+    )
+    parser.add_argument("--block", type=int, default=1024)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--memory", action="store_true", help="measure peak memory as well")
+    sides.add_case_arguments(parser)
+    args = parser.parse_args()
+    for name in ("block", "batch", "rounds", "threads"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
+    quiet_libraries()
+    torch.set_num_threads(args.threads)
+    asked = args.sides or [*DEFAULT_SIDES, *(NANOGPT_SIDES if args.nanogpt else ())]
+    names = [sides.named(side, args.dtype) for side in asked]
+    case = Case(args.size, args.block, args.batch, args.device, args.nanogpt)
+    print(f"{args.size}, {args.batch} x {args.block} tokens; {machine(args.device)}", flush=True)
+    limit = int(0.9 * psutil.virtual_memory().available)
+    peaks = {name: memory.peak(name, case, args.threads, limit) for name in names} if args.memory else {}
+
+    built = {name: sides.build(name, case) for name in names}
+    print(sides.warm_up(built, case), flush=True)
+    ids, targets = case.tokens()
+    taken = alternate({name: partial(side.step, ids, targets) for name, side in built.items()}, args.rounds)
+    header = ["side", "step (s)", "tokens/s", "speed-up", "of the quickest", "in CPU seconds", "MFU"]
+    rows = [row(name, case, taken[names[0]], taken[name]) for name in names]
+    if peaks:
+        header.append("memory (GiB)")
+        rows = [[*cells, memory.cell(peaks[cells[0]], peaks[names[0]], limit)] for cells in rows]
+    print(f"\n{markdown_table(header, rows)}")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,76 @@
+"""The benchmarks of real runs: with 1, 2 and 4 processes, and from launch to the first step."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import commands, scaling, startup
+from benchmarks.scaling import Finished, Layout
+from tests.conftest import ROOT
+from train.config import parse
+from train.errors import UserError
+
+
+def test_layouts_are_started_as_people_start_them() -> None:
+    for kind in scaling.KINDS:
+        for number in (1, 2):
+            layout = Layout(kind, number)
+            words = [*layout.words(), *commands.flags(Path("train.bin"), "tiny", 16, 3, "no")]
+            config = parse(words[words.index("train") + 1 :])
+            assert config.run_type == layout.run_type
+            assert config.deepspeed_config == (None if kind == "ddp" else f"{ROOT}/ds_configs/{kind}.json")
+            if (kind, number) != ("ddp", 1):
+                flag = "--nproc_per_node" if kind == "ddp" else "--num_processes"
+                assert words[words.index(flag) + 1] == str(number)
+    assert Layout("ddp", 1).name == "plain x 1"
+
+
+def test_efficiency_is_taken_round_by_round() -> None:
+    base = [Finished([1.0, 1.0, 9.0], [3.0], 2**30), Finished([2.0], [3.0], 2**30)]
+    runs = [Finished([2.0], [3.0], 2**29), Finished([1.0], [3.0], 2**29)]
+    # 8 tokens: 8 and 4 a second alone, 4 and 8 shared.
+    assert scaling.row(Layout("zero1", 2), runs, base, tokens=8, devices=1) == [
+        "zero1 x 2", "6 (4 to 8)", "1.25 (0.50 to 2.00)", "0.50",
+    ]  # fmt: skip
+    assert scaling.row(Layout("zero1", 2), runs, base, tokens=8, devices=2)[2] == "0.62 (0.25 to 1.00)"
+
+
+def test_runs_with_other_losses_end_the_comparison() -> None:
+    found = {Layout("ddp", 1): [Finished([1.0], [3.0, 2.0], 0)], Layout("zero2", 2): [Finished([1.0], [3.0, 2.1], 0)]}
+    scaling.check_same(found, 0.1)
+    with pytest.raises(SystemExit, match="zero2 x 2 does not train as the first layout does"):
+        scaling.check_same(found, 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"), [("--batch 2", "--batch 2: cannot be shared by 4"), ("--steps 2", "--steps 2")]
+)
+def test_what_cannot_be_is_refused(words: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["scaling", *words.split()])
+    with pytest.raises(UserError, match=message):
+        scaling.main()
+
+
+@pytest.mark.slow
+def test_real_runs_are_compared(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = (
+        "scaling --size tiny --block 16 --batch 2 --processes 1 2 --kinds ddp zero2 --steps 3 --rounds 1 --threads 2"
+    )
+    monkeypatch.setattr(sys, "argv", argv.split())
+    scaling.main()
+    rows = capsys.readouterr().out.split("\n\n")[1].splitlines()[2:]
+    assert [row.split("|")[1].strip() for row in rows] == ["plain x 1", "zero2 x 1", "ddp x 2", "zero2 x 2"]
+
+
+def test_the_import_is_timed() -> None:
+    assert startup.import_seconds() > 0
+
+
+@pytest.mark.slow
+def test_the_first_step_is_timed(tmp_path: Path) -> None:
+    commands.write_tokens(tmp_path / "train.bin", 33)
+    flags = commands.flags(tmp_path / "train.bin", "tiny", 16, 2, "no")
+    seconds = startup.first_step_seconds([*flags, "--train_micro_batch_size_per_gpu=1"], tmp_path)
+    assert seconds > 0
+    assert (tmp_path / "run" / "baseline" / "metrics.json").exists()
