@@ -16,7 +16,8 @@ FLOORS = [
     "engines.rendezvous", "engines.accelerators", "engines.layout", "engines.state", "engines.base",
     "engines.accelerated", "engines.pipelined", "checkpoint", "runlog", "inference", "build", "validate", "summary",
     "loop", "__main__", "cpu_layers", "generate", "compare_runs", "compare_plots", "compare_windows",
-    "compare_figures", "compare_gate", "report_style", "report_svg", "report_html", "compare", "parity_oracle",
+    "compare_figures", "compare_gate", "report_style", "report_parts", "report_svg",
+    "report_kernels", "report_html", "compare", "parity_oracle",
     "parity_check", "parity",
 ]  # fmt: skip
 # What comes after training never touches its live objects.

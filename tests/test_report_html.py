@@ -1,10 +1,10 @@
 # ruff: noqa: RUF001 (the multiplication sign is what the page writes)
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -12,49 +12,13 @@ import numpy as np
 import pytest
 
 from tests.finished_runs import write_run
+from tests.html_page import Page
 from train import compare, compare_figures, report_svg
 from train.compare_runs import read_runs
 from train.report_html import POLICY
 
-VOID = {"meta", "br", "hr", "img", "input", "link"}
 HOSTILE = "</pre></script><script>alert(1)</script><img src=x onerror=alert(2)>&lt;\"'\x00\x1b[31m\u2028"
 BROWSERS = [found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))]
-
-
-class Page(HTMLParser):
-    """A page taken apart: every element with its attributes, the text in each kind, and whether it is well nested."""
-
-    def __init__(self, source: str) -> None:
-        super().__init__()
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.texts: dict[str, list[str]] = {}
-        self.open: list[str] = []
-        self.feed(source)
-        self.close()
-        assert not self.open, f"never closed: {self.open}"
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open, f"</{tag}> closes nothing"
-        assert self.open.pop() == tag, f"</{tag}> closes another element"
-
-    def handle_data(self, data: str) -> None:
-        for tag in set(self.open):
-            self.texts.setdefault(tag, []).append(data)
-
-    def text(self, tag: str) -> str:
-        return "".join(self.texts.get(tag, []))
-
-    def count(self, tag: str, **attributes: str) -> int:
-        wanted = {key.rstrip("_"): value for key, value in attributes.items()}
-        return sum(1 for name, found in self.elements if name == tag and wanted.items() <= found.items())
 
 
 @pytest.fixture(autouse=True)
@@ -260,6 +224,7 @@ def test_a_browser_lays_it_out_within_the_screen(three: list[Path], tmp_path: Pa
     words = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/browser", "--dump-dom"]
     done = subprocess.run(
         [BROWSERS[0], *words, "--virtual-time-budget=2000", (tmp_path / "frame.html").as_uri()],
+        env={**os.environ, "HOME": str(tmp_path), "TMPDIR": str(tmp_path)},
         capture_output=True,
         text=True,
         timeout=120,

@@ -28,6 +28,7 @@ from train.compare_windows import spreads
 from train.errors import UserError, run_command
 from train.files import write_json, write_text, written_aside
 from train.report_html import page
+from train.report_kernels import Kernels, read_kernels
 
 EXAMPLE = "python -m train.compare checkpoint/baseline checkpoint/optimized --out comparison"
 
@@ -155,10 +156,16 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def write(folder: Path, runs: Sequence[Run], found: Sequence[Mapping[str, Any]], gate: Sequence[Result]) -> None:
+def write(
+    folder: Path,
+    runs: Sequence[Run],
+    found: Sequence[Mapping[str, Any]],
+    gate: Sequence[Result],
+    kernels: Sequence[Kernels | None],
+) -> None:
     """Everything is made before the first byte is written; the reports, which show the rest, come last."""
     plots, text, data = draw(runs), report(runs, found, gate), as_json(runs, found, gate)
-    html = page(runs, found, gate, data)
+    html = page(runs, found, gate, kernels, data)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, png in plots.items():
@@ -181,7 +188,8 @@ def main(argv: list[str] | None = None) -> None:
     runs = read_runs(arguments.runs)
     found = differences(runs)
     gate = check(conditions, runs, found)
-    write(arguments.out, runs, found, gate)
+    kernels = [read_kernels(run.folder) for run in runs]
+    write(arguments.out, runs, found, gate, kernels)
     said = warnings(runs, found)
     print("\n".join([*said, ""]) if said else "", end="\n" if said else "")
     print(f"{verdict(runs, found)}\n\n{figures_table(runs)}\n\nReport: {arguments.out / 'report.html'}")

@@ -196,7 +196,7 @@ def verdict_on(first: Run, run: Run, same_validation: bool) -> str:
         return text + ", validation losses are of different data"
     if losses[0] is None or losses[1] is None:
         return text + ", validation loss unknown"
-    return text + f", validation loss {losses[1] - losses[0] or 0.0:+.3f}"
+    return text + f", validation loss {signed(losses[1] - losses[0])}"
 
 
 # Rows of the table
@@ -262,8 +262,8 @@ def changes_of(figure: Figure, found: Sequence[Mapping[str, float] | None]) -> t
 
 
 def is_good(figure: Figure, found: Mapping[str, float] | None) -> bool | None:
-    """Whether a change is for the better; None where there is no better or worse, or no change."""
-    if found is None or not figure.better or not found["percent"]:
+    """Whether a change is for the better; None where there is no better or worse, or no change that is written."""
+    if found is None or not figure.better or not round(found["percent"], 1):
         return None
     return figure.better * found["percent"] > 0
 
@@ -284,6 +284,11 @@ def written_change(figure: Figure, found: Mapping[str, float] | None) -> str:
         return "same"
     percent = f"{round(found['percent'], 1) or 0.0:+,.1f} %"
     return f"{percent} ({times(found['ratio'])})" if figure.ratio else percent
+
+
+def signed(difference: float) -> str:
+    """A difference in loss with its sign, which a difference that rounds to nothing has not."""
+    return f"{round(difference, 3) or 0.0:+.3f}"
 
 
 def shown(value: Any) -> str:

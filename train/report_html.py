@@ -19,6 +19,7 @@ from train.compare_figures import (
     is_good,
     shown,
     side_by_side,
+    signed,
     verdict,
     warnings,
     windows_note,
@@ -28,24 +29,34 @@ from train.compare_gate import Result
 from train.compare_plots import limits, series, smoothing_window, trailing_mean
 from train.compare_runs import Run, times, unit_of
 from train.compare_windows import spreads
+from train.report_kernels import Kernels, kernels_part
+from train.report_parts import card, cell, legend, scrolling, text
 from train.report_style import STYLE
-from train.report_svg import Line, Row, line_chart, row_chart, text
+from train.report_svg import Line, Row, line_chart, row_chart
 
+FIGURE = {figure.key: figure for figure in FIGURES}
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 SAID_ANYWAY = ("hardware", "versions")
 MEMORY_KINDS = {"rss": "resident memory of a process", "cuda_allocated": "GPU memory in tensors"}
 
 
 def page(
-    runs: Sequence[Run], found: Sequence[Mapping[str, Any]], gate: Sequence[Result], data: Mapping[str, Any]
+    runs: Sequence[Run],
+    found: Sequence[Mapping[str, Any]],
+    gate: Sequence[Result],
+    kernels: Sequence[Kernels | None],
+    data: Mapping[str, Any],
 ) -> str:
-    """The whole document; `data`, the content of `comparison.json`, travels in it for programs."""
+    """The whole document: the differences and the gate's results, what `read_kernels` gave for each run, and the
+    content of `comparison.json`, which travels in it for programs.
+    """
     title = text("Comparison: " + " and ".join(run.label for run in runs))
     body = [
         f"<header><h1>{title}</h1>{verdict_part(runs, found)}</header>",
         gate_part(gate),
         f"<h2>Figures</h2>{figures_part(runs)}",
         f'<h2>Curves</h2><div class="charts">{"".join(charts(runs))}</div>',
+        kernels_part(runs, kernels),
         f"<h2>Configuration</h2>{settings_part(runs, 'config', 'settings')}",
         f'<h2>Samples</h2><div class="samples">{"".join(sample_card(run) for run in runs)}</div>',
     ]
@@ -90,15 +101,12 @@ def tiles(first: Run, run: Run, found: Sequence[Mapping[str, Any]]) -> str:
     losses = first.get("val_loss"), run.get("val_loss")
     differing = {entry["key"]: entry["values"] for entry in found if entry["kind"] == "comparability"}
     known = None not in losses and "val_data" not in differing
-    answer = f"{losses[1] - losses[0] or 0.0:+.3f}" if known else shown(None)
+    answer = signed(losses[1] - losses[0]) if known else shown(None)
     parts.append(tile("Validation loss", answer, against("val_loss", first, run), None))
     other = [key for key, values in differing.items() if values[first.label] != values[run.label]]
     alike = "same shape, data, seed and steps" if not other else "other " + ", ".join(other)
     parts.append(tile("Same model and work?", "No" if other else "Yes", alike, None if not other else False))
     return "".join(parts)
-
-
-FIGURE = {figure.key: figure for figure in FIGURES}
 
 
 def against(key: str, first: Run, run: Run) -> str:
@@ -165,21 +173,6 @@ def settings_part(runs: Sequence[Run], key: str, things: str, wanted: bool = Fal
     return scrolling("settings", header, differing) + whole
 
 
-def scrolling(kind: str, header: str, lines: Sequence[str]) -> str:
-    return (
-        f'<div class="scroll" tabindex="0"><table class="{kind}"><thead><tr>{header}</tr></thead>'
-        f"<tbody>{''.join(lines)}</tbody></table></div>"
-    )
-
-
-def cell(tag: str, content: str, kind: str = "", exact: Any = None) -> str:
-    """A cell of a table; `exact` is the figure behind a rounded number."""
-    inner = text(content)
-    if exact is not None:
-        inner = f'<data value="{text(exact)}">{inner}</data>'
-    return f'<{tag} class="{kind}">{inner}</{tag}>' if kind else f"<{tag}>{inner}</{tag}>"
-
-
 def sample_card(run: Run) -> str:
     sample = run.get("sample")
     if not isinstance(sample, dict):
@@ -194,14 +187,14 @@ def sample_card(run: Run) -> str:
 
 
 def charts(runs: Sequence[Run]) -> list[str]:
-    hours = {run.label: np.cumsum(series(run, "step_time_seconds")) for run in runs}
-    longest = max((float(np.nanmax(each)) for each in hours.values() if np.isfinite(each).any()), default=0.0)
+    elapsed = {run.label: np.cumsum(series(run, "step_time_seconds")) for run in runs}
+    longest = max((float(np.nanmax(each)) for each in elapsed.values() if np.isfinite(each).any()), default=0.0)
     divisor, unit, _ = unit_of("seconds", longest)
     tokens = {run.label: series(run, "tokens") for run in runs}
     return [
         loss_chart(runs, "Training loss over tokens", tokens, "training tokens"),
         loss_chart(
-            runs, "Training loss over time", {k: v / divisor for k, v in hours.items()}, f"training time ({unit})"
+            runs, "Training loss over time", {k: v / divisor for k, v in elapsed.items()}, f"training time ({unit})"
         ),
         validation_chart(runs, tokens),
         throughput_chart(runs),
@@ -211,18 +204,8 @@ def charts(runs: Sequence[Run]) -> list[str]:
     ]
 
 
-def chart(title: str, note: str, drawing: str, legend: str = "") -> str:
-    caption = f"<figcaption><h3>{text(title)}</h3><small>{text(note)}</small>{legend}</figcaption>"
-    return f'<figure class="card">{caption}{drawing}</figure>'
-
-
-def legend(runs: Sequence[Run]) -> str:
-    keys = "".join(
-        f'<span><svg viewBox="0 0 30 10" aria-hidden="true"><path class="line run{index % 7}" d="M0 5H30"/></svg>'
-        f"{text(run.label)}</span>"
-        for index, run in enumerate(runs)
-    )
-    return f'<div class="legend">{keys}</div>'
+def names(runs: Sequence[Run]) -> list[tuple[int, str]]:
+    return [(index, run.label) for index, run in enumerate(runs)]
 
 
 def loss_chart(runs: Sequence[Run], title: str, across: Mapping[str, Any], x_title: str) -> str:
@@ -242,7 +225,7 @@ def loss_chart(runs: Sequence[Run], title: str, across: Mapping[str, Any], x_tit
     highest = max((loss for loss in first_losses if math.isfinite(loss)), default=-math.inf)
     if span and highest > span[1]:
         note += f"; starts at {highest:.1f}, above the axis"
-    return chart(title, note, line_chart(title, lines, x_title, span), legend(runs))
+    return card(title, note, line_chart(title, lines, x_title, span), legend(names(runs)))
 
 
 def validation_chart(runs: Sequence[Run], tokens: Mapping[str, Any]) -> str:
@@ -254,7 +237,7 @@ def validation_chart(runs: Sequence[Run], tokens: Mapping[str, Any]) -> str:
     span = limits([value for line in lines for value in line.y])
     title = "Validation loss"
     drawing = line_chart(title, lines, "training tokens", span)
-    return chart(title, "cross-entropy, nats per token", drawing, legend(runs))
+    return card(title, "cross-entropy, nats per token", drawing, legend(names(runs)))
 
 
 def throughput_chart(runs: Sequence[Run]) -> str:
@@ -268,7 +251,7 @@ def throughput_chart(runs: Sequence[Run]) -> str:
         highest = max(highest, float(np.percentile(known, 99)) if len(known) else 0.0)
     title = "Throughput"
     drawing = line_chart(title, lines, "optimizer step", (0.0, 1.15 * highest) if highest else None)
-    return chart(title, "tokens per second, more is better", drawing, legend(runs))
+    return card(title, "tokens per second, more is better", drawing, legend(names(runs)))
 
 
 def windows_chart(runs: Sequence[Run]) -> str:
@@ -279,7 +262,7 @@ def windows_chart(runs: Sequence[Run]) -> str:
             figure = f"{spread.median:,.0f} ({spread.low:,.0f} … {spread.high:,.0f}) tokens/s"
             rows.append(Row(index, spread.values, run.label, figure))
     note = "a dot for each window of steps, a stroke at their median"
-    return chart("Throughput in windows", note, row_chart(rows)) if rows else ""
+    return card("Throughput in windows", note, row_chart(rows)) if rows else ""
 
 
 def figure_chart(runs: Sequence[Run], key: str, title: str, note: str) -> str:
@@ -291,7 +274,7 @@ def figure_chart(runs: Sequence[Run], key: str, title: str, note: str) -> str:
         changed = change(FIGURE[key], runs[0], run) if index else None
         figure += f" ({times(changed['ratio'])})" if changed else ""
         rows.append(Row(index, () if value is None else (float(value),), run.label, figure))
-    return chart(title, note, row_chart(rows))
+    return card(title, note, row_chart(rows))
 
 
 def memory_kinds(runs: Sequence[Run]) -> str:

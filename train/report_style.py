@@ -22,6 +22,7 @@ main { max-width: 1120px; margin: 0 auto; padding: 24px 16px 64px; }
 h1 { font-size: 1rem; font-weight: 600; color: var(--quiet); margin: 0 0 8px; overflow-wrap: anywhere; }
 h2 { font-size: 1.25rem; margin: 40px 0 12px; }
 h3 { font-size: 1rem; margin: 0 0 4px; overflow-wrap: anywhere; }
+.charts + h3 { margin-top: 20px; }
 p { margin: 0 0 12px; }
 .verdict { font-size: 1.5rem; line-height: 1.3; font-weight: 650; margin-bottom: 16px; overflow-wrap: anywhere; }
 .quiet, figcaption small { color: var(--quiet); }
@@ -31,7 +32,7 @@ p { margin: 0 0 12px; }
 ul { padding-left: 20px; margin: 0 0 12px; overflow-wrap: anywhere; }
 .tiles, .charts, .samples { display: grid; gap: 14px; }
 .tiles { grid-template-columns: repeat(auto-fit, minmax(min(220px, 100%), 1fr)); margin-bottom: 16px; }
-.charts { grid-template-columns: repeat(auto-fit, minmax(min(440px, 100%), 1fr)); }
+.charts { align-items: start; grid-template-columns: repeat(auto-fit, minmax(min(440px, 100%), 1fr)); }
 .samples { grid-template-columns: repeat(auto-fit, minmax(min(320px, 100%), 1fr)); }
 .card {
   background: var(--card); border: 1px solid var(--rule); border-radius: 10px; padding: 14px 16px; margin: 0;
@@ -53,6 +54,7 @@ svg svg { overflow: hidden; }
 svg text { fill: var(--quiet); font-size: 12.5px; font-variant-numeric: tabular-nums; }
 .grid { stroke: var(--rule); }
 .axis { stroke: var(--quiet); opacity: .6; }
+.roof { fill: none; stroke: var(--ink); stroke-width: 1.5; }
 .track { fill: var(--track); }
 .line { fill: none; stroke-width: 2.2; stroke-linejoin: round; }
 .faint { stroke-width: 1; opacity: .3; }

@@ -1,15 +1,14 @@
 """Charts of a page as inline SVG. Shapes carry classes only: the page's style sheet colours them, light or dark."""
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 from statistics import median
 
 import numpy as np
 
 from train.compare_plots import Curve, limits, short_count
+from train.report_parts import text
 
 # In units of the picture; the page scales it to the width that there is.
 WIDTH, HEIGHT = 480, 250
@@ -17,7 +16,6 @@ LEFT, RIGHT, TOP, BOTTOM = 56, 14, 10, 42
 PLOT_WIDTH, PLOT_HEIGHT = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
 ROW_HEIGHT = 18
 MOST_POINTS = 600  # of a curve: more than there are pixels
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 @dataclass(frozen=True)
@@ -39,11 +37,6 @@ class Row:
     values: tuple[float, ...]
     label: str
     figure: str
-
-
-def text(value: object) -> str:
-    """Any text as it may stand in a page, between tags or quotes; control characters become question marks."""
-    return escape(CONTROL.sub("\N{REPLACEMENT CHARACTER}", str(value)))
 
 
 def ticks(low: float, high: float, most: int = 5) -> list[float]:
@@ -144,6 +137,23 @@ def row_chart(rows: Sequence[Row]) -> str:
         words = f"<span>{text(row.label)}</span><strong>{text(row.figure)}</strong>"
         shapes = dots(row, largest) if len(row.values) > 1 else bar(row, largest)
         parts.append(f'<div class="words">{words}</div><svg viewBox="0 0 {WIDTH} {ROW_HEIGHT}">{shapes}</svg>')
+    return "".join(parts)
+
+
+def group_chart(indices: Sequence[int], groups: Sequence[tuple[str, str, Sequence[float]]]) -> str:
+    """Groups of bars on one scale: name, figure, and a value for each of the runs that `indices` number."""
+    largest = max((value for _, _, values in groups for value in values), default=0.0) or 1.0
+    thickness = 10
+    parts = []
+    for label, figure, values in groups:
+        bars = [
+            f'<rect class="bar run{index % 7}" y="{row * (thickness + 1)}" '
+            f'width="{max(1.0, value / largest * WIDTH):.1f}" height="{thickness}" rx="2"/>'
+            for row, (index, value) in enumerate(zip(indices, values, strict=True))
+        ]
+        words = f'<div class="words"><span>{text(label)}</span><strong>{text(figure)}</strong></div>'
+        height = len(values) * (thickness + 1)
+        parts.append(f'{words}<svg viewBox="0 0 {WIDTH} {height}">{"".join(bars)}</svg>')
     return "".join(parts)
 
 
