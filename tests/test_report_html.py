@@ -1,6 +1,7 @@
 # ruff: noqa: RUF001 (the multiplication sign is what the page writes)
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -223,6 +224,7 @@ def test_a_browser_lays_it_out_within_the_screen(three: list[Path], tmp_path: Pa
     words = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/browser", "--dump-dom"]
     done = subprocess.run(
         [BROWSERS[0], *words, "--virtual-time-budget=2000", (tmp_path / "frame.html").as_uri()],
+        env={**os.environ, "HOME": str(tmp_path), "TMPDIR": str(tmp_path)},
         capture_output=True,
         text=True,
         timeout=120,

@@ -34,6 +34,7 @@ from train.report_parts import card, cell, legend, scrolling, text
 from train.report_style import STYLE
 from train.report_svg import Line, Row, line_chart, row_chart
 
+FIGURE = {figure.key: figure for figure in FIGURES}
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 SAID_ANYWAY = ("hardware", "versions")
 MEMORY_KINDS = {"rss": "resident memory of a process", "cuda_allocated": "GPU memory in tensors"}
@@ -106,9 +107,6 @@ def tiles(first: Run, run: Run, found: Sequence[Mapping[str, Any]]) -> str:
     alike = "same shape, data, seed and steps" if not other else "other " + ", ".join(other)
     parts.append(tile("Same model and work?", "No" if other else "Yes", alike, None if not other else False))
     return "".join(parts)
-
-
-FIGURE = {figure.key: figure for figure in FIGURES}
 
 
 def against(key: str, first: Run, run: Run) -> str:
@@ -189,14 +187,14 @@ def sample_card(run: Run) -> str:
 
 
 def charts(runs: Sequence[Run]) -> list[str]:
-    hours = {run.label: np.cumsum(series(run, "step_time_seconds")) for run in runs}
-    longest = max((float(np.nanmax(each)) for each in hours.values() if np.isfinite(each).any()), default=0.0)
+    elapsed = {run.label: np.cumsum(series(run, "step_time_seconds")) for run in runs}
+    longest = max((float(np.nanmax(each)) for each in elapsed.values() if np.isfinite(each).any()), default=0.0)
     divisor, unit, _ = unit_of("seconds", longest)
     tokens = {run.label: series(run, "tokens") for run in runs}
     return [
         loss_chart(runs, "Training loss over tokens", tokens, "training tokens"),
         loss_chart(
-            runs, "Training loss over time", {k: v / divisor for k, v in hours.items()}, f"training time ({unit})"
+            runs, "Training loss over time", {k: v / divisor for k, v in elapsed.items()}, f"training time ({unit})"
         ),
         validation_chart(runs, tokens),
         throughput_chart(runs),
