@@ -12,7 +12,7 @@ from tests.conftest import ROOT
 FLOORS = [
     "failure", "errors", "files", "tensor_file", "quiet", "sources", "text_files", "streams", "tokens", "splits",
     "encoders", "preparation", "verify_data", "workers", "documents", "batches", "follow", "prefetch", "schedule",
-    "optim", "metrics", "evaluate_metrics", "config", "preprocess_data", "models", "engines.deepspeed_json",
+    "optim", "flops", "metrics", "evaluate_metrics", "config", "preprocess_data", "models", "engines.deepspeed_json",
     "engines.rendezvous", "engines.accelerators", "engines.layout", "engines.state", "engines.base",
     "engines.accelerated", "engines.pipelined", "checkpoint", "runlog", "inference", "build", "validate", "summary",
     "loop", "__main__", "cpu_layers", "generate", "compare_runs", "compare_plots", "compare", "parity_oracle",

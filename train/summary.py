@@ -9,7 +9,8 @@ from train import inference
 from train.batches import EvalBatches, describe
 from train.build import Run
 from train.files import write_json
-from train.metrics import hardware, peak_flops, summarise, versions
+from train.flops import peak_flops
+from train.metrics import hardware, summarise, versions
 from train.tokens import VOCABULARY_SIZE
 
 LATENCY_TOKENS = 32  # generated per timing, after a prompt of as many
@@ -58,5 +59,6 @@ def write_summary(
         versions=versions(),
         inference_latency_seconds=latency.first_token,
         inference_seconds_per_token=latency.per_token,
+        activation_checkpointing=config.activation_checkpointing or 0,
     )
     write_json(config.run_folder / "metrics.json", summary)
