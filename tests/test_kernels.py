@@ -267,6 +267,8 @@ def test_flops_and_bytes_of_shapes() -> None:
     assert moved_bytes("aten::addmm", args([5], [2, 3], [3, 5], kind="c10::BFloat16")) == 2 * (5 + 6 + 15 + 10)
     assert moved_bytes("aten::add", args([4, 8], [8])) == 4 * (32 + 8 + 32)
     assert moved_bytes("aten::copy_", args([32], [32])) == 4 * 64
+    expanded = args([64, 32], [64, 32]) | {"Input Strides": [[32, 1], [0, 1]]}
+    assert moved_bytes("aten::copy_", expanded) == 4 * (64 * 32 + 32)
     assert moved_bytes("aten::view", args([4])) is None
 
 

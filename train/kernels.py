@@ -185,13 +185,15 @@ def table(run: dict[str, Any]) -> str:
     """A run in Markdown: its categories, and the rows that take longest."""
     step = run["step_seconds"]
     facts = run["facts"]
+    between = sum(sums["seconds"] for sums in run["phases"] if sums["phase"] in ("validation", "checkpoint"))
     lines = [
         f"## {run['label']}: {_ms(step['mean'])} ms a step",
         "",
         f"Steps {facts['first_step']} to {facts['first_step'] + facts['steps'] - 1} of {run['processes']} "
         f"process{'es' * (run['processes'] > 1)} ({_ms(step['min'])} to {_ms(step['max'])} ms) on "
         f"{facts['device_name']}, recorded with the profiler's own cost. {run['accounted_share']:.1%} is accounted "
-        f"for; {_ms(run['unaccounted_seconds'])} ms lie outside of the named regions.",
+        f"for; {_ms(run['unaccounted_seconds'])} ms lie outside of the named regions."
+        + (f" Validation and checkpoints take {_ms(between)} ms of it." if between else ""),
         "",
         markdown_table(
             ["category", "ms", "share", "launches"],

@@ -66,10 +66,12 @@ def flops(name: str, args: dict[str, Any]) -> int | None:
 def moved_bytes(name: str, args: dict[str, Any]) -> int | None:
     """Bytes that an operator reads and writes at least; None where its name or its shapes do not tell."""
     dims, types = args.get("Input Dims") or [], args.get("Input type") or []
+    strides = args.get("Input Strides") or [[1] * len(shape) for shape in dims]
     sizes = [
-        math.prod(shape) * ITEM_BYTES[kind]
-        for shape, kind in zip(dims, types, strict=False)
-        if kind in ITEM_BYTES and all(isinstance(length, int) for length in shape)
+        # A dimension of stride 0 was expanded: the same numbers again.
+        math.prod(length for length, step in zip(shape, steps, strict=True) if step) * ITEM_BYTES[kind]
+        for shape, steps, kind in zip(dims, strides, types, strict=False)
+        if kind in ITEM_BYTES and len(steps) == len(shape) and all(isinstance(length, int) for length in shape)
     ]
     if not sizes:
         return None
