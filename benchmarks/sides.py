@@ -30,9 +30,11 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from modeling_gpt2flash import GPT2FlashConfig, GPT2FlashForCausalLM
 from modeling_gpt2flash.attention import choose_attention
+from train.engines.base import compile_blocks
 from train.errors import UserError
 from train.models import SIZES
 from train.optim import build_optimizer
+from train.recompute import checkpoint_arguments, recompute_blocks
 
 SHAPES = SIZES | {"small": (4, 4, 256, 0.035)}  # 16M parameters, of which 12.9M are the vocabulary's
 VOCABULARY = 50257
@@ -108,12 +110,9 @@ def ours(
     model.load_state_dict(stock_model(case, "eager").state_dict())
     model.to(case.device).train()
     if compiled:
-        for block in model.transformer.h:
-            block.compile()
+        compile_blocks(model)
     if checkpointed:
-        # transformers 5.23 calls it otherwise
-        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-        enable({"use_reentrant": False})
+        recompute_blocks(model, checkpoint_arguments("nothing"))
 
     def loss(ids: Tensor, targets: Tensor) -> Tensor:
         return model(ids, shift_labels=targets, use_cache=False, skip_logits=True).loss
@@ -153,7 +152,9 @@ def nanogpt(case: Case, dtype: torch.dtype, compiled: bool = False) -> Side:
 
 
 def _adamw(model: nn.Module, fused: bool) -> torch.optim.Optimizer:
-    return build_optimizer(model, learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY, betas=BETAS, fused=fused)
+    return build_optimizer(
+        model, "adamw", learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY, betas=BETAS, fused=fused
+    )
 
 
 def _nanogpt_module(folder: Path | None) -> Any:

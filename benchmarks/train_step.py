@@ -23,7 +23,7 @@ from benchmarks.rounds import Round, alternate, machine, speed_up, spread
 from benchmarks.sides import VOCABULARY, Case
 from train.compare import markdown_table
 from train.errors import UserError, run_command
-from train.metrics import flops_per_token, model_flops_utilisation, peak_flops
+from train.flops import count_flops, peak_flops, utilisation
 from train.quiet import quiet_libraries
 
 DEFAULT_SIDES = ("baseline", "optimized", "hf-eager", "hf-sdpa", "hf-compiled")
@@ -31,21 +31,21 @@ NANOGPT_SIDES = ("nanogpt", "nanogpt-compiled")
 PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}
 
 
-def utilisation(name: str, case: Case, tokens_per_second: float) -> float | None:
+def mfu_of(name: str, case: Case, tokens_per_second: float) -> float | None:
     """MFU of a side; None on a CPU or an unknown GPU."""
     if not case.device.startswith("cuda"):
         return None
     shape = case.shape
-    flops = flops_per_token(shape["n_layer"], shape["n_embd"], None, VOCABULARY, case.block)
+    flops = count_flops(shape["n_layer"], shape["n_embd"], None, VOCABULARY, case.block).model
     peak = peak_flops(torch.cuda.get_device_name(case.device), PRECISIONS[name.partition(":")[2]])
-    return model_flops_utilisation(tokens_per_second, flops, peak, devices=1)
+    return utilisation(tokens_per_second, flops, peak, devices=1)
 
 
 def row(name: str, case: Case, base: Sequence[Round], own: Sequence[Round]) -> list[str]:
     """Step time, tokens a second, speed-up over `base`, MFU."""
     walls = [each.wall for each in own]
     rate = case.batch * case.block / statistics.median(walls)
-    mfu = utilisation(name, case, rate)
+    mfu = mfu_of(name, case, rate)
     return [name, spread(walls, 3), f"{rate:,.0f}", *speed_up(base, own), "" if mfu is None else f"{mfu:.1%}"]
 
 

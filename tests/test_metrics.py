@@ -42,70 +42,6 @@ def summary(records: list[dict[str, Any]], **changed: Any) -> dict[str, Any]:
     return metrics.summarise(**{**arguments, **changed})
 
 
-def test_flops_per_token_of_gpt2_124m_written_out() -> None:
-    blocks = 12 * (768 * 2304 + 768 * 768 + 768 * 3072 + 3072 * 768)
-    assert blocks == 84_934_656
-    head = 768 * 50257
-    assert head == 38_597_376
-    attention = 12 * 12 * 768 * 1024
-    assert 6 * (blocks + head) + attention == 854_438_400
-    assert metrics.flops_per_token(12, 768, 3072, 50257, 1024) == 854_438_400
-    assert metrics.flops_per_token(12, 768, None, 50257, 1024) == 854_438_400
-
-
-def test_flops_per_token_agrees_with_torchs_counter_up_to_the_causal_convention() -> None:
-    """torch counts the matrix products that really run: 2 FLOPs a multiply-add in forward, a third of the total."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    layers, width, inner, vocabulary, length = 2, 16, 48, 101, 8
-    x = torch.randn(length, width)
-    with FlopCounterMode(display=False) as counter:
-        for _ in range(layers):
-            q, k, v = (x @ torch.randn(width, 3 * width)).chunk(3, dim=-1)
-            x = ((q @ k.T) @ v) @ torch.randn(width, width)
-            x = (x @ torch.randn(width, inner)) @ torch.randn(inner, width)
-        x @ torch.randn(width, vocabulary)
-    assert 3 * counter.get_total_flops() == length * metrics.flops_per_token(layers, width, inner, vocabulary, length)
-
-
-@pytest.mark.parametrize(
-    ("name", "dtype", "tflops"),
-    [
-        ("Tesla V100-SXM2-16GB", "fp16", 125),
-        ("Tesla V100-SXM2-16GB", "bf16", None),
-        ("Tesla V100-PCIE-32GB", "fp32", 14),
-        ("NVIDIA A100-SXM4-80GB", "bf16", 312),
-        ("NVIDIA A100 80GB PCIe", "tf32", 156),
-        ("NVIDIA A100-PCIE-40GB", "fp32", 19.5),
-        ("NVIDIA H100 80GB HBM3", "bf16", 989.5),
-        ("NVIDIA H100 PCIe", "bf16", 756.5),
-        ("NVIDIA H200", "fp16", 989.5),
-        ("NVIDIA H200 NVL", "fp16", 835.5),
-        ("NVIDIA L4", "bf16", 121),
-        ("NVIDIA L40S", "bf16", 362),
-        ("NVIDIA GeForce RTX 3090", "bf16", 71),
-        ("NVIDIA GeForce RTX 4090", "bf16", 165.2),
-        ("NVIDIA L40", "bf16", None),
-        ("NVIDIA GH200 480GB", "bf16", None),
-        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "bf16", None),
-        ("NVIDIA GeForce RTX 3090 Ti", "bf16", None),
-        ("NVIDIA GeForce RTX 4090 Laptop GPU", "bf16", None),
-        ("AMD EPYC", "fp32", None),
-    ],
-)
-def test_peak_flops_knows_the_device_or_says_none(name: str, dtype: str, tflops: float | None) -> None:
-    expected = None if tflops is None else pytest.approx(tflops * 1e12)
-    assert metrics.peak_flops(name, dtype) == expected
-
-
-def test_mfu_reproduces_a_published_figure() -> None:
-    """nanoGPT's 124M: about 107,000 tokens/s on an A100, 854 MFLOP each: 91.4 of 312 TFLOP/s."""
-    mfu = metrics.model_flops_utilisation(8 * 107_000, 854_438_400, metrics.peak_flops("A100-SXM4-40GB", "bf16"), 8)
-    assert mfu == pytest.approx(91.4249088 / 312)
-    assert metrics.model_flops_utilisation(1.0, 1.0, None, 1) is None
-    assert metrics.model_flops_utilisation(None, 1.0, 1.0, 1) is None
-
-
 def test_throughput_leaves_the_first_step_out() -> None:
     assert metrics.throughput(1000, [9.0, 1.0, 3.0]) == 500.0  # 2,000 tokens in 4 seconds, not 3,000 in 13
     assert metrics.throughput(1000, [2.0]) == 500.0
@@ -162,6 +98,8 @@ def test_summary_by_hand() -> None:
     assert got["inference_tokens_per_second"] == 50.0
     assert got["flops_per_second"] == 854_438_400 * 2000
     assert got["mfu"] == pytest.approx(854_438_400 * 2000 / 2e12)
+    assert got["hfu"] == got["mfu"] + 2 * 12 * 768 * 1024 * 2000 / 2e12, "sdpa computes the scores a second time"
+    assert sum(got["flops_per_token_by_part"].values()) == got["hardware_flops_per_token"]
     assert got["config"] == {"seed": 1, "scale": None}
     json.dumps(got, allow_nan=False)
 

@@ -129,6 +129,7 @@ def settle(config: RunConfig) -> Run:
     train = _settle_training_data(config, shape.vocab_size, block_size, sequences)
     val = None if _awaits_validation(config, train) else open_validation(config, shape.vocab_size, block_size)
     total_steps = config.max_steps or train.updates(config.epochs)
+    _check_profile(config, total_steps)
     run = Run(
         config=dataclasses.replace(config, block_size=block_size),
         deepspeed=deepspeed,
@@ -153,6 +154,16 @@ def settle(config: RunConfig) -> Run:
                 f"{run.checkpoint.folder} has done all {total_steps} steps; ask for more with --max_steps or --epochs"
             )
     return run
+
+
+def _check_profile(config: RunConfig, total_steps: int) -> None:
+    if config.memory_snapshot and device_type() != "cuda":
+        raise UserError("--memory_snapshot: the allocator keeps its history on CUDA devices only; drop the flag")
+    if config.profiled is not None and config.profiled.stop - 1 > total_steps:
+        raise UserError(
+            f"--profile_steps {config.profile_steps}: the run has {total_steps} steps; name earlier ones, or give "
+            "more with --max_steps or --epochs"
+        )
 
 
 def _go_on(config: RunConfig) -> RunConfig:

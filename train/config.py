@@ -5,6 +5,7 @@ numbers, clipping, precision), else from the default here. What cannot be is ref
 """
 
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
@@ -112,6 +113,13 @@ class RunConfig:
     )
     overwrite: bool = _flag(False, "replace a run that is already in the output folder")
     report_to: str = _flag("tensorboard", f"trackers, comma separated, or none: {', '.join(TRACKERS)}")
+    profile: bool = _flag(
+        False, "record steps with torch.profiler: a trace of each process in the run's profile folder"
+    )
+    profile_steps: str = _flag("10:13", "the steps that --profile records: 10:13 is 10, 11 and 12")
+    memory_snapshot: bool = _flag(
+        False, "with --profile on CUDA: PyTorch's memory snapshot of the same steps, beside the traces"
+    )
     prompt: str = _flag("def ", "the sample written at the end starts with this")
     max_new_tokens: int = _flag(100, "tokens in the sample at the end")
 
@@ -122,6 +130,12 @@ class RunConfig:
     @property
     def optimized(self) -> bool:
         return self.run_type == "optimized"
+
+    @property
+    def profiled(self) -> range | None:
+        """The steps to record, counted from 1 as in metrics.jsonl; None without --profile."""
+        first, _, stop = self.profile_steps.partition(":")
+        return range(int(first), int(stop)) if self.profile else None
 
 
 # What a flag left open is, where neither the DeepSpeed JSON nor the hardware decides.
@@ -266,6 +280,13 @@ def check(config: RunConfig) -> None:
                 raise UserError(f"--report_to {name}: unknown tracker; choose from {', '.join(TRACKERS)}, or none")
     if config.follow and config.max_steps is None:
         raise UserError("--follow: how many steps an epoch has is not known while text is prepared; give --max_steps")
+    if not re.fullmatch(r"\d+:\d+", config.profile_steps):
+        refuse("profile_steps", "write the first step and the one after the last, for example 10:13")
+    first, stop = map(int, config.profile_steps.split(":"))
+    if not 2 <= first < stop:
+        refuse("profile_steps", "begin with 2 or later, for the step before warms the profiler up, and end after it")
+    if config.memory_snapshot and not config.profile:
+        raise UserError("--memory_snapshot: is taken of the steps that are profiled; add --profile, or drop it")
     if config.seed >= 2**32:
         refuse("seed", "must be below 2^32")
     if config.resume_from_checkpoint == "":

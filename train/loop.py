@@ -9,6 +9,8 @@ from train.build import Run, build
 from train.engines.accelerators import product_precision
 from train.engines.base import Engine
 from train.prefetch import Batch, read_ahead
+from train.profiling import Profiler
+from train.regions import region
 from train.runlog import RunLog
 from train.schedule import learning_rate
 from train.summary import write_summary
@@ -20,6 +22,7 @@ def due(step: int, interval: int, last: int) -> bool:
     return step == last or (interval > 0 and step % interval == 0)
 
 
+@region("checkpoint")
 def save(engine: Engine, run: Run, step: int) -> None:
     """Write the checkpoint after `step` steps, parameter by parameter."""
     tensors = engine.tensors()
@@ -51,10 +54,12 @@ def train(run: Run) -> None:
         ]
 
     steps = range(first, run.total_steps)
-    with closing(read_ahead(micro_batches, steps, engine.device, run.train.stop)) as data:
+    data = read_ahead(micro_batches, steps, engine.device, run.train.stop)
+    with closing(data), Profiler(run, engine, first) as profiler:
         for step in steps:
             began = time.perf_counter()
-            batches = next(data)
+            with region("data"):
+                batches = next(data)
             data_seconds = time.perf_counter() - began
             rate = learning_rate(
                 step,
@@ -84,6 +89,7 @@ def train(run: Run) -> None:
             log.write(record)
             if due(done, config.save_interval, run.total_steps):
                 save(engine, run, done)
+            profiler.step()
     log.close()
     main, processes, memory = engine.is_main, engine.world_size, engine.peak_memory()
     engine.close()

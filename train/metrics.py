@@ -4,6 +4,7 @@ Units are SI base units throughout (seconds, bytes, FLOP/s); `train.compare` pic
 NaN or infinite in a file: JSON has no word for either, so both become null.
 """
 
+import dataclasses
 import math
 import os
 import platform
@@ -18,85 +19,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from train.flops import count_flops, utilisation
+
 SCHEMA = 1
 """Version of the layout of `metrics.json`."""
 
 FINAL_STEPS = 10
 """The reported training loss is the mean over this many last steps: a single step's loss is mostly noise."""
 
-TFLOPS = 1e12
-
-# Dense peaks in TFLOP/s, accumulating in fp32. Datasheets from Ampere on print tensor-core numbers "with sparsity":
-# half of those is what a dense matrix product can reach. The pattern must match the whole device name that torch
-# gives, so that a laptop part, a "Ti", a MIG slice or a GH200 is unknown instead of wrong.
-PEAK_TFLOPS: tuple[tuple[str, dict[str, float]], ...] = (
-    # NVIDIA Tesla V100 datasheet (2017): no bf16 and no tf32 on Volta.
-    (r"(Tesla )?V100-SXM\d?-\d+GB(-LS)?", {"fp16": 125.0, "fp32": 15.7}),
-    (r"(Tesla )?V100-PCIE-\d+GB", {"fp16": 112.0, "fp32": 14.0}),
-    # NVIDIA A100 datasheet (2020): 624 / 2 = 312, 312 / 2 = 156; the same for SXM4 and PCIe, 40 and 80 GB.
-    (r"A100-(SXM4|PCIE)-(40|80)GB|A100 80GB PCIe", {"bf16": 312.0, "fp16": 312.0, "tf32": 156.0, "fp32": 19.5}),
-    # NVIDIA H100 datasheet (2023), SXM: 1,979 / 2 = 989.5, 989 / 2 = 494.5; PCIe: 1,513 / 2 = 756.5, 756 / 2 = 378.
-    (r"H100 80GB HBM3", {"bf16": 989.5, "fp16": 989.5, "tf32": 494.5, "fp32": 67.0}),
-    (r"H100 PCIe", {"bf16": 756.5, "fp16": 756.5, "tf32": 378.0, "fp32": 51.0}),
-    # NVIDIA H200 datasheet (2024), SXM: the H100's compute, 1,979 / 2; NVL: 1,671 / 2 = 835.5, 835 / 2 = 417.5.
-    (r"H200", {"bf16": 989.5, "fp16": 989.5, "tf32": 494.5, "fp32": 67.0}),
-    (r"H200 NVL", {"bf16": 835.5, "fp16": 835.5, "tf32": 417.5, "fp32": 60.0}),
-    # NVIDIA L4 datasheet (2023): 242 / 2 = 121, 120 / 2 = 60.
-    (r"L4", {"bf16": 121.0, "fp16": 121.0, "tf32": 60.0, "fp32": 30.3}),
-    # NVIDIA L40S datasheet (2023): 733 / 2 ≈ 362 and 366 / 2 = 183, printed there in both forms.
-    (r"L40S", {"bf16": 362.0, "fp16": 362.0, "tf32": 183.0, "fp32": 91.6}),
-    # NVIDIA GA102 whitepaper (2021), fp16 with fp32 accumulation: half of the 142 that fp16 accumulation reaches.
-    (r"(GeForce )?RTX 3090", {"bf16": 71.0, "fp16": 71.0, "tf32": 35.6, "fp32": 35.6}),
-    # NVIDIA Ada whitepaper (2022), fp16 with fp32 accumulation.
-    (r"(GeForce )?RTX 4090", {"bf16": 165.2, "fp16": 165.2, "tf32": 82.6, "fp32": 82.6}),
-)
-
-
 # Derived figures
-
-
-def flops_per_token(n_layer: int, n_embd: int, n_inner: int | None, vocab_size: int, block_size: int) -> int:
-    """Training FLOPs (forward and backward) per token: 6·N + 12·L·E·T, as in PaLM's appendix B.
-
-    N counts the parameters that take part in matrix products: the blocks and the tied head. Each costs one multiply
-    and one add in forward and twice that in backward: 6. The embedding tables are left out where they are gathered
-    from, as are biases and layer norms. Attention multiplies scores and values: 2 products · 2 FLOPs · E · T in
-    forward, twice that again in backward: 12·E·T a layer. By the convention the causal mask's halving is *not*
-    applied, and recomputed activations do not count, so the figure is the same for every kernel and every run.
-
-    GPT-2 124M at 1024: blocks 12 · (4 · 768² + 2 · 768 · 3072) = 84,934,656; head 768 · 50257 = 38,597,376;
-    6 · 123,532,032 = 741,192,192; attention 12 · 12 · 768 · 1024 = 113,246,208; together 854,438,400.
-
-    `n_inner=None` is GPT-2's default, 4·E.
-    """
-    inner = 4 * n_embd if n_inner is None else n_inner
-    block = 4 * n_embd**2 + 2 * n_embd * inner  # q, k, v, projection; up, down
-    matmul_parameters = n_layer * block + n_embd * vocab_size
-    return 6 * matmul_parameters + 12 * n_layer * n_embd * block_size
-
-
-def peak_flops(device_name: str, dtype: str) -> float | None:
-    """Dense peak in FLOP/s of one device for "bf16", "fp16", "tf32" or "fp32"; None for a CPU or an unknown device.
-
-    `device_name` is what `torch.cuda.get_device_name()` says; the sources stand beside `PEAK_TFLOPS`.
-    """
-    name = device_name.removeprefix("NVIDIA ").strip()
-    for pattern, peaks in PEAK_TFLOPS:
-        if re.fullmatch(pattern, name):
-            return peaks[dtype] * TFLOPS if dtype in peaks else None
-    return None
-
-
-def model_flops_utilisation(
-    tokens_per_second: float | None, flops_per_token: float, peak: float | None, devices: int
-) -> float | None:
-    """MFU, a fraction of 1: achieved model FLOP/s over `devices` times the `peak` of one (PaLM, appendix B).
-
-    `tokens_per_second` is that of all devices together. None where the throughput or the peak is unknown.
-    """
-    if tokens_per_second is None or peak is None:
-        return None
-    return tokens_per_second * flops_per_token / (peak * devices)
 
 
 def after_warmup(step_times: Sequence[float]) -> list[float]:
@@ -298,6 +229,8 @@ def summarise(
     inference_latency_seconds: float | None = None,
     inference_seconds_per_token: float | None = None,
     inference_percentiles: Mapping[str, Mapping[str, float]] | None = None,
+    activation_checkpointing: int = 0,
+    keeps_attention: bool = False,
 ) -> dict[str, Any]:
     """The content of `metrics.json`, from the lines of `metrics.jsonl` and from what only the running process knows.
 
@@ -305,7 +238,7 @@ def summarise(
       (the part of a step in which the main process waited for its data), and on the steps that were validated
       "val_loss". `tokens_per_step` and the times are those of all processes together.
     - `precision`: "bf16", "fp16", "tf32" or "fp32", what the matrix products run in; `device_peak_flops` is
-      `peak_flops(name, precision)` of one of the `world_size` devices.
+      `flops.peak_flops(name, precision)` of one of the `world_size` devices.
     - `memory`: what `peak_memory` returned, of the process with the most.
     - training time is the sum of the step times: validation and checkpoints are not in it, every attempt of a run that
       was resumed is.
@@ -317,8 +250,12 @@ def summarise(
     losses = [number(record["loss"]) for record in records[-FINAL_STEPS:]]
     validations = [number(record["val_loss"]) for record in records if "val_loss" in record]
     tokens_per_second = throughput(tokens_per_step, times)
-    flops = flops_per_token(model["n_layer"], model["n_embd"], n_inner, model["vocab_size"], block_size)
-    mfu = model_flops_utilisation(tokens_per_second, flops, device_peak_flops, world_size)
+    flops = count_flops(
+        *(model["n_layer"], model["n_embd"], n_inner, model["vocab_size"], block_size),
+        activation_checkpointing=activation_checkpointing,
+        keeps_attention=keeps_attention,
+        fused_attention=attn_implementation != "eager",
+    )
     summary = {
         "schema": SCHEMA,
         "run_type": run_type,
@@ -341,9 +278,12 @@ def summarise(
         "peak_memory_kind": memory["peak_memory_kind"],
         "peak_memory_reserved_bytes": memory["peak_memory_reserved_bytes"],
         "parameters": parameters,
-        "flops_per_token": flops,
-        "flops_per_second": None if tokens_per_second is None else flops * tokens_per_second,
-        "mfu": mfu,
+        "flops_per_token": flops.model,
+        "flops_per_token_by_part": dataclasses.asdict(flops),
+        "hardware_flops_per_token": flops.hardware,
+        "flops_per_second": None if tokens_per_second is None else flops.model * tokens_per_second,
+        "mfu": utilisation(tokens_per_second, flops.model, device_peak_flops, world_size),
+        "hfu": utilisation(tokens_per_second, flops.hardware, device_peak_flops, world_size),
         "data": data,
         "model": model,
         "tokens_per_step": tokens_per_step,

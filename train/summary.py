@@ -10,7 +10,8 @@ from train.batches import EvalBatches, describe
 from train.build import Run
 from train.engines.accelerators import product_precision
 from train.files import write_json
-from train.metrics import hardware, latency_percentiles, peak_flops, summarise, versions
+from train.flops import peak_flops
+from train.metrics import hardware, latency_percentiles, summarise, versions
 from train.tokens import VOCABULARY_SIZE
 
 LATENCY_TOKENS = 32  # generated per timing, after a prompt of as many
@@ -63,5 +64,7 @@ def write_summary(
             "first_token": latency_percentiles(latencies.first_tokens),
             "per_token": latency_percentiles(latencies.further_tokens),
         },
+        activation_checkpointing=config.activation_checkpointing or 0,
+        keeps_attention=config.activation_checkpointing_keeps == "attention",
     )
     write_json(config.run_folder / "metrics.json", summary)

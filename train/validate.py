@@ -13,6 +13,7 @@ from train.build import Run, open_validation
 from train.engines.base import Engine
 from train.evaluate_metrics import load_perplexity_metric
 from train.prefetch import Batch, read_ahead
+from train.regions import region
 
 
 class Validation:
@@ -25,6 +26,7 @@ class Validation:
         self._all_see_it = not run.config.follow
         self._said = False
 
+    @region("validation")
     def measure(self) -> dict[str, Any]:
         """What `validate` gives; empty where there is nothing to validate on yet. All processes call it."""
         run = self.run

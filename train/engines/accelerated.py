@@ -17,6 +17,7 @@ from train.engines.accelerators import launcher_asks
 from train.engines.base import Engine, StepResult
 from train.engines.layout import Place
 from train.recompute import checkpoint_arguments, recompute_blocks
+from train.regions import region
 
 
 class AcceleratedEngine(Engine):
@@ -30,6 +31,14 @@ class AcceleratedEngine(Engine):
             set_z3_leaf_modules(model, [type(model.transformer.h[0])])
         self.module = model
         return model
+
+    def prepare(self, model: GPT2FlashForCausalLM) -> None:
+        super().prepare(model)
+        if self.deepspeed is not None:  # Accelerate calls it at the end of its backward
+            self.model.step = region("optimizer")(self.model.step)
+
+    def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        return self.module.named_modules()
 
     def parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
         for module in self.module.modules():
@@ -64,15 +73,21 @@ class AcceleratedEngine(Engine):
         losses, grad_norm = [], None
         for micro_batch in micro_batches:
             with self.accelerator.accumulate(self.model):
-                loss = self.model(**self._inputs(micro_batch), use_cache=False, skip_logits=True).loss
-                self.accelerator.backward(loss)
-                if self.accelerator.sync_gradients:
-                    limit = self.config.max_grad_norm or float("inf")
-                    grad_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
-                self.optimizer.step()
-                self.optimizer.zero_grad()
+                with region("data"):
+                    inputs = self._inputs(micro_batch)
+                with region("forward"):
+                    loss = self.model(**inputs, use_cache=False, skip_logits=True).loss
+                with region("backward"):
+                    self.accelerator.backward(loss)
+                with region("optimizer"):
+                    if self.accelerator.sync_gradients:
+                        limit = self.config.max_grad_norm or float("inf")
+                        grad_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
+                    self.optimizer.step()
+                    self.optimizer.zero_grad()
             losses.append(loss.detach().float())
-        mean = self.accelerator.reduce(torch.stack(losses).mean(), "mean").item()
+        with region("communication"):
+            mean = self.accelerator.reduce(torch.stack(losses).mean(), "mean").item()
         if isinstance(grad_norm, DTensor):
             grad_norm = grad_norm.full_tensor()
         return StepResult(mean, None if grad_norm is None else float(grad_norm))

@@ -167,6 +167,10 @@ class Engine(ABC):
     def parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The parameters that this process trains (or holds shards of), under GPT-2's names."""
 
+    @abstractmethod
+    def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """The modules that run in this process, outer ones first, under GPT-2's names."""
+
     def tensors(self) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
         """Every parameter of the model once, whole: (name, {"weight", and its `moments_of`}), fp32 on the CPU.
 

@@ -17,6 +17,7 @@ import torch
 from deepspeed.pipe import DualPipeVModule, LayerSpec, PipelineModule, TiedLayerSpec
 from torch import distributed as dist
 from torch import nn
+from torch.profiler import record_function
 from torch.utils.checkpoint import checkpoint
 
 from modeling_gpt2flash import GPT2FlashForCausalLM
@@ -27,6 +28,15 @@ from train.engines.base import Engine, StepResult
 from train.engines.layout import Place
 from train.optim import moments_of
 from train.recompute import checkpoint_arguments
+from train.regions import LOSS, Phase, region
+
+# What the instructions of DeepSpeed's schedules are; all others pass something on or add it up over processes.
+PHASES: dict[str, Phase] = {
+    "LoadMicroBatch": "data",
+    "ForwardPass": "forward",
+    "BackwardPass": "backward",
+    "OptimizerStep": "optimizer",
+}
 
 
 class PipelinedEngine(Engine):
@@ -93,6 +103,19 @@ class PipelinedEngine(Engine):
         return Place(
             self.rank, gethostname(), self.device.type, wrapping, engine.stage_id, engine.grid.data_parallel_id
         )
+
+    def prepare(self, model: GPT2FlashForCausalLM) -> None:
+        super().prepare(model)
+        self.model._INSTRUCTION_MAP = {
+            instruction: region(PHASES.get(instruction.__name__, "communication"))(execute)
+            for instruction, execute in self.model._INSTRUCTION_MAP.items()
+        }
+
+    def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        for index, layer in self.layers.items():
+            for local, module in layer.named_modules():
+                if local:
+                    yield full_name(index, f"{local}.", self.n_layer).rstrip("."), module
 
     def parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
         found = {}
@@ -182,7 +205,8 @@ class _Stage(PipelineModule):
         def loss(hidden_states: torch.Tensor, shift_labels: torch.Tensor) -> torch.Tensor:
             """The mean over a micro-batch while training, the sum while evaluating."""
             assert isinstance(head, HeadLayer)
-            return head.loss(hidden_states, shift_labels, num_items_in_batch=None if self.training else 1)
+            with record_function(LOSS):
+                return head.loss(hidden_states, shift_labels, num_items_in_batch=None if self.training else 1)
 
         super().__init__(specs, num_stages=size, loss_fn=loss, activation_checkpoint_func=recompute)
         # DeepSpeed sums the squares of the gradient's norm over the pipeline ranks once for each parameter group: a

@@ -1,0 +1,189 @@
+"""`--profile` as people use it: which steps are recorded, under which names, and that nothing of it stays."""
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from tests.conftest import ROOT, accelerate, losses, python, torchrun
+from tests.tiny_gpt2 import make_ours, tokens
+from train.config import parse
+from train.errors import UserError
+from train.flops import count_flops
+from train.kernels_account import Account, account
+from train.kernels_trace import read_recording
+from train.profiling import Names
+from train.regions import PHASES, module_of
+
+SHORT = ["--max_steps=6", "--max_new_tokens=0", "--eval_steps=1"]
+PROFILE = ["--profile", "--profile_steps=3:5"]
+
+
+@pytest.fixture(scope="module")
+def profiled(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of which steps 3 and 4 are recorded: 8 sequences of 64 tokens in two micro-batches."""
+    folder = tmp_path_factory.mktemp("profiled")
+    sizes = ["--block_size=64", "--gradient_accumulation_steps=2", "--save_interval=4", "--eval_interval=4"]
+    python("-m", "train", *flags, *SHORT, *PROFILE, *sizes, f"--checkpoint_path={folder}", cwd=folder)
+    return folder / "baseline"
+
+
+def names(trace: Path) -> dict[str, int]:
+    """How often each region is in a trace."""
+    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    found = [event["name"] for event in events if event.get("cat") == "user_annotation"]
+    return {name: found.count(name) for name in found}
+
+
+def test_the_asked_steps_are_recorded_with_their_regions(profiled: Path) -> None:
+    assert [path.name for path in (profiled / "profile").iterdir()] == ["rank-0.json.gz"]
+    found = names(profiled / "profile" / "rank-0.json.gz")
+    assert sum(name.startswith("ProfilerStep#") for name in found) == 2
+    assert found.keys() >= set(PHASES)
+    assert found["forward"] == found["backward"] == 4, "two steps of two micro-batches"
+    assert found["checkpoint"] == found["validation"] == 1
+    assert {module_of(name) for name in found} >= {
+        "loss", "transformer", "transformer.wte", "transformer.h.0", "transformer.h.1.attn.c_attn",
+        "transformer.h.1.mlp.act", "transformer.ln_f",
+    }  # fmt: skip
+    assert found["attention: transformer.h.1.attn"] == found["mlp: transformer.h.0.mlp"] == 4 + 1, "and a validation"
+
+
+def test_the_account_is_whole_and_its_flops_are_those_of_the_formula(profiled: Path) -> None:
+    recording = read_recording(profiled)
+    found = account(recording)
+    assert recording.facts["first_step"] == 3
+    assert recording.facts["steps"] == len(found.steps) == 2
+    assert sum(row.seconds for row in found.rows.values()) == pytest.approx(found.seconds)
+    assert found.unaccounted <= 0.02 * found.seconds
+    trained = sum(row.flops for key, row in found.rows.items() if key.phase in ("forward", "backward"))
+    assert trained == pytest.approx(count_flops(2, 16, None, 50257, 64).model * 8 * 64, rel=0.01)
+
+
+@pytest.mark.slow
+def test_profiling_changes_no_number(profiled: Path, flags: list[str], tmp_path: Path) -> None:
+    sizes = ["--block_size=64", "--gradient_accumulation_steps=2", "--max_steps=6", "--eval_steps=1"]
+    python("-m", "train", *flags, *sizes, "--max_new_tokens=0", f"--checkpoint_path={tmp_path}", cwd=tmp_path)
+    assert losses(profiled) == losses(tmp_path / "baseline")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--profile", "--profile_steps=10"], ["--profile_steps 10", "10:13"]),
+        (["--profile", "--profile_steps=1:3"], ["--profile_steps 1:3", "2 or later"]),
+        (["--profile", "--profile_steps=5:5"], ["--profile_steps 5:5", "end after it"]),
+        (["--memory_snapshot"], ["--memory_snapshot", "--profile"]),
+    ],
+)
+def test_impossible_profiles_are_refused_in_a_sentence(flags: list[str], words: list[str]) -> None:
+    with pytest.raises(UserError) as refusal:
+        parse(flags)
+    assert all(word in str(refusal.value) for word in words)
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--profile", "--profile_steps=5:9"], ["--profile_steps 5:9", "6 steps", "--max_steps"]),
+        (["--profile", "--memory_snapshot", "--profile_steps=3:4"], ["--memory_snapshot", "CUDA"]),
+    ],
+)
+def test_what_does_not_fit_the_run_is_refused_before_it_begins(
+    flags: list[str], more: list[str], words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from train.build import settle
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError) as refusal:
+        settle(parse([*flags, *SHORT, *more, f"--checkpoint_path={tmp_path}"]))
+    assert all(word in str(refusal.value) for word in words)
+
+
+def test_names_leave_nothing_behind_and_break_no_graph() -> None:
+    model = make_ours().train()
+    for block in model.transformer.h:
+        block.compile(backend="eager", fullgraph=True)
+
+    def step() -> torch.Tensor:
+        return model(tokens(), shift_labels=tokens(), skip_logits=True).loss
+
+    expected = step()
+    before = {name: dict(vars(module)) for name, module in model.named_modules()}
+    graphs = counters["stats"]["unique_graphs"]
+    given = Names()
+    given.give(model.named_modules())
+    with torch.profiler.profile() as recorded:
+        assert torch.equal(step(), expected)
+    given.remove()
+    found = {event.name for event in recorded.events() or []}
+    assert {"module: transformer.h.0", "module: transformer.ln_f", "loss: loss"} <= found
+    assert not any(name.startswith(("attention: ", "mlp: ")) for name in found), "a compiled block is one piece"
+    assert counters["stats"]["unique_graphs"] == graphs
+    for name, module in model.named_modules():
+        assert vars(module).keys() == before[name].keys()
+        assert all(value is before[name][key] for key, value in vars(module).items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["ddp", "zero2", "pipeline"])
+def test_every_process_of_every_layout_leaves_a_trace(layout: str, flags: list[str], tmp_path: Path) -> None:
+    words: list[Any] = [
+        *flags,
+        *SHORT,
+        *PROFILE,
+        f"--checkpoint_path={tmp_path}",
+        "--train_micro_batch_size_per_gpu=2",
+    ]
+    if layout == "ddp":
+        torchrun("-m", "train", *words, cwd=tmp_path)
+    else:
+        words += ["--run_type=optimized", f"--deepspeed_config={ROOT}/ds_configs/{layout}.json"]
+        words += ["--pipeline_stages=2", "--gradient_accumulation_steps=2"] if layout == "pipeline" else []
+        accelerate(*words, cwd=tmp_path)
+    run = tmp_path / ("baseline" if layout == "ddp" else "optimized")
+    recording = read_recording(run)
+    assert [trace.facts["rank"] for trace in recording.traces] == [0, 1]
+    found = [names(trace.file) for trace in recording.traces]
+    for own in found:
+        assert own.keys() >= {"data", "forward", "backward", "optimizer", "communication"}
+    if layout == "pipeline":
+        assert "attention: transformer.h.0.attn" in found[0]
+        assert "loss: loss" in found[1]
+        assert "loss: loss" not in found[0]
+    else:
+        assert all("attention: transformer.h.1.attn" in own and "loss: loss" in own for own in found)
+    total = account(recording)
+    assert_closed(total)
+    assert any(key.category == "communication" for key in total.rows)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_and_resumed_runs(flags: list[str], tmp_path: Path) -> None:
+    words = [*flags, *SHORT, "--torch_compile", "--save_interval=4", f"--checkpoint_path={tmp_path}"]
+    python("-m", "train", *words, *PROFILE, cwd=tmp_path)
+    trace = tmp_path / "baseline" / "profile" / "rank-0.json.gz"
+    assert "module: transformer.h.0" in names(trace)
+    assert_closed(account(read_recording(tmp_path / "baseline")))
+    resumed = ["--resume_from_checkpoint", f"--checkpoint_path={tmp_path}", "--max_steps=8", "--max_new_tokens=0"]
+    done = python("-m", "train", *flags, *resumed, *PROFILE, cwd=tmp_path)
+    assert "nothing is recorded after step 6" in done.stdout + done.stderr
+
+
+def assert_closed(found: Account) -> None:
+    assert sum(row.seconds for row in found.rows.values()) == pytest.approx(found.seconds)
+    assert found.unaccounted <= 0.05 * found.seconds, "steps of milliseconds, in which a log line is a large part"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_memory_snapshot_on_cuda(flags: list[str], tmp_path: Path) -> None:
+    more = ["--memory_snapshot", f"--checkpoint_path={tmp_path}"]
+    python("-m", "train", *flags, *SHORT, *PROFILE, *more, cwd=tmp_path)
+    assert (tmp_path / "baseline" / "profile" / "memory-0.pickle").stat().st_size > 0
+    found = account(read_recording(tmp_path / "baseline"))
+    assert sum(row.seconds for row in found.rows.values()) == pytest.approx(found.seconds)

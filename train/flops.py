@@ -1,0 +1,142 @@
+"""The arithmetic of a training step, counted by formula, and what devices can do at most.
+
+Tests hold the formulas to within 1 % of torch's counter over a real forward and backward pass.
+"""
+
+import re
+from dataclasses import dataclass
+
+TFLOPS = 1e12
+
+# Dense peaks in TFLOP/s, accumulating in fp32. Datasheets from Ampere on print tensor-core numbers "with sparsity":
+# half of those is what a dense matrix product can reach. The pattern must match the whole device name that torch
+# gives, so that a laptop part, a "Ti", a MIG slice or a GH200 is unknown instead of wrong.
+PEAK_TFLOPS: tuple[tuple[str, dict[str, float]], ...] = (
+    # NVIDIA Tesla V100 datasheet (2017): no bf16 and no tf32 on Volta.
+    (r"(Tesla )?V100-SXM\d?-\d+GB(-LS)?", {"fp16": 125.0, "fp32": 15.7}),
+    (r"(Tesla )?V100-PCIE-\d+GB", {"fp16": 112.0, "fp32": 14.0}),
+    # NVIDIA A100 datasheet (2020): 624 / 2 = 312, 312 / 2 = 156; the same for SXM4 and PCIe, 40 and 80 GB.
+    (r"A100-(SXM4|PCIE)-(40|80)GB|A100 80GB PCIe", {"bf16": 312.0, "fp16": 312.0, "tf32": 156.0, "fp32": 19.5}),
+    # NVIDIA H100 datasheet (2023), SXM: 1,979 / 2 = 989.5, 989 / 2 = 494.5; PCIe: 1,513 / 2 = 756.5, 756 / 2 = 378.
+    (r"H100 80GB HBM3", {"bf16": 989.5, "fp16": 989.5, "tf32": 494.5, "fp32": 67.0}),
+    (r"H100 PCIe", {"bf16": 756.5, "fp16": 756.5, "tf32": 378.0, "fp32": 51.0}),
+    # NVIDIA H200 datasheet (2024), SXM: the H100's compute, 1,979 / 2; NVL: 1,671 / 2 = 835.5, 835 / 2 = 417.5.
+    (r"H200", {"bf16": 989.5, "fp16": 989.5, "tf32": 494.5, "fp32": 67.0}),
+    (r"H200 NVL", {"bf16": 835.5, "fp16": 835.5, "tf32": 417.5, "fp32": 60.0}),
+    # NVIDIA L4 datasheet (2023): 242 / 2 = 121, 120 / 2 = 60.
+    (r"L4", {"bf16": 121.0, "fp16": 121.0, "tf32": 60.0, "fp32": 30.3}),
+    # NVIDIA L40S datasheet (2023): 733 / 2 ≈ 362 and 366 / 2 = 183, printed there in both forms.
+    (r"L40S", {"bf16": 362.0, "fp16": 362.0, "tf32": 183.0, "fp32": 91.6}),
+    # NVIDIA GA102 whitepaper (2021), fp16 with fp32 accumulation: half of the 142 that fp16 accumulation reaches.
+    (r"(GeForce )?RTX 3090", {"bf16": 71.0, "fp16": 71.0, "tf32": 35.6, "fp32": 35.6}),
+    # NVIDIA Ada whitepaper (2022), fp16 with fp32 accumulation.
+    (r"(GeForce )?RTX 4090", {"bf16": 165.2, "fp16": 165.2, "tf32": 82.6, "fp32": 82.6}),
+)
+
+# Datasheets' memory bandwidth in bytes/s, by the same device names.
+PEAK_BANDWIDTH: tuple[tuple[str, float], ...] = (
+    (r"(Tesla )?V100-(SXM\d?|PCIE)-\d+GB", 900e9),
+    (r"A100-(SXM4|PCIE)-40GB", 1555e9),
+    (r"A100-SXM4-80GB", 2039e9),
+    (r"A100 80GB PCIe|A100-PCIE-80GB", 1935e9),
+    (r"H100 80GB HBM3", 3350e9),
+    (r"H100 PCIe", 2000e9),
+    (r"H200( NVL)?", 4800e9),
+    (r"L4", 300e9),
+    (r"L40S", 864e9),
+    (r"(GeForce )?RTX 3090", 936e9),
+    (r"(GeForce )?RTX 4090", 1008e9),
+)
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Training FLOPs per token, forward and backward, by what they are spent on."""
+
+    blocks: int
+    head: int
+    attention: int
+    recomputed: int  # what activation checkpointing and fused attention kernels compute a second time
+    embedding: int = 0  # a lookup: nothing is multiplied
+
+    @property
+    def model(self) -> int:
+        """What the model needs, the same for every kernel and every run: the FLOPs of MFU."""
+        return self.blocks + self.head + self.attention + self.embedding
+
+    @property
+    def hardware(self) -> int:
+        """What the run executes: the FLOPs of HFU."""
+        return self.model + self.recomputed
+
+
+def count_flops(
+    n_layer: int,
+    n_embd: int,
+    n_inner: int | None,
+    vocab_size: int,
+    block_size: int,
+    *,
+    activation_checkpointing: int = 0,
+    keeps_attention: bool = False,
+    fused_attention: bool = False,
+) -> Flops:
+    """Training FLOPs per token: 6·N + 12·L·E·T, as in PaLM's appendix B, and what is recomputed.
+
+    N counts the parameters that take part in matrix products: the blocks and the tied head. Each costs one multiply
+    and one add in forward and twice that in backward: 6. The embedding tables are left out where they are gathered
+    from, as are biases and layer norms. Attention multiplies scores and values: 2 products · 2 FLOPs · E · T in
+    forward, twice that again in backward: 12·E·T a layer. By the convention the causal mask's halving is *not*
+    applied, and recomputed activations do not count, so the figure is the same for every kernel and every run.
+    All micro-batches of a step are tokens of that step, so accumulation changes nothing per token.
+
+    GPT-2 124M at 1024: blocks 12 · (4 · 768² + 2 · 768 · 3072) = 84,934,656; head 768 · 50257 = 38,597,376;
+    6 · 123,532,032 = 741,192,192; attention 12 · 12 · 768 · 1024 = 113,246,208; together 854,438,400.
+
+    `recomputed` is, with `activation_checkpointing` n (0: none), a second forward pass of every block, but for the
+    last product of each n blocks: recomputation ends with the last activation that the backward pass asks for, and
+    that one is the input of the product; and with `keeps_attention` but for attention's two products. And with
+    `fused_attention` (sdpa, FlashAttention), which keeps no scores, one more product of queries and keys in backward,
+    2·E·T a layer.
+
+    `n_inner=None` is GPT-2's default, 4·E.
+    """
+    inner = 4 * n_embd if n_inner is None else n_inner
+    block = 4 * n_embd**2 + 2 * n_embd * inner  # q, k, v, projection; up, down
+    scores = 2 * n_layer * n_embd * block_size  # one product of queries and keys, or of weights and values
+    recomputed = scores if fused_attention else 0
+    if activation_checkpointing:
+        groups = n_layer // activation_checkpointing
+        recomputed += 2 * n_layer * block - 2 * groups * n_embd * inner + (0 if keeps_attention else 2 * scores)
+    return Flops(blocks=6 * n_layer * block, head=6 * n_embd * vocab_size, attention=6 * scores, recomputed=recomputed)
+
+
+def peak_flops(device_name: str, dtype: str) -> float | None:
+    """Dense peak in FLOP/s of one device for "bf16", "fp16", "tf32" or "fp32"; None for a CPU or an unknown device.
+
+    `device_name` is what `torch.cuda.get_device_name()` says; the sources stand beside `PEAK_TFLOPS`.
+    """
+    name = device_name.removeprefix("NVIDIA ").strip()
+    for pattern, peaks in PEAK_TFLOPS:
+        if re.fullmatch(pattern, name):
+            return peaks[dtype] * TFLOPS if dtype in peaks else None
+    return None
+
+
+def peak_bandwidth(device_name: str) -> float | None:
+    """Bytes/s that one device's memory gives by its datasheet; None for a CPU or an unknown device."""
+    name = device_name.removeprefix("NVIDIA ").strip()
+    return next((rate for pattern, rate in PEAK_BANDWIDTH if re.fullmatch(pattern, name)), None)
+
+
+def utilisation(
+    tokens_per_second: float | None, flops_per_token: float, peak: float | None, devices: int
+) -> float | None:
+    """A fraction of 1: FLOP/s achieved over `devices` times the `peak` of one (PaLM, appendix B).
+
+    MFU with `Flops.model`, HFU with `Flops.hardware`. `tokens_per_second` is that of all devices together. None where
+    the throughput or the peak is unknown.
+    """
+    if tokens_per_second is None or peak is None:
+        return None
+    return tokens_per_second * flops_per_token / (peak * devices)
