@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 CPU_PIECE_ROWS = 32  # x 50,257 x 4 bytes = 6.4 MB
 # To what the products round GPT-2's odd 50,257 words up: W = 50,304. A GPU's matrix units take rows that begin at
-# multiples of 16 bytes, and lengths in tiles of 128; a CPU's kernels copy their operands into an order of their own.
+# multiples of 16 bytes, and lengths in tiles of 128. On a CPU the weight is not copied: in fp32 it is used as it is.
 VOCABULARY_MULTIPLES = {"cpu": 1}
 ALIGNMENT = 128
 
