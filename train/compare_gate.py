@@ -15,9 +15,8 @@ SHORT = {"peak_memory": "peak_memory_bytes"}
 METRICS = {figure.key: figure for figure in FIGURES if figure.kind != "text"}
 
 NUMBER = r"\d+\.?\d*(?:[eE][+-]?\d+)?"
-CONDITION = re.compile(
-    rf"(?P<metric>[a-z][\w.]*)\s*(?P<side>>=|<=)\s*(?:(?P<ratio>{NUMBER})x|(?P<difference>[+-]{NUMBER})|(?P<value>{NUMBER}))"
-)
+BOUND = rf"(?P<ratio>{NUMBER})x|(?P<difference>[+-]{NUMBER})|(?P<value>{NUMBER})"
+CONDITION = re.compile(rf"(?P<metric>[a-z][\w.]*)\s*(?P<side>>=|<=)\s*(?:{BOUND})")
 
 
 @dataclass(frozen=True)
