@@ -12,6 +12,7 @@ from torch._dynamo.utils import counters
 from tests.conftest import ROOT, accelerate, losses, python, torchrun
 from tests.tiny_gpt2 import make_ours, tokens
 from train.config import parse
+from train.engines.base import compile_blocks
 from train.errors import UserError
 from train.flops import count_flops
 from train.kernels_account import Account, account
@@ -106,8 +107,7 @@ def test_what_does_not_fit_the_run_is_refused_before_it_begins(
 
 def test_names_leave_nothing_behind_and_break_no_graph() -> None:
     model = make_ours().train()
-    for block in model.transformer.h:
-        block.compile(backend="eager", fullgraph=True)
+    compile_blocks(model, backend="eager", fullgraph=True)
 
     def step() -> torch.Tensor:
         return model(tokens(), shift_labels=tokens(), skip_logits=True).loss

@@ -124,10 +124,9 @@ class Names:
                 continue  # its call is part of a compiled graph, which a name would break
             if isinstance(module, GPT2FlashForCausalLM):
                 self._name(module, "_loss", LOSS)
-            elif module._compiled_call_impl is not None:
-                self._name(module, "_compiled_call_impl", module_region(name))
-                compiled = (*compiled, f"{name}.")
             elif name:
+                if hasattr(module.forward, "_torchdynamo_orig_callable"):
+                    compiled = (*compiled, f"{name}.")
                 self._name(module, "forward", module_region(name))
 
     def remove(self) -> None:
