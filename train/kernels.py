@@ -25,6 +25,7 @@ examples:
 SCHEMA = 1
 """Version of the layout of `kernels.json`."""
 
+TRAINED = ("forward", "backward", "recompute", "optimizer")
 SHOWN = 20  # rows of a printed table
 SAME = ("tokens_per_step", "block_size", "model")  # what makes two runs' steps the same work
 
@@ -39,11 +40,13 @@ def describe(recording: Recording, found: Account) -> dict[str, Any]:
     - `rows`: the same by module, phase, category, operator and kernel (empty on a CPU), with `flops`, `bytes`, and the
       rates of those launches whose shapes tell them (null where none do).
     - `layers`: seconds of every single module in every phase.
-    - `roofline`: a point for every row with both FLOPs and bytes: `intensity` in FLOPs per byte, `flops_per_second`;
-      under `peak_flops` and `peak_bytes_per_second` of the device (null where unknown, as on a CPU), and under the
-      highest rates among the rows, `best_flops_per_second` and `best_bytes_per_second`.
+    - `roofline`: of the training phases, a point for every row with both FLOPs and bytes: `intensity` in FLOPs per
+      byte, `flops_per_second`; under `peak_flops` and `peak_bytes_per_second` of the device (null where unknown, as on
+      a CPU), and under the highest rates of any row, `best_flops_per_second` and `best_bytes_per_second` (a cache's,
+      where an operator finds its input there).
     """
     rows = [_row(key, row) for key, row in _collapsed(found).items()]
+    trained = [row for row in rows if row["phase"] in TRAINED]
     facts = recording.facts
     return {
         "label": recording.label,
@@ -65,10 +68,10 @@ def describe(recording: Recording, found: Account) -> dict[str, Any]:
         "roofline": {
             "peak_flops": facts.get("peak_flops"),
             "peak_bytes_per_second": facts.get("peak_bytes_per_second"),
-            "best_flops_per_second": max((row["flops_per_second"] or 0 for row in rows), default=0) or None,
-            "best_bytes_per_second": max((row["bytes_per_second"] or 0 for row in rows), default=0) or None,
+            "best_flops_per_second": max((row["flops_per_second"] or 0 for row in trained), default=0) or None,
+            "best_bytes_per_second": max((row["bytes_per_second"] or 0 for row in trained), default=0) or None,
             "points": [
-                {**row, "intensity": row["flops"] / row["bytes"]} for row in rows if row["flops"] and row["bytes"]
+                {**row, "intensity": row["flops"] / row["bytes"]} for row in trained if row["flops"] and row["bytes"]
             ],
         },
     }
