@@ -62,7 +62,7 @@ def run(oracle: Oracle, tmp_path: Path) -> Path:
 
 
 def write_records(folder: Path, records: list[dict]) -> None:
-    lines = [json.dumps({"tokens_per_second": 1.0, **record}) + "\n" for record in records]
+    lines = [json.dumps({"tokens_per_second": 1.0, "step_time_seconds": 1.0, **record}) + "\n" for record in records]
     (folder / "metrics.jsonl").write_text("".join(lines))
 
 

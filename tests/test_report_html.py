@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -221,12 +222,13 @@ def test_a_browser_lays_it_out_within_the_screen(three: list[Path], tmp_path: Pa
         "<title></title><script>onmessage = (event) => { document.title = event.data }</script>"
         f'<iframe src="page.html" style="border: 0; width: {width}px; height: 800px"></iframe>'
     )
-    words = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/browser", "--dump-dom"]
-    done = subprocess.run(
-        [BROWSERS[0], *words, "--virtual-time-budget=2000", (tmp_path / "frame.html").as_uri()],
-        env={**os.environ, "HOME": str(tmp_path), "TMPDIR": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    with tempfile.TemporaryDirectory() as home:  # it puts a socket there, whose path may not be as long as pytest's
+        words = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={home}/browser", "--dump-dom"]
+        done = subprocess.run(
+            [BROWSERS[0], *words, "--virtual-time-budget=2000", (tmp_path / "frame.html").as_uri()],
+            env={**os.environ, "HOME": home, "TMPDIR": home},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
     assert "<title>0</title>" in done.stdout, done.stderr
