@@ -63,6 +63,7 @@ def test_real_runs_are_compared(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert [row.split("|")[1].strip() for row in rows] == ["plain x 1", "zero2 x 1", "ddp x 2", "zero2 x 2"]
 
 
+@pytest.mark.slow
 def test_the_import_is_timed() -> None:
     assert startup.import_seconds() > 0
 

@@ -86,6 +86,7 @@ def losses(said: str) -> dict[str, list[float]]:
     return {line.split(": ")[0]: [float(word) for word in line.split()[1:]] for line in said.splitlines()[1:]}
 
 
+@pytest.mark.slow
 def test_all_sides_train_alike(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
     names = ["hf-eager", "hf-sdpa", "baseline", "uncompiled", "nanogpt"]
     built = {name: sides.build(f"{name}:float32", case) for name in names}
