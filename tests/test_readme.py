@@ -70,7 +70,7 @@ def shrunk(line: str, flags: list[str]) -> list[str]:
     if "train.generate" in words:
         return [*words, "--max_new_tokens", "4"]
     if "--gate" in words:  # these models are too small to be any faster
-        return [*words, "--gate", "val_loss<=+5"]
+        return [*words, "--gate", "peak_memory<=9x"]
     if "train.parity" in words:
         return [*words, "--layouts", "single", "--accumulation", "8"]
     if "train" in words:
