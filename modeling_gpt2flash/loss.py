@@ -160,8 +160,7 @@ class _ChunkedLoss(torch.autograd.Function):
             # One chunk's logits, their memory used again by each: fresh pages for every chunk cost a third more time.
             most_rows = min(chunk_size, rows_ND.shape[0])
             # Their rows begin at multiples of 128 numbers, even of an odd vocabulary: in fp32 on a CPU that makes the
-            # product 1.4 to 1.7 times as fast (benchmarks/README.md).
-            # A compiled graph cannot write a product into such rows.
+            # product 1.4 to 1.7 times as fast (benchmarks/README.md). A compiled graph cannot write such rows.
             gap = 0 if torch.compiler.is_compiling() else -weight_WD.shape[0] % ALIGNMENT
             logits_CW = rows_ND.new_empty((most_rows, weight_WD.shape[0] + gap), dtype=compute_dtype)
             if gap:

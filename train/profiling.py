@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from modeling_gpt2flash import GPT2FlashForCausalLM
 from train.build import Run
+from train.engines.accelerators import product_precision
 from train.engines.base import Engine
 from train.files import written_aside
 from train.flops import peak_bandwidth, peak_flops
@@ -149,7 +150,7 @@ class Names:
 def facts(run: Run, engine: Engine, recorded: range) -> dict[str, Any]:
     """What a reader of the trace has to know of its run. Rates are those of one device, None where unknown."""
     config = run.config
-    precision = "bf16" if config.mixed_precision == "bf16" else "fp32"
+    precision = product_precision(config)
     device_name = torch.cuda.get_device_name() if engine.device.type == "cuda" else "cpu"
     return {
         "schema": SCHEMA,
