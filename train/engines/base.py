@@ -147,9 +147,9 @@ class Engine(ABC):
     def sum_over_processes(self, values: torch.Tensor) -> torch.Tensor:
         return self.accelerator.reduce(values, "sum")
 
-    def peak_memory(self) -> dict[str, Any]:
-        """`metrics.peak_memory` of the process with the most."""
-        memory = peak_memory(self.device)
+    def peak_memory(self, own: dict[str, Any] | None = None) -> dict[str, Any]:
+        """`metrics.peak_memory` of the process with the most; `own` is what this one takes for its own."""
+        memory = {**(own or peak_memory(self.device))}
         for key in ("peak_memory_bytes", "peak_memory_reserved_bytes"):
             if memory[key] is not None:
                 value = torch.tensor([memory[key]], dtype=torch.int64, device=self.device)
