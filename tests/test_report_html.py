@@ -167,6 +167,7 @@ def test_runs_of_nothing_and_of_what_is_no_number(tmp_path: Path) -> None:
     diverged = write_run(tmp_path / "diverged", steps=2)
     record = {"step": 1, "tokens": None, "loss": None, "tokens_per_second": None, "step_time_seconds": None}
     (diverged / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    (diverged / "metrics.json").write_text(json.dumps({**summary, "steps": 1}))
     page = Page(report([none, diverged], tmp_path / "out"))
     assert "nothing was measured" in page.text("text")
     assert "not measured" in page.text("strong")

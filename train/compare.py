@@ -29,6 +29,8 @@ from train.errors import UserError, run_command
 from train.files import write_json, write_text, written_aside
 from train.report_html import page
 from train.report_kernels import Kernels, read_kernels
+from train.report_memory import Memory, read_memory
+from train.report_parts import markdown_table
 
 EXAMPLE = "python -m train.compare checkpoint/baseline checkpoint/optimized --out comparison"
 
@@ -45,17 +47,6 @@ def figures_table(runs: Sequence[Run]) -> str:
         after = zip(row.cells[1:], row.changes, strict=True)
         rows.append([row.title, row.cells[0], *(cell for pair in after for cell in pair)])
     return markdown_table(header, rows)
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table that reads well as plain text too: the first column to the left, figures to the right."""
-    lines = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in [header, *rows]]
-    widths = [max(3, *(len(line[column]) for line in lines)) for column in range(len(header))]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    lines.insert(1, rule)
-    return "\n".join(
-        "| " + " | ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) + " |" for line in lines
-    )
 
 
 # The report
@@ -162,10 +153,11 @@ def write(
     found: Sequence[Mapping[str, Any]],
     gate: Sequence[Result],
     kernels: Sequence[Kernels | None],
+    memories: Sequence[Memory | None],
 ) -> None:
     """Everything is made before the first byte is written; the reports, which show the rest, come last."""
     plots, text, data = draw(runs), report(runs, found, gate), as_json(runs, found, gate)
-    html = page(runs, found, gate, kernels, data)
+    html = page(runs, found, gate, kernels, memories, data)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, png in plots.items():
@@ -188,8 +180,9 @@ def main(argv: list[str] | None = None) -> None:
     runs = read_runs(arguments.runs)
     found = differences(runs)
     gate = check(conditions, runs, found)
-    kernels = [read_kernels(run.folder) for run in runs]
-    write(arguments.out, runs, found, gate, kernels)
+    kernels = [read_kernels(run) for run in runs]
+    memories = [read_memory(run.folder) for run in runs]
+    write(arguments.out, runs, found, gate, kernels, memories)
     said = warnings(runs, found)
     print("\n".join([*said, ""]) if said else "", end="\n" if said else "")
     print(f"{verdict(runs, found)}\n\n{figures_table(runs)}\n\nReport: {arguments.out / 'report.html'}")

@@ -1,0 +1,36 @@
+"""Run folders whose files are empty, cut short, or of two runs; what else is refused is in test_compare.py."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.finished_runs import write_run
+from train.compare_runs import read_run
+from train.errors import UserError
+
+
+def refusal(folder: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        read_run(folder, "run")
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("kept", [0, 3])
+def test_steps_that_the_summary_does_not_sum_up(kept: int, tmp_path: Path) -> None:
+    steps = write_run(tmp_path / "run") / "metrics.jsonl"
+    steps.write_text("".join(steps.read_text().splitlines(keepends=True)[:kept]))
+    assert refusal(tmp_path / "run") == (
+        f"{steps} has {kept} steps and metrics.json sums up 40: they are not of one run, or not whole; train it again"
+    )
+
+
+def test_a_summary_that_is_empty_or_cut_short(tmp_path: Path) -> None:
+    summary = write_run(tmp_path / "run") / "metrics.json"
+    whole = summary.read_text()
+    summary.write_text("")
+    assert refusal(tmp_path / "run") == f"{summary}, line 1, column 1: broken JSON (Expecting value)"
+    summary.write_text(whole[: len(whole) // 2])
+    assert refusal(tmp_path / "run").startswith(f"{summary}, line 1, column ")
+    summary.unlink()
+    summary.mkdir()
+    assert "run is unfinished" in refusal(tmp_path / "run")
