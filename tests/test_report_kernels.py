@@ -88,6 +88,8 @@ def test_which_operator_made_the_difference(tmp_path: Path) -> None:
         "A profiled step of c takes 62.00 ms, of a 210: 3.39× as fast. Saved, and the share of the gain: "
         "transformer.h.*.mlp, forward: matrix products +150 ms (101%); optimizer: idle and launch gaps -2.00 ms (-1%)."
     ) in page.texts["p"]
+    [sentence] = [found for found in page.texts["p"] if found.startswith("A profiled step")]
+    assert f"\n## Kernels\n\n{sentence}\n" in (tmp_path / "out" / "report.md").read_text()
     assert "Not profiled: b." in page.text("small")
     cells = page.texts["td"]
     places, operators = (index - 2 for index, found in enumerate(cells) if found == "+150")

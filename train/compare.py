@@ -28,7 +28,7 @@ from train.compare_windows import spreads
 from train.errors import UserError, run_command
 from train.files import write_json, write_text, written_aside
 from train.report_html import page
-from train.report_kernels import Kernels, read_kernels
+from train.report_kernels import Kernels, kernels_sentence, read_kernels
 from train.report_memory import Memory, read_memory
 from train.report_parts import markdown_table
 
@@ -52,7 +52,12 @@ def figures_table(runs: Sequence[Run]) -> str:
 # The report
 
 
-def report(runs: Sequence[Run], found: Sequence[Mapping[str, Any]], gate: Sequence[Result]) -> str:
+def report(
+    runs: Sequence[Run],
+    found: Sequence[Mapping[str, Any]],
+    gate: Sequence[Result],
+    kernels: Sequence[Kernels | None],
+) -> str:
     labels = [run.label for run in runs]
     said = warnings(runs, found)
     grave = [line for line in said if line.startswith(NOT_COMPARABLE)]
@@ -62,6 +67,8 @@ def report(runs: Sequence[Run], found: Sequence[Mapping[str, Any]], gate: Sequen
     parts += ["\n".join(f"- {line}" for line in said if line not in grave)] if len(said) > len(grave) else []
     parts += ["## Gate", "\n".join(f"- {result.sentence}" for result in gate)] if gate else []
     parts += ["## Figures", figures_table(runs), f"Changes are against {labels[0]}. {windows_note(runs)}"]
+    changed = kernels_sentence(runs, kernels)
+    parts += ["## Kernels", changed] if changed else []
     parts += ["## Plots"]
     parts += [
         "![Training throughput in tokens per second over optimizer steps](throughput.png)",
@@ -156,7 +163,7 @@ def write(
     memories: Sequence[Memory | None],
 ) -> None:
     """Everything is made before the first byte is written; the reports, which show the rest, come last."""
-    plots, text, data = draw(runs), report(runs, found, gate), as_json(runs, found, gate)
+    plots, text, data = draw(runs), report(runs, found, gate, kernels), as_json(runs, found, gate)
     html = page(runs, found, gate, kernels, memories, data)
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -87,24 +87,34 @@ def read_kernels(run: Run) -> Kernels | None:
 
 def kernels_part(runs: Sequence[Run], kernels: Sequence[Kernels | None]) -> str:
     """The whole section, of what `read_kernels` gave for each run; empty where none was profiled."""
-    profiled = [(index, run, found) for index, (run, found) in enumerate(zip(runs, kernels, strict=True)) if found]
-    if not profiled:
+    labels, found_kernels = of_profiled(runs, kernels)
+    if not labels:
         return ""
-    labels = [(index, run.label) for index, run, _ in profiled]
-    found_kernels = [found for _, _, found in profiled]
-    steps = ", ".join(f"{run.label} {milliseconds(found['step_seconds']['mean'])} ms" for _, run, found in profiled)
+    profiled = list(zip([label for _, label in labels], found_kernels, strict=True))
+    steps = ", ".join(f"{label} {milliseconds(found['step_seconds']['mean'])} ms" for label, found in profiled)
     note = f"Means of the profiled steps, the profiler's own cost included: {steps}. "
     missing = [run.label for run, found in zip(runs, kernels, strict=True) if not found]
     note += f"Not profiled: {', '.join(missing)}." if missing else ""
     charts = categories_card(labels, found_kernels) + roofline_card(labels, found_kernels)
-    pipelines = [(run.label, found["pipeline"]) for _, run, found in profiled if found.get("pipeline")]
-    charts += "".join(pipeline_card(label, pipeline) for label, pipeline in pipelines)
+    charts += "".join(pipeline_card(label, found["pipeline"]) for label, found in profiled if found.get("pipeline"))
     return (
         f"<h2>Kernels</h2><p>{text(verdict(labels, found_kernels))}</p>"
         f'<p class="quiet"><small>{text(note)}</small></p>'
         f'<div class="charts">{charts}</div>{places_table(labels, found_kernels)}'
         f"{rows_table(labels, found_kernels)}"
     )
+
+
+def of_profiled(runs: Sequence[Run], kernels: Sequence[Kernels | None]) -> tuple[Labels, list[Kernels]]:
+    """The profiled ones among the runs, by number and name, and what `read_kernels` gave for them."""
+    there = [(index, run.label, found) for index, (run, found) in enumerate(zip(runs, kernels, strict=True)) if found]
+    return [(index, label) for index, label, _ in there], [found for *_, found in there]
+
+
+def kernels_sentence(runs: Sequence[Run], kernels: Sequence[Kernels | None]) -> str:
+    """What makes the difference between the profiled runs; empty where there are not two."""
+    labels, found = of_profiled(runs, kernels)
+    return verdict(labels, found) if found else ""
 
 
 def milliseconds(seconds: float) -> str:
