@@ -1,3 +1,4 @@
+# ruff: noqa: RUF001 (the multiplication sign is what the tables write)
 """Run folders whose files are empty, cut short, or of two runs; what else is refused is in test_compare.py."""
 
 from pathlib import Path
@@ -5,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from tests.finished_runs import write_run
+from train.compare_figures import UNKNOWN, figure_rows
 from train.compare_runs import read_run
+from train.energy import Energy
 from train.errors import UserError
 
 
@@ -34,3 +37,20 @@ def test_a_summary_that_is_empty_or_cut_short(tmp_path: Path) -> None:
     summary.unlink()
     summary.mkdir()
     assert "run is unfinished" in refusal(tmp_path / "run")
+
+
+def test_energy_has_a_row_where_it_is_known_and_is_compared_where_it_is_of_the_same_devices(tmp_path: Path) -> None:
+    runs = [
+        read_run(write_run(tmp_path / name, energy=energy), name)
+        for name, energy in (
+            ("none", None),
+            ("cpus", Energy(1000.0, 10, "CPUs")),
+            ("more", Energy(1500.0, 10, "CPUs")),
+            ("gpus", Energy(100.0, 10, "GPUs")),
+        )
+    ]
+    [row] = [row for row in figure_rows(runs[1:]) if row.title == "Energy per token (mJ)"]
+    assert row.cells == ["100.0", "150.0", "10.0"]
+    assert row.changes == ["+50.0 % (1.50×)", UNKNOWN]
+    assert row.good == [False, None]
+    assert not [row for row in figure_rows(runs[:1] * 2) if row.title.startswith("Energy")]
