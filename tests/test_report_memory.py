@@ -50,9 +50,22 @@ def test_categories_at_the_peak_and_over_a_step(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert {"Memory over a step: a", "Memory over a step: c"} <= set(page.texts["h3"])
     assert "Memory over a step: b" not in page.texts["h3"]
-    assert "logits: 40.0 MiB" in page.texts["title"]
-    after_35 = [found["width"] for tag, found in page.elements if tag == "rect" and found.get("x") == "224.00"]
-    assert after_35 == ["256.00", "0.00", "0.00"], "of 75 MiB: 40 of a's logits, nothing more in c"
+    assert "logits: 40.0 MiB at most" in page.texts["title"]
+    assert "MiB of tensors, by what they are for" in page.texts["small"]
+    assert {"forward", "optimizer"} <= set(page.texts["text"])
+    # Halves of 410 units from 56 on; 75 MiB are 198 units: logits reach from 35 to 75 of them, then from 4 to 5.
+    [logits] = [path for path in areas(page, "run4") if path.startswith("M56.0 10.0")]
+    assert logits == "M56.0 10.0V10.0H261.0V194.8H466.0L466.0 197.4V197.4H261.0V115.6H56.0Z"
+
+
+def areas(page: Page, kind: str) -> list[str]:
+    return [found["d"] or "" for tag, found in page.elements if tag == "path" and found.get("class") == f"bar {kind}"]
+
+
+def test_a_step_without_points(tmp_path: Path) -> None:
+    folders = [profiled(tmp_path / "a", memory(over_step=[])), write_run(tmp_path / "b")]
+    compare.main([*map(str, folders), "--out", str(tmp_path / "out")])
+    assert "nothing was measured" in Page((tmp_path / "out" / "report.html").read_text()).text("text")
 
 
 def test_no_section_where_nothing_was_tracked(tmp_path: Path) -> None:

@@ -97,7 +97,7 @@ def train(run: Run) -> None:
                 save(engine, run, done)
             profiler.step()
     log.close()
-    main, processes, memory = engine.is_main, engine.world_size, engine.peak_memory(profiler.memory)
+    main, processes, memory = engine.is_main, engine.world_size, engine.peak_memory(profiler.peak_before)
     spent = energy.total(engine.device, engine.sum_over_processes)
     engine.close()
     if main:

@@ -41,7 +41,7 @@ class Profiler(AbstractContextManager):
         self.engine = engine
         self.done = done
         self.names = Names()
-        self.memory: dict[str, Any] | None = None
+        self.peak_before: dict[str, Any] | None = None
         """Peak memory of a process on a CPU before the profiler, whose records stay resident among the tensors."""
         self.profile: profile | None = None
         if run.config.profiled is None:
@@ -88,7 +88,7 @@ class Profiler(AbstractContextManager):
             return
         self.done += 1
         if self.done == self.recorded.start - 2 and self.engine.device.type != "cuda":
-            self.memory = peak_memory(self.engine.device)
+            self.peak_before = peak_memory(self.engine.device)
         self._name_if_next()
         self.profile.step()
         if self.done == self.recorded.start - 1:

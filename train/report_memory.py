@@ -1,21 +1,25 @@
 """The part of `report.html` that says what takes the memory, of runs with a `profile/memory.json` (`--profile`)."""
 
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from train.compare_plots import short_count
 from train.compare_runs import NUMBER, Run, check_fields, check_text, parse, read, unit_of
 from train.errors import UserError
 from train.report_parts import card, legend, swatches, text
-from train.report_svg import WIDTH, group_chart
+from train.report_svg import HEIGHT, LEFT, PLOT_HEIGHT, PLOT_WIDTH, TOP, group_chart, nothing, picture, ticks
 
 MEMORY_FILE = Path("profile") / "memory.json"
 MEMORY_SCHEMA = 1
 CATEGORIES = ("parameters", "gradients", "optimizer", "activations", "logits", "workspace")
-BAR = 18
+LETTER = 8.5  # of a phase's name, as wide as on a phone
 
 Memory = dict[str, Any]
-"""The content of `memory.json`: bytes by category at the peak and in each phase of a step."""
+"""The content of `memory.json`: bytes by category at the peak and at points of a step, in their order."""
 
 
 def read_memory(folder: Path) -> Memory | None:
@@ -70,21 +74,47 @@ def peak_card(found: Sequence[tuple[int, str, Memory]], largest: float) -> str:
 
 
 def step_card(label: str, memory: Memory, largest: float) -> str:
-    """A bar for each phase of a step, in the colours of its categories; all runs have one scale."""
-    scale = max([largest, *(sum(phase[name] for name in CATEGORIES) for phase in memory["over_step"])]) or 1
-    parts = []
-    for phase in memory["over_step"]:
-        left, shapes = 0.0, []
-        for colour, name in enumerate(CATEGORIES):
-            wide = max(0.0, phase[name] / scale * WIDTH)
-            said = f"{name}: {in_unit(phase[name], largest)}"
-            shapes.append(
-                f'<rect class="bar run{colour}" x="{left:.2f}" width="{wide:.2f}" height="{BAR}">'
-                f"<title>{text(said)}</title></rect>"
-            )
-            left += wide
-        total = in_unit(sum(phase[name] for name in CATEGORIES), largest)
-        words = f'<div class="words"><span>{text(phase["phase"])}</span><strong>{text(total)}</strong></div>'
-        parts.append(f'{words}<svg viewBox="0 0 {WIDTH} {BAR}">{"".join(shapes)}</svg>')
+    """What a step holds from its beginning to its end, in the colours of its categories; all runs have one scale."""
+    title = f"Memory over a step: {label}"
     key = swatches([(f"run{colour}", name) for colour, name in enumerate(CATEGORIES)])
-    return card(f"Memory over a step: {label}", "tensors, by what they are for", "".join(parts), key)
+    note = f"{unit_of('bytes', largest)[1]} of tensors, by what they are for"
+    return card(title, note, step_chart(title, memory["over_step"], largest), key)
+
+
+def step_chart(name: str, points: Sequence[dict[str, Any]], largest: float) -> str:
+    """Categories on one another over the points of a step, whose phases stand below."""
+    if not points or largest <= 0:
+        return nothing(name)
+    divisor = unit_of("bytes", largest)[0]
+    edges = LEFT + np.arange(len(points) + 1) / len(points) * PLOT_WIDTH
+    bottom = TOP + PLOT_HEIGHT
+    parts = []
+    for value in ticks(0, largest / divisor):
+        y = bottom - value * divisor / largest * PLOT_HEIGHT
+        parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{LEFT + PLOT_WIDTH}"/>')
+        parts.append(f'<text x="{LEFT - 7}" y="{y + 4:.1f}" text-anchor="end">{short_count(value)}</text>')
+    held = np.array([[point[category] for category in CATEGORIES] for point in points]).cumsum(axis=1)
+    heights = bottom - held / largest * PLOT_HEIGHT
+    below = np.full(len(points), float(bottom))
+    for colour, category in enumerate(CATEGORIES):
+        most = max(point[category] for point in points)
+        area = stairs(edges, heights[:, colour]) + stairs(edges[::-1], below[::-1]).replace("M", "L", 1) + "Z"
+        said = f"{category}: {in_unit(most, largest)} at most"
+        parts.append(f'<path class="bar run{colour}" d="{area}"><title>{text(said)}</title></path>')
+        below = heights[:, colour]
+    first = 0
+    for phase, own in groupby(point["phase"] for point in points):
+        last = first + len(list(own))
+        left, right = edges[first], edges[last]
+        parts.append(f'<path class="axis" d="M{left:.1f} {bottom}V{bottom + 6}M{left:.1f} {bottom}H{right:.1f}"/>')
+        if right - left >= LETTER * len(phase):
+            place = f'x="{(left + right) / 2:.1f}" y="{bottom + 17}" text-anchor="middle"'
+            parts.append(f"<text {place}>{text(phase)}</text>")
+        first = last
+    return picture(name, HEIGHT - 20, parts)
+
+
+def stairs(edges: np.ndarray, heights: np.ndarray) -> str:
+    """A path that goes along at each height from one edge to the next."""
+    steps = (f"V{height:.1f}H{right:.1f}" for height, right in zip(heights, edges[1:], strict=True))
+    return f"M{edges[0]:.1f} {heights[0]:.1f}{''.join(steps)}"
