@@ -4,7 +4,8 @@
 
 Real runs of `python -m train` that take the same steps: without `--profile`, with steps to record after those that are
 timed, and with steps recorded before them. The sides alternate within each round, one process after the other, and
-what is read are the metrics.jsonl that they leave.
+what is read are the metrics.jsonl that they leave. Processes differ among themselves by more than `--profile` adds to
+such a step, which is one call: that is measured by itself as well.
 """
 
 import argparse
@@ -12,7 +13,10 @@ import json
 import statistics
 import sys
 import tempfile
+import time
 from pathlib import Path
+
+from torch.profiler import ProfilerActivity, profile, schedule
 
 from benchmarks import commands, processes
 from benchmarks.rounds import machine, spread
@@ -46,6 +50,19 @@ def step_seconds(flags: list[str], steps: int, folder: Path) -> list[float]:
     return [record["step_time_seconds"] for record in timed]
 
 
+def call_microseconds(calls: int = 20_000) -> list[float]:
+    """Of `torch.profiler.profile.step`, which ends every step of a run with `--profile`, where it records nothing."""
+    taken = []
+    waiting = schedule(wait=10 * calls, warmup=1, active=1)
+    with profile(activities=[ProfilerActivity.CPU], schedule=waiting) as recorder:
+        for _ in range(10):
+            began = time.perf_counter()
+            for _ in range(calls // 10):
+                recorder.step()
+            taken.append(1e6 * (time.perf_counter() - began) / (calls // 10))
+    return taken
+
+
 def row(name: str, base: list[list[float]], own: list[list[float]]) -> list[str]:
     """A side's median step, and what it takes more than `base`: medians round by round, and the least of all steps."""
     medians, theirs = ([statistics.median(steps) for steps in runs] for runs in (own, base))
@@ -65,6 +82,7 @@ def main() -> None:
     if args.steps <= WARM_UP_STEPS + LAST_STEPS:
         raise UserError(f"--steps {args.steps}: none is timed; take more than {WARM_UP_STEPS + LAST_STEPS}")
     print(machine("cpu"))
+    print(f"the call between recordings: {spread(call_microseconds(), 1)} microseconds", flush=True)
     taken: dict[str, list[list[float]]] = {name: [] for name in sides(args.steps)}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
