@@ -16,6 +16,7 @@ from torch import nn
 
 from modeling_gpt2flash import GPT2FlashForCausalLM
 from train import failure
+from train.activation import fuse_activations
 from train.config import RunConfig
 from train.engines.accelerators import (
     deepspeed_accelerator,
@@ -82,12 +83,14 @@ class Engine(ABC):
         return self.world_size
 
     def prepare(self, model: GPT2FlashForCausalLM) -> None:
-        """Take the model in: compilation, activation checkpointing, optimizer, sharding; `layout` is a table of it.
+        """Take the model in: activation, compilation, recomputation, optimizer, sharding; `layout` is a table of it.
 
         Raises:
             UserError: on all processes, when one of them is not what was asked for.
         """
         config = self.config
+        if config.optimized:
+            fuse_activations(model)
         if config.torch_compile:
             compile_blocks(model)
         module = self._take(model)
