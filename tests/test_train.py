@@ -73,7 +73,9 @@ def test_the_validation_loss_is_that_of_stock_gpt2_over_the_whole_file(finished:
 def test_run_and_step_folders_open_in_ours_and_in_stock(finished: Path, folder: str) -> None:
     ours = GPT2FlashForCausalLM.from_pretrained(finished / folder).eval()
     stock = GPT2LMHeadModel.from_pretrained(finished / folder).eval()
-    ids = AutoTokenizer.from_pretrained(finished / folder)("import os\n", return_tensors="pt").input_ids
+    tokenizer = AutoTokenizer.from_pretrained(finished / folder)
+    assert (tokenizer.pad_token_id, tokenizer.model_max_length) == (50256, ours.config.n_positions)
+    ids = tokenizer("import os\n", return_tensors="pt").input_ids
     with torch.no_grad():
         torch.testing.assert_close(ours(ids).logits, stock(ids).logits, rtol=0, atol=1e-6)
     assert ours.dtype == torch.float32
