@@ -23,8 +23,9 @@ def run(flags: list[str], folder: Path, *more: str, check: bool = True):
 
 def test_a_finished_run_is_complete(finished: Path) -> None:
     assert {path.name for path in finished.iterdir()} == {
-        "config.json", "generation_config.json", "latest", "metrics.json", "metrics.jsonl", "model.safetensors",
-        "step-4", "step-8", "tokenizer.json", "tokenizer_config.json",
+        "attention.py", "config.json", "configuration_gpt2flash.py", "documents.py", "generation_config.json",
+        "latest", "loss.py", "metrics.json", "metrics.jsonl", "model.safetensors", "modeling_gpt2flash.py",
+        "positions.py", "step-4", "step-8", "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
     assert (finished / "latest").read_text() == "step-8\n"
     lines = records(finished)
