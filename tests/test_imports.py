@@ -13,17 +13,18 @@ FLOORS = [
     "failure", "errors", "files", "tensor_file", "quiet", "sources", "text_files", "streams", "tokens", "splits",
     "encoders", "preparation", "verify_data", "workers", "documents", "batches", "follow", "prefetch", "schedule",
     "muon", "optim", "recompute", "flops", "metrics", "regions", "evaluate_metrics", "config", "preprocess_data",
-    "models", "engines.deepspeed_json", "engines.rendezvous", "engines.accelerators", "engines.layout",
-    "engines.state", "engines.base", "engines.accelerated", "engines.pipelined", "checkpoint", "runlog", "inference",
-    "build", "validate", "summary", "profiling", "loop", "__main__", "cpu_layers", "generate", "compare_runs",
-    "compare_plots", "compare_windows", "compare_figures", "compare_gate", "report_style", "report_parts",
-    "report_svg", "report_kernels", "report_html", "compare", "parity_oracle", "parity_check", "parity",
-    "kernels_shapes", "kernels_trace", "kernels_places", "kernels_account", "kernels",
+    "nanogpt", "models", "engines.deepspeed_json", "engines.rendezvous", "engines.accelerators", "engines.layout",
+    "engines.state", "engines.base", "engines.accelerated", "engines.pipelined", "checkpoint", "compare_runs",
+    "compare_plots", "runlog", "inference", "build", "validate", "summary", "profiling", "loop",
+    "__main__", "cpu_layers", "generate", "export_onnx", "export", "compare_windows", "compare_figures",
+    "compare_gate", "report_style", "report_parts", "report_svg", "report_kernels", "report_html", "compare",
+    "parity_oracle", "parity_check", "parity", "kernels_shapes", "kernels_trace", "kernels_places",
+    "kernels_account", "kernels",
 ]  # fmt: skip
 # What comes after training never touches its live objects.
 READ_FILES_ONLY = [
-    "generate", "compare", "parity", "parity_check", "parity_oracle", "kernels", "kernels_account", "kernels_places",
-    "kernels_trace", "kernels_shapes",
+    "generate", "export", "export_onnx", "compare", "parity", "parity_check", "parity_oracle", "kernels",
+    "kernels_account", "kernels_places", "kernels_trace", "kernels_shapes",
 ]  # fmt: skip
 TRAIN_MODULES = sorted((ROOT / "train").rglob("*.py"))
 

@@ -28,7 +28,9 @@ def save(engine: Engine, run: Run, step: int) -> None:
     tensors = engine.tensors()
     if engine.is_main:
         config = run.config
-        checkpoints.save(config.run_folder, run.model_config, tensors, run.state(step), config.save_total_limit)
+        checkpoints.save(
+            config.run_folder, run.model_config, run.tokenizer, tensors, run.state(step), config.save_total_limit
+        )
     for _ in tensors:
         pass  # the other processes only take part in the gathering
     engine.wait()
@@ -37,6 +39,7 @@ def save(engine: Engine, run: Run, step: int) -> None:
 def train(run: Run) -> None:
     """Train from the run's checkpoint, or from nothing, to its last step; leave the run folder finished."""
     config = run.config
+    assert config.learning_rate is not None
     engine = build(run)
     log = RunLog(engine.accelerator, config.run_folder, dataclasses.asdict(config), run.total_steps)
     validation = Validation(engine, run)

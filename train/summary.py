@@ -12,7 +12,6 @@ from train.engines.accelerators import product_precision
 from train.files import write_json
 from train.flops import peak_flops
 from train.metrics import hardware, latency_percentiles, summarise, versions
-from train.tokens import VOCABULARY_SIZE
 
 LATENCY_TOKENS = 32  # generated per timing, after a prompt of as many
 
@@ -29,8 +28,8 @@ def write_summary(
     prompt_ids = torch.tensor((val or run.train).tokens.ids[None, :length].astype("int64"), device=model.device)
     latencies = inference.measure_latency(model, prompt_ids, length)
     sample = None
-    if config.max_new_tokens > 0 and run.model_config.vocab_size >= VOCABULARY_SIZE:
-        tokenizer = inference.load_tokenizer(folder, model)
+    tokenizer = run.tokenizer
+    if config.max_new_tokens > 0 and tokenizer is not None:
         room = run.model_config.n_positions - len(tokenizer(config.prompt).input_ids)
         text = inference.complete(model, tokenizer, config.prompt, min(config.max_new_tokens, room))[0]
         sample = {"prompt": config.prompt, "text": text}

@@ -88,6 +88,7 @@ class Engine(ABC):
             UserError: on all processes, when one of them is not what was asked for.
         """
         config = self.config
+        assert config.learning_rate is not None
         if config.torch_compile:
             compile_blocks(model)
         module = self._take(model)
