@@ -15,7 +15,7 @@ FLOORS = [
     "muon", "optim", "recompute", "flops", "metrics", "regions", "evaluate_metrics", "config", "preprocess_data",
     "nanogpt", "models", "engines.deepspeed_json", "engines.rendezvous", "engines.accelerators", "engines.layout",
     "engines.state", "engines.base", "engines.accelerated", "engines.pipelined", "checkpoint", "compare_runs",
-    "compare_plots", "runlog", "inference", "build", "validate", "summary", "profiling", "loop",
+    "compare_plots", "card", "hub", "runlog", "inference", "build", "validate", "summary", "profiling", "loop",
     "__main__", "cpu_layers", "generate", "export_onnx", "export", "compare_windows", "compare_figures",
     "compare_gate", "report_style", "report_parts", "report_svg", "report_kernels", "report_html", "compare",
     "parity_oracle", "parity_check", "parity", "kernels_shapes", "kernels_trace", "kernels_places",

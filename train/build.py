@@ -16,7 +16,7 @@ from modeling_gpt2flash import GPT2FlashConfig
 from modeling_gpt2flash.attention import choose_attention
 from modeling_gpt2flash.pipeline import Partition, partition
 from train import checkpoint as checkpoints
-from train import failure
+from train import failure, hub
 from train.batches import EvalBatches, TrainBatches
 from train.config import DEFAULTS, RunConfig
 from train.engines import deepspeed_json, rendezvous
@@ -93,6 +93,8 @@ def settle(config: RunConfig) -> Run:
         UserError: naming what cannot be, before anything is written or built.
     """
     check_trackers(config.report_to)
+    if config.push_to_hub is not None and failure.job()[0] == 0:
+        hub.check(config.push_to_hub)
     restarted = rendezvous.has_begun(config.run_folder)
     if restarted:
         config = _go_on(config)

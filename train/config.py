@@ -114,6 +114,7 @@ class RunConfig:
     )
     overwrite: bool = _flag(False, "replace a run that is already in the output folder")
     report_to: str = _flag("tensorboard", f"trackers, comma separated, or none: {', '.join(TRACKERS)}")
+    push_to_hub: str | None = _flag(None, "when done, upload the model with a card of the run to this owner/name")
     profile: bool = _flag(
         False, "record steps with torch.profiler: a trace of each process in the run's profile folder"
     )

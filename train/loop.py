@@ -5,6 +5,7 @@ import time
 from contextlib import closing
 
 from train import checkpoint as checkpoints
+from train import hub
 from train.build import Run, build
 from train.engines.accelerators import product_precision
 from train.engines.base import Engine
@@ -98,3 +99,5 @@ def train(run: Run) -> None:
     engine.close()
     if main:
         write_summary(run, validation.batches, log.records, processes, memory)
+        if config.push_to_hub is not None:
+            print(hub.push(config.run_folder, config.push_to_hub))
