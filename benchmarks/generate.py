@@ -49,7 +49,7 @@ def make_sides(names: list[str], size: str, rows: int, new_tokens: int, static: 
     stock = GPT2LMHeadModel(GPT2Config(**shape)).eval()
     ours = GPT2FlashForCausalLM._from_config(GPT2FlashConfig(**shape), attn_implementation="sdpa").eval()
     ours.load_state_dict(stock.state_dict())
-    plain = Decoding(new_tokens, temperature=0)
+    plain = Decoding(new_tokens, temperature=0, growing_cache=False)
     chosen = Decoding(new_tokens, temperature=0, static_cache=static)
     compiled = Decoding(new_tokens, temperature=0, static_cache=True, compiled=True)
     make = {

@@ -1,4 +1,4 @@
-"""The training loss, forward and backward: full logits, ours in chunks, and torch's `linear_cross_entropy`.
+"""The training loss, forward and backward: full logits, compiled or not, in chunks, and `linear_cross_entropy`.
 
     python -m benchmarks.loss --rows 2048 --width 128 --dtype bfloat16
 
@@ -47,7 +47,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
 
-    sides: dict[str, Side] = {"full logits": full} | {f"ours, {c} rows": ours(c) for c in (256, 512, 1024)}
+    sides: dict[str, Side] = {"full logits": full, "full logits, compiled": torch.compile(full, dynamic=False)}
+    sides |= {f"ours, {c} rows": ours(c) for c in (256, 512, 1024)}
     if hasattr(F, "linear_cross_entropy"):  # torch 2.13 and later
         sides |= {f"torch, 512 rows, {policy}": torchs(512, policy) for policy in ("auto", "accurate", "compact")}
 
@@ -64,7 +65,7 @@ def main() -> None:
 
     errors = {name: side(rows, weight, targets).item() - reference for name, side in sides.items()}
     timed = {name: partial(once, side) for name, side in sides.items()}
-    alternate(timed, rounds=1)
+    alternate(timed, rounds=1)  # compiles backward passes as well
     taken = alternate(timed, args.rounds)
 
     print(f"{args.rows} rows, width {args.width}, {args.dtype}; {machine(args.device)}\n")

@@ -1,7 +1,8 @@
 """One training step as each tool takes it (forward, backward, clipping, AdamW), from the same weights.
 
     baseline           ours as `--run_type baseline`: eager attention, fp32, full logits, AdamW not fused
-    optimized          ours: attention `auto`, loss in chunks, fused AdamW, blocks compiled as by `--torch_compile`
+    optimized          ours: attention `auto`, loss in chunks, AdamW and GELU as one kernel each, blocks compiled as by
+                       `--torch_compile`
     uncompiled         the same without compilation
     checkpointed       optimized, with `--activation_checkpointing`
     hf-eager, hf-sdpa  stock `GPT2LMHeadModel`, fused AdamW, the default of transformers' Trainer
@@ -30,6 +31,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from modeling_gpt2flash import GPT2FlashConfig, GPT2FlashForCausalLM
 from modeling_gpt2flash.attention import choose_attention
+from train.activation import fuse_activations
 from train.engines.base import compile_blocks
 from train.errors import UserError
 from train.models import SIZES
@@ -109,6 +111,8 @@ def ours(
     model = GPT2FlashForCausalLM._from_config(config, attn_implementation=chosen)
     model.load_state_dict(stock_model(case, "eager").state_dict())
     model.to(case.device).train()
+    if fused:
+        fuse_activations(model)
     if compiled:
         compile_blocks(model)
     if checkpointed:

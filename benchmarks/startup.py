@@ -1,4 +1,5 @@
-"""How long until something happens: the import of the model package, and the first training step after launch.
+"""How long until something happens: the import of the model package, beside those of torch and of stock GPT-2, and the
+first training step after launch.
 
     python -m benchmarks.startup
 
@@ -8,26 +9,28 @@ metrics.jsonl: with an empty cache of compiled kernels, and with what the run be
 
 import argparse
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 from benchmarks import commands, processes
-from benchmarks.rounds import machine
+from benchmarks.rounds import alternate, machine, spread
 from train.errors import run_command
 from train.models import SIZES
 
-IMPORT = "import modeling_gpt2flash, sys; sys.exit('deepspeed' in sys.modules)"
+IMPORTS = {
+    "torch": "import torch",
+    "stock GPT-2": "from transformers import GPT2LMHeadModel",
+    "ours, without DeepSpeed": "import modeling_gpt2flash, sys; sys.exit('deepspeed' in sys.modules)",
+}
 
 
-def import_seconds() -> float:
-    """Of a whole Python that imports the package, which imports no DeepSpeed."""
-    began = time.perf_counter()
-    subprocess.run([sys.executable, "-c", IMPORT], check=True)
-    return time.perf_counter() - began
+def start(statement: str) -> None:
+    """A whole Python that executes a statement."""
+    subprocess.run([sys.executable, "-c", statement], check=True)
 
 
 def first_step_seconds(flags: list[str], folder: Path) -> float:
@@ -53,9 +56,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="of the import")
     args = parser.parse_args()
     print(machine("cpu"))
-    import_seconds()  # from the disk
-    imports = [import_seconds() for _ in range(args.rounds)]
-    print(f"import: {statistics.median(imports):.2f} s ({min(imports):.2f} to {max(imports):.2f})", flush=True)
+    sides = {name: partial(start, statement) for name, statement in IMPORTS.items()}
+    alternate(sides, rounds=1)  # from the disk
+    for name, taken in alternate(sides, args.rounds).items():
+        print(f"import, {name}: {spread([each.wall for each in taken])} s", flush=True)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         commands.write_tokens(folder / "train.bin", 2 * args.batch * args.block + 1)

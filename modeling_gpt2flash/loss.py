@@ -196,6 +196,10 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_total: Tensor) -> tuple[Tensor | None, ...]:
-        # New tensors, not in place: the graph may be kept for a second backward pass.
-        d_rows, d_weight = (None if d is None else d * d_total.to(d.dtype) for d in ctx.saved_tensors)
+        # The weight's gradient is the largest tensor here, and a copy of it would be fresh memory: scaled where it is,
+        # unless the graph is kept for a second backward pass.
+        if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
+            d_rows, d_weight = (None if d is None else d * d_total.to(d.dtype) for d in ctx.saved_tensors)
+        else:
+            d_rows, d_weight = (None if d is None else d.mul_(d_total.to(d.dtype)) for d in ctx.saved_tensors)
         return d_rows, d_weight, None, None, None, None, None, None

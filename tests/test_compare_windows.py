@@ -24,6 +24,13 @@ def test_windows_by_hand() -> None:
     assert got["step_time_seconds.median"].values == (1.0, 1.0, 0.5)
 
 
+def test_steps_under_the_profiler_are_left_out() -> None:
+    plain = timed_run([100.0, 1, 1, 2, 1, 1, 8, 0.5, 0.5, 1])
+    slow = {"step": 3, "step_time_seconds": 77.0, "profiled": True}
+    profiled = Run("run", plain.folder, plain.summary, [*plain.steps[:3], slow, slow, *plain.steps[3:]])
+    assert spreads(profiled) == spreads(plain)
+
+
 def test_what_does_not_fill_a_window_is_left_out_at_the_start() -> None:
     spread = spreads(timed_run([9.0] * 6 + [1.0] * 40))["tokens_per_second"]
     assert (spread.steps, len(spread.values)) == (4, 10)

@@ -166,9 +166,12 @@ def test_the_json_of_one_run(eager: Path, tmp_path: Path) -> None:
 def gpu_trace() -> dict[str, Any]:
     """Built by hand in torch.profiler's format, not recorded: one step of 1,000 microseconds on a GPU.
 
-    Its backward pass runs in a thread of its own, its all-reduce beside the backward product for 40 microseconds.
+    Its backward pass runs in a thread of its own, its all-reduce in a stream of its own, beside the backward product
+    for 40 microseconds, and the next batch's copy beside the attention. Between kernels are launch gaps, the last
+    kernel outlasts the step, one has lost its launch, and there are events that stand for no work of their own.
     """
     main, backward = 11, 12
+    compute, network, copying = 7, 20, 24
     events: list[dict[str, Any]] = []
 
     def on_cpu(name: str, start: float, end: float, thread: int = main, category: str = "cpu_op", **args: Any) -> None:
@@ -180,18 +183,33 @@ def gpu_trace() -> dict[str, Any]:
     def annotate(name: str, start: float, end: float) -> None:
         on_cpu(name, start, end, category="user_annotation")
 
-    def launch(kernel: str, at: float, start: float, end: float, thread: int = main, category: str = "kernel") -> None:
+    def launch(
+        kernel: str,
+        at: float | None,
+        start: float,
+        end: float,
+        thread: int = main,
+        category: str = "kernel",
+        stream: int = compute,
+    ) -> None:
         number = len(events)
-        call = "cudaLaunchKernel" if category == "kernel" else "cudaMemcpyAsync"
-        on_cpu(call, at, at + 5, thread, "cuda_runtime", correlation=number)
+        call = {"kernel": "cudaLaunchKernel", "gpu_memcpy": "cudaMemcpyAsync", "gpu_memset": "cudaMemsetAsync"}
+        if at is not None:
+            on_cpu(call[category], at, at + 5, thread, "cuda_runtime", correlation=number)
+            arrow = {"cat": "ac2g", "name": "ac2g", "id": number}
+            events.append({"ph": "s", "pid": 1, "tid": thread, "ts": at, **arrow})
+            events.append({"ph": "f", "pid": 0, "tid": stream, "ts": start, "bp": "e", **arrow})
         events.append(
-            {"ph": "X", "cat": category, "name": kernel, "pid": 0, "tid": 7, "ts": start, "dur": end - start,
-             "args": {"correlation": number, "stream": 7}}
+            {"ph": "X", "cat": category, "name": kernel, "pid": 0, "tid": stream, "ts": start, "dur": end - start,
+             "args": {"correlation": number, "stream": stream, "device": 0}}
         )  # fmt: skip
 
     half = {"Input type": ["c10::BFloat16"] * 3}
     annotate("ProfilerStep#2", 0, 1000)
     annotate("data", 0, 50)
+    on_cpu("aten::to", 30, 48)
+    on_cpu("aten::copy_", 32, 46)
+    launch("Memcpy HtoD (Pinned -> Device)", 35, 90, 130, category="gpu_memcpy", stream=copying)
     annotate("forward", 50, 300)
     annotate("attention: transformer.h.0.attn", 60, 200)
     shape = [2, 4, 8, 16]
@@ -201,18 +219,32 @@ def gpu_trace() -> dict[str, Any]:
     on_cpu("aten::addmm", 130, 160, **{"Input Dims": [[64], [16, 64], [64, 64]], **half})
     launch("sm90_xmma_gemm_bf16", 140, 200, 300)
     annotate("backward", 300, 600)
+    launch("a kernel whose launch the trace has lost", None, 320, 330)
+    on_cpu("aten::zero_", 305, 315, backward)
+    launch("Memset (Device)", 308, 340, 345, backward, category="gpu_memset")
     on_cpu("autograd::engine::evaluate_function: AddmmBackward0", 320, 400, backward)
     on_cpu("AddmmBackward0", 325, 395, backward)
     on_cpu("aten::mm", 330, 350, backward, **{"Input Dims": [[16, 64], [64, 64]], **half})
     launch("sm90_xmma_gemm_bf16_bwd", 340, 360, 460, backward)
     on_cpu("c10d::allreduce_", 410, 440, backward)
-    launch("ncclDevKernel_AllReduce_Sum_bf16", 420, 420, 560, backward)
+    launch("ncclDevKernel_AllReduce_Sum_bf16", 420, 420, 560, backward, stream=network)
     annotate("optimizer", 600, 700)
     on_cpu("aten::_fused_adamw_", 610, 690)
     launch("void multi_tensor_apply_kernel<...>", 640, 650, 800)
     annotate("communication", 700, 1000)
     on_cpu("aten::item", 705, 990)
     launch("Memcpy DtoH (Device -> Pinned)", 710, 800, 810, category="gpu_memcpy")
+    on_cpu("cudaStreamSynchronize", 715, 985, category="cuda_runtime", correlation=9999)
+    on_cpu("aten::zeros", 986, 989)
+    launch("void at::native::fill_kernel<...>", 987, 990, 1200)
+    for category, name in (
+        ("gpu_user_annotation", "forward"),
+        ("python_function", "loop.py"),
+        ("overhead", "Unknown"),
+    ):
+        on_cpu(name, 100, 900, compute, category)
+    events.append({"ph": "M", "name": "process_name", "pid": 0, "tid": 0, "ts": 0, "args": {"name": "python"}})
+    events.append({"ph": "i", "name": "Iteration Start: PyTorch Profiler", "pid": "Traces", "tid": "T", "ts": 0})
     flow = {"cat": "fwdbwd", "name": "fwdbwd", "pid": 1, "id": 1}
     events.append({"ph": "s", "tid": main, "ts": 130, **flow})
     events.append({"ph": "f", "tid": backward, "ts": 325, "bp": "e", **flow})
@@ -237,15 +269,20 @@ def test_a_gpu_trace_to_the_microsecond(tmp_path: Path) -> None:
         ("transformer.h.0.attn.c_proj", "backward", products, "aten::mm"): 100,
         ("", "backward", "communication", "c10d::allreduce_"): 100,  # of its 140, those not beside the product
         ("", "optimizer", "optimizer", "aten::_fused_adamw_"): 150,
+        ("", "data", "copies", "aten::copy_"): 10,  # of its 40, those not beside the attention
+        ("", "", "normalisation and elementwise", ""): 10,  # the one without a launch, by its own name
+        ("", "backward", "copies", "aten::zero_"): 5,
         ("", "communication", "copies", "aten::item"): 10,
+        ("", "communication", "communication", "aten::zeros"): 10,  # and 200 after the step
         ("", "data", *idle): 50,
-        ("", "forward", *idle): 50,
-        ("", "backward", *idle): 100,
+        ("", "forward", *idle): 40,
+        ("", "backward", *idle): 85,
         ("", "optimizer", *idle): 50,
-        ("", "communication", *idle): 190,
+        ("", "communication", *idle): 180,
     }
-    assert found.unaccounted == 0
-    [allreduce] = [row for key, row in found.rows.items() if key.category == "communication"]
+    assert sum(microseconds.values()) == pytest.approx(1000)
+    assert found.unaccounted == pytest.approx(10e-6)
+    [allreduce] = [row for key, row in found.rows.items() if key.operator == "c10d::allreduce_"]
     assert allreduce.busy == pytest.approx(140e-6)
     run = kernels.describe(recording, found)
     rates = {point["operator"]: point["flops_per_second"] for point in run["roofline"]["points"]}
@@ -295,6 +332,13 @@ def damaged(kind: str, eager: Path, folder: Path) -> Path:
             write_trace(run, {"traceEvents": content["traceEvents"]})
         case "later version":
             write_trace(run, {**content, "gpt2flash": {**facts, "schema": 99}})
+        case "few facts":
+            write_trace(run, {**content, "gpt2flash": {"schema": 1, "rank": 0, "steps": 2}})
+        case "odd link":
+            write_trace(run, {"traceEvents": [{"cat": "fwdbwd", "ph": "s"}], "gpt2flash": facts})
+        case "folder":
+            file.unlink()
+            file.mkdir()
         case "no step":
             write_trace(run, {"traceEvents": [], "gpt2flash": facts})
         case "odd event":
@@ -319,8 +363,11 @@ def damaged(kind: str, eager: Path, folder: Path) -> Path:
         ("other JSON", "rank-0.json.gz: is JSON, but no trace"),
         ("foreign", "rank-0.json.gz: is a trace of another program"),
         ("later version", "rank-0.json.gz: has facts of version 99"),
+        ("few facts", "rank-0.json.gz: its facts of the run lack world_size, first_step, device_name"),
+        ("folder", "rank-0.json.gz: cannot be read: Is a directory"),
         ("no step", "rank-0.json.gz: holds no whole step"),
         ("odd event", "rank-0.json.gz: has an event that torch.profiler does not write"),
+        ("odd link", "rank-0.json.gz: has an event that torch.profiler does not write"),
         ("lone rank", "holds 1 traces of a run of 2 processes"),
         ("other run's rank", "block_size is 64 and there 32"),
         ("no trace", "holds no trace"),

@@ -201,6 +201,14 @@ def test_a_kept_graph_gives_the_same_again() -> None:
     torch.testing.assert_close(torch.autograd.grad(loss * 3, (hidden, weight)), first)
 
 
+def test_the_gradient_is_not_copied() -> None:
+    hidden, weight, labels = make()
+    loss = causal_lm_loss(hidden, weight, labels, chunk_size=4)
+    taken = loss.grad_fn.next_functions[0][0].saved_tensors[1].data_ptr()  # below the division
+    loss.backward()
+    assert weight.grad.data_ptr() == taken
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_behind_checkpointed_layers(reentrant: bool) -> None:
     hidden, weight, labels = make()

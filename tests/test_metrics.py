@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from train import metrics
+from train.energy import Energy
 
 MODEL = {"n_layer": 12, "n_head": 12, "n_embd": 768, "n_positions": 1024, "vocab_size": 50257}
 
@@ -56,6 +57,24 @@ def test_step_time_percentiles() -> None:
     assert metrics.step_time_percentiles(times) == {"median": 5.0, "p10": 1.0, "p90": 9.0}
     assert metrics.step_time_percentiles([2.0]) == {"median": 2.0, "p10": 2.0, "p90": 2.0}
     assert metrics.step_time_percentiles([]) == {"median": None, "p10": None, "p90": None}
+
+
+def test_steps_under_the_profiler_are_in_the_training_time_alone() -> None:
+    plain = [record(1, 9.0, 1.0, data_seconds=5.0), record(2, 1.0, 1.0, data_seconds=0.25)]
+    plain += [record(3, 3.0, 1.0, data_seconds=0.75)]
+    slow = record(4, 96.0, 1.0, data_seconds=90.0, profiled=True)
+    found = summary([*plain, slow])
+    for key in ("tokens_per_second", "step_time_seconds", "data_share", "time_per_epoch_seconds", "flops_per_second"):
+        assert found[key] == summary(plain)[key], key
+    assert found["training_time_seconds"] == 9 + 1 + 3 + 96
+    assert found["steps"] == 4
+
+
+def test_energy_is_for_each_token_of_its_steps() -> None:
+    found = summary([record(1, 1.0, 1.0)], energy=Energy(joules=600.0, steps=3, covers="GPUs"))
+    assert (found["energy_joules"], found["joules_per_token"], found["energy_covers"]) == (600.0, 0.2, "GPUs")
+    unknown = summary([record(1, 1.0, 1.0)])
+    assert unknown["energy_joules"] is unknown["joules_per_token"] is unknown["energy_covers"] is None
 
 
 def test_data_share() -> None:

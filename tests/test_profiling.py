@@ -2,26 +2,31 @@
 
 import gzip
 import json
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from tests.conftest import ROOT, accelerate, losses, python, torchrun
+from tests.conftest import ROOT, accelerate, losses, python, records, torchrun
 from tests.tiny_gpt2 import make_ours, tokens
+from train import profiling
 from train.config import parse
 from train.engines.base import compile_blocks
 from train.errors import UserError
 from train.flops import count_flops
 from train.kernels_account import Account, account
-from train.kernels_trace import read_recording
-from train.profiling import Names
+from train.kernels_timeline import timeline
+from train.kernels_trace import Recording, read_recording
+from train.profiling import Names, Profiler
 from train.regions import PHASES, module_of
 
 SHORT = ["--max_steps=6", "--max_new_tokens=0", "--eval_steps=1"]
 PROFILE = ["--profile", "--profile_steps=3:5"]
+CLOCKS = 2e-4  # seconds by which the clocks of two processes' traces may differ
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +57,28 @@ def test_the_asked_steps_are_recorded_with_their_regions(profiled: Path) -> None
         "transformer.h.1.mlp.act", "transformer.ln_f",
     }  # fmt: skip
     assert found["attention: transformer.h.1.attn"] == found["mlp: transformer.h.0.mlp"] == 4 + 1, "and a validation"
+
+
+def test_steps_that_bear_the_profilers_cost_say_so(profiled: Path) -> None:
+    marked = {record["step"] for record in records(profiled) if record.get("profiled")}
+    assert marked == {2, 3, 4}, "the recorded ones, and the one that warms it up"
+
+
+def test_the_peak_of_a_cpu_is_taken_before_the_profiler_fills_its_memory(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = parse([*flags, "--profile", "--profile_steps=4:5", f"--checkpoint_path={tmp_path}"])
+    config.run_folder.mkdir()
+    engine = SimpleNamespace(is_main=True, rank=0, device=torch.device("cpu"), named_modules=lambda: iter(()))
+    monkeypatch.setattr(profiling, "facts", lambda *_: {})
+    taken = []
+    with Profiler(cast(Any, SimpleNamespace(config=config)), cast(Any, engine), 0) as profiler:
+        for step in range(1, 6):
+            monkeypatch.setattr(profiling, "peak_memory", lambda device, after=step: {"after": after})
+            profiler.step()
+            taken.append(profiler.peak_before)
+    assert taken == [None, {"after": 2}, {"after": 2}, {"after": 2}, {"after": 2}]
+    assert (config.run_folder / "profile" / "rank-0.json.gz").exists()
 
 
 def test_the_account_is_whole_and_its_flops_are_those_of_the_formula(profiled: Path) -> None:
@@ -130,7 +157,7 @@ def test_names_leave_nothing_behind_and_break_no_graph() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["ddp", "zero2", "pipeline"])
+@pytest.mark.parametrize("layout", ["ddp", "zero2", "pipeline", "dualpipev"])
 def test_every_process_of_every_layout_leaves_a_trace(layout: str, flags: list[str], tmp_path: Path) -> None:
     words: list[Any] = [
         *flags,
@@ -142,8 +169,11 @@ def test_every_process_of_every_layout_leaves_a_trace(layout: str, flags: list[s
     if layout == "ddp":
         torchrun("-m", "train", *words, cwd=tmp_path)
     else:
-        words += ["--run_type=optimized", f"--deepspeed_config={ROOT}/ds_configs/{layout}.json"]
-        words += ["--pipeline_stages=2", "--gradient_accumulation_steps=2"] if layout == "pipeline" else []
+        pipelined = layout != "zero2"
+        json_name = "pipeline" if pipelined else layout
+        words += ["--run_type=optimized", f"--deepspeed_config={ROOT}/ds_configs/{json_name}.json"]
+        words += ["--pipeline_stages=2", "--gradient_accumulation_steps=4"] if pipelined else []
+        words += ["--pipeline_schedule=dualpipev"] if layout == "dualpipev" else []
         accelerate(*words, cwd=tmp_path)
     run = tmp_path / ("baseline" if layout == "ddp" else "optimized")
     recording = read_recording(run)
@@ -155,11 +185,36 @@ def test_every_process_of_every_layout_leaves_a_trace(layout: str, flags: list[s
         assert "attention: transformer.h.0.attn" in found[0]
         assert "loss: loss" in found[1]
         assert "loss: loss" not in found[0]
-    else:
+    elif layout != "dualpipev":
         assert all("attention: transformer.h.1.attn" in own and "loss: loss" in own for own in found)
+    if layout in ("pipeline", "dualpipev"):
+        check_timeline(recording, layout)
     total = account(recording)
     assert_closed(total)
     assert any(key.category == "communication" for key in total.rows)
+
+
+def check_timeline(recording: Recording, layout: str) -> None:
+    """Every micro-batch goes through all stages and back, in an order that the common clock has to show."""
+    found = timeline(recording)
+    assert found is not None
+    assert found["one_clock"]
+    assert len(found["steps"]) == 2
+    assert 0 < found["idle_share"] < 1
+    assert found["theory"] == (pytest.approx(1 / 5) if layout == "pipeline" else None)
+    stages = 2 if layout == "pipeline" else 4
+    work = {
+        (piece["phase"], piece["stage"], piece["micro_batch"]): (piece["start"], piece["end"])
+        for row in found["rows"]
+        for piece in row["pieces"]
+        if piece["phase"] in ("forward", "backward")
+    }
+    assert len(work) == 2 * stages * 4
+    for micro_batch in range(4):
+        way = [("forward", stage, micro_batch) for stage in range(stages)]
+        way += [("backward", stage, micro_batch) for stage in reversed(range(stages))]
+        for before, after in pairwise(way):
+            assert work[before][1] <= work[after][0] + CLOCKS, (before, after)
 
 
 @pytest.mark.slow

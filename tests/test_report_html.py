@@ -14,6 +14,8 @@ import pytest
 
 from tests.finished_runs import write_run
 from tests.html_page import Page
+from tests.test_report_kernels import PIPELINE, kernels
+from tests.test_report_memory import memory
 from train import compare, compare_figures, report_svg
 from train.compare_runs import read_runs
 from train.report_html import POLICY
@@ -167,6 +169,7 @@ def test_runs_of_nothing_and_of_what_is_no_number(tmp_path: Path) -> None:
     diverged = write_run(tmp_path / "diverged", steps=2)
     record = {"step": 1, "tokens": None, "loss": None, "tokens_per_second": None, "step_time_seconds": None}
     (diverged / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    (diverged / "metrics.json").write_text(json.dumps({**summary, "steps": 1}))
     page = Page(report([none, diverged], tmp_path / "out"))
     assert "nothing was measured" in page.text("text")
     assert "not measured" in page.text("strong")
@@ -211,7 +214,13 @@ def test_a_point_that_is_no_number_breaks_a_path() -> None:
 @pytest.mark.skipif(not BROWSERS, reason="no Chromium on this machine")
 @pytest.mark.parametrize("width", [390, 1280])
 def test_a_browser_lays_it_out_within_the_screen(three: list[Path], tmp_path: Path, width: int) -> None:
+    for folder in three:
+        facts = {"run_type": folder.name, "tokens_per_step": 1000, "block_size": 250}
+        (folder / "profile").mkdir()
+        (folder / "profile" / "kernels.json").write_text(json.dumps(kernels(0.1, facts=facts, pipeline=PIPELINE)))
+        (folder / "profile" / "memory.json").write_text(json.dumps(memory()))
     source = report(three, tmp_path / "out")
+    assert {"Kernels", "Memory"} <= set(Page(source).texts["h2"])
     # The page forbids scripts and frames; the copy that measures itself allows its own. A window of Chromium has at
     # least 500 pixels, so the phone is a frame in it.
     root = "document.documentElement"

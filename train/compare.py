@@ -28,7 +28,9 @@ from train.compare_windows import spreads
 from train.errors import UserError, run_command
 from train.files import write_json, write_text, written_aside
 from train.report_html import page
-from train.report_kernels import Kernels, read_kernels
+from train.report_kernels import Kernels, kernels_sentence, read_kernels
+from train.report_memory import Memory, read_memory
+from train.report_parts import markdown_table
 
 EXAMPLE = "python -m train.compare checkpoint/baseline checkpoint/optimized --out comparison"
 
@@ -47,21 +49,15 @@ def figures_table(runs: Sequence[Run]) -> str:
     return markdown_table(header, rows)
 
 
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table that reads well as plain text too: the first column to the left, figures to the right."""
-    lines = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in [header, *rows]]
-    widths = [max(3, *(len(line[column]) for line in lines)) for column in range(len(header))]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    lines.insert(1, rule)
-    return "\n".join(
-        "| " + " | ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) + " |" for line in lines
-    )
-
-
 # The report
 
 
-def report(runs: Sequence[Run], found: Sequence[Mapping[str, Any]], gate: Sequence[Result]) -> str:
+def report(
+    runs: Sequence[Run],
+    found: Sequence[Mapping[str, Any]],
+    gate: Sequence[Result],
+    kernels: Sequence[Kernels | None],
+) -> str:
     labels = [run.label for run in runs]
     said = warnings(runs, found)
     grave = [line for line in said if line.startswith(NOT_COMPARABLE)]
@@ -71,6 +67,8 @@ def report(runs: Sequence[Run], found: Sequence[Mapping[str, Any]], gate: Sequen
     parts += ["\n".join(f"- {line}" for line in said if line not in grave)] if len(said) > len(grave) else []
     parts += ["## Gate", "\n".join(f"- {result.sentence}" for result in gate)] if gate else []
     parts += ["## Figures", figures_table(runs), f"Changes are against {labels[0]}. {windows_note(runs)}"]
+    changed = kernels_sentence(runs, kernels)
+    parts += ["## Kernels", changed] if changed else []
     parts += ["## Plots"]
     parts += [
         "![Training throughput in tokens per second over optimizer steps](throughput.png)",
@@ -162,10 +160,11 @@ def write(
     found: Sequence[Mapping[str, Any]],
     gate: Sequence[Result],
     kernels: Sequence[Kernels | None],
+    memories: Sequence[Memory | None],
 ) -> None:
     """Everything is made before the first byte is written; the reports, which show the rest, come last."""
-    plots, text, data = draw(runs), report(runs, found, gate), as_json(runs, found, gate)
-    html = page(runs, found, gate, kernels, data)
+    plots, text, data = draw(runs), report(runs, found, gate, kernels), as_json(runs, found, gate)
+    html = page(runs, found, gate, kernels, memories, data)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, png in plots.items():
@@ -188,8 +187,9 @@ def main(argv: list[str] | None = None) -> None:
     runs = read_runs(arguments.runs)
     found = differences(runs)
     gate = check(conditions, runs, found)
-    kernels = [read_kernels(run.folder) for run in runs]
-    write(arguments.out, runs, found, gate, kernels)
+    kernels = [read_kernels(run) for run in runs]
+    memories = [read_memory(run.folder) for run in runs]
+    write(arguments.out, runs, found, gate, kernels, memories)
     said = warnings(runs, found)
     print("\n".join([*said, ""]) if said else "", end="\n" if said else "")
     print(f"{verdict(runs, found)}\n\n{figures_table(runs)}\n\nReport: {arguments.out / 'report.html'}")

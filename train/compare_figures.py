@@ -10,7 +10,8 @@ from train.compare_windows import Spread, spreads
 
 NOT_COMPARABLE = "NOT COMPARABLE LIKE FOR LIKE"
 UNKNOWN = "—"
-MAY_BE_MISSING = ("peak_memory_reserved_bytes", "inference_percentiles")  # outside CUDA; before p95 was taken
+# Outside of CUDA; before p95 was taken; where no device says what it takes.
+MAY_BE_MISSING = ("peak_memory_reserved_bytes", "inference_percentiles", "joules_per_token")
 FEW_STEPS = 20
 
 
@@ -39,6 +40,7 @@ FIGURES = (
     Figure("perplexity", "Perplexity", "perplexity", better=-1),
     Figure("peak_memory_bytes", "Peak memory", "bytes", ratio=True, better=-1),
     Figure("peak_memory_reserved_bytes", "Peak memory, reserved", "bytes", ratio=True, better=-1),
+    Figure("joules_per_token", "Energy per token", "joules", ratio=True, better=-1),
     Figure("inference_latency_seconds", "Inference latency, first token", "seconds", better=-1),
     Figure("inference_percentiles.first_token.p95", "First token, 95th percentile", "seconds", better=-1),
     Figure("inference_percentiles.per_token.p50", "Each further token, median", "seconds", better=-1),
@@ -171,6 +173,8 @@ def change(figure: Figure, first: Run, run: Run) -> dict[str, float] | None:
         return None
     if figure.kind == "bytes" and first.get("peak_memory_kind") != run.get("peak_memory_kind"):
         return None  # resident memory of a process against tensors on a GPU
+    if figure.kind == "joules" and first.get("energy_covers") != run.get("energy_covers"):
+        return None  # CPUs against GPUs
     return {"percent": 100 * (after - before) / before, "ratio": after / before}
 
 

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ NUMBERS = [
     *("train_loss", "val_loss", "perplexity", "inference_latency_seconds", "inference_tokens_per_second"),
     *("peak_memory_bytes", "peak_memory_reserved_bytes"),
 ]
-NESTED_NUMBERS = [
+NESTED_NUMBERS = [  # and what older summaries lack
+    "joules_per_token",
     *("step_time_seconds.median", "step_time_seconds.p10", "step_time_seconds.p90"),
     *("inference_percentiles.first_token.p50", "inference_percentiles.first_token.p95"),
     *("inference_percentiles.per_token.p50", "inference_percentiles.per_token.p95"),
@@ -88,6 +89,11 @@ def read_run(folder: Path, label: str) -> Run:
     check_text(summary, summary_path)
     # A run that was killed and resumed repeats the steps since its checkpoint: the later line is the one that counts.
     by_step = {record["step"]: record for record in read_steps(steps_path)}
+    if len(by_step) != summary["steps"]:
+        raise UserError(
+            f"{steps_path} has {len(by_step)} steps and {SUMMARY_FILE} sums up {summary['steps']}: they are not of "
+            "one run, or not whole; train it again"
+        )
     return Run(label, folder, summary, [by_step[step] for step in sorted(by_step)])
 
 
@@ -166,6 +172,17 @@ def check_summary(summary: Any, path: Path) -> None:
                 raise UserError(f'{path}: "{key}" is {look_up(summary, key)!r}, not {wanted}')
 
 
+def check_fields(path: Path, key: str, table: Any, fields: Mapping[str, Any], writer: str) -> None:
+    """Refuse a table ("key" in the file) that is no list of objects with these fields, each of one of these types."""
+    if not isinstance(table, list):
+        raise UserError(f'{path}: "{key}" is {table!r}, not a list: it is not what {writer} writes')
+    for row in table:
+        for name, kinds in fields.items():
+            value = row.get(name) if isinstance(row, dict) else None
+            if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
+                raise UserError(f'{path}: "{key}" has {value!r} for {name}: it is not what {writer} writes')
+
+
 def check_text(summary: dict[str, Any], path: Path) -> None:
     """Refuse half characters, which JSON can name (a lone "\\ud800") and no file can hold."""
     try:
@@ -197,6 +214,8 @@ def unit_of(kind: str, largest: float) -> tuple[float, str, int]:
         return (60.0, "min", 1) if largest < 3 * 3600 else (3600.0, "h", 2)
     if kind == "bytes":
         return (2.0**30, "GiB", 2) if largest >= 2**30 else (2.0**20, "MiB", 1)
+    if kind == "joules":
+        return (1e-3, "mJ", 1) if largest < 1 else (1.0, "J", 2)
     if kind == "flops":
         return (1e12, "TFLOP/s", 1) if largest >= 1e13 else (1e9, "GFLOP/s", 1)
     if kind == "rate":

@@ -44,10 +44,10 @@ class Spread:
 def spreads(run: Run) -> dict[str, Spread]:
     """Throughput (tokens/s) and median step time (seconds) of a run's windows, under their names in `metrics.json`.
 
-    The first step is left out, as in those figures, and after it the few that do not fill a window. Empty for a run
-    that is too short, or of which a step's time is not known.
+    The first step is left out and those under the profiler, as in those figures, and then the few that do not fill a
+    window. Empty for a run that is too short, or of which a step's time is not known.
     """
-    times = [record["step_time_seconds"] for record in run.steps[1:]]
+    times = [record["step_time_seconds"] for record in run.steps[1:] if not record.get("profiled")]
     count = min(MOST_WINDOWS, len(times) // FEWEST_STEPS)
     if count < FEWEST_WINDOWS or not all(times) or not run.get("tokens_per_step"):
         return {}

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.activations import NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
+from train.activation import fuse_activations
 from train.errors import UserError
 
 PACKED_ROWS = 8  # oneDNN blocks weights for a number of rows; what it takes for 8 was good for 1 to 32 as well
@@ -99,10 +99,7 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 
 def _copy_with(model: PreTrainedModel, make: Callable[[Tensor, Tensor | None], nn.Module]) -> PreTrainedModel:
-    """A copy with `make(weight (O, I), bias (O,))` in place of each Conv1D and the head; other tensors are shared.
-
-    GPT-2's activation, eight steps of torch, becomes the one that does the same in one.
-    """
+    """A copy with `make(weight (O, I), bias (O,))` in place of each Conv1D and the head; other tensors are shared."""
     shared: dict[int, Any] = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
     twin = copy.deepcopy(model, shared)
     for name, module in list(twin.named_modules()):
@@ -112,6 +109,5 @@ def _copy_with(model: PreTrainedModel, make: Callable[[Tensor, Tensor | None], n
             twin.set_submodule(
                 name, make(module.weight.detach(), None if module.bias is None else module.bias.detach())
             )
-        elif isinstance(module, NewGELUActivation):
-            twin.set_submodule(name, nn.GELU(approximate="tanh"))
+    fuse_activations(twin)
     return twin

@@ -170,7 +170,12 @@ def main(argv: list[str] | None = None) -> None:
 
     static = args.compile or args.cache == "static"
     decoding = Decoding(
-        args.max_new_tokens, args.temperature, args.top_k, args.num_return_sequences, static, args.compile
+        args.max_new_tokens,
+        args.temperature,
+        args.top_k,
+        args.num_return_sequences,
+        static_cache=static,
+        compiled=args.compile,
     )
     (benchmark if args.benchmark else write_prompts)(args, decoding)
 

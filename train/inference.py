@@ -16,6 +16,7 @@ from transformers.generation import BaseStreamer
 from modeling_gpt2flash import GPT2FlashForCausalLM
 from train import nanogpt
 from train.errors import UserError
+from train.growing_cache import growing_cache
 from train.models import build_model, gpt2s_tokenizer, own_tokenizer
 
 
@@ -27,11 +28,12 @@ class Decoding:
     temperature: float = 0.8
     top_k: int = 50
     num_return_sequences: int = 1
+    growing_cache: bool = True  # False: transformers' own, which is copied at each token
     static_cache: bool = False
     compiled: bool = False  # the step of a static cache, by torch.compile
 
     def options(self) -> dict[str, Any]:
-        """What `generate()` has to be told."""
+        """What `generate()` has to be told, once: a cache is filled by the call."""
         options: dict[str, Any] = {
             "max_new_tokens": self.max_new_tokens,
             "num_return_sequences": self.num_return_sequences,
@@ -41,6 +43,8 @@ class Decoding:
             options |= {"temperature": self.temperature, "top_k": self.top_k}
         if self.static_cache:
             options |= {"cache_implementation": "static", "disable_compile": not self.compiled}
+        elif self.growing_cache:
+            options["past_key_values"] = growing_cache()
         if self.compiled and not torch.cuda.is_available():
             options["compile_config"] = CompileConfig(mode="default")
             options["compile_config"]._compile_all_devices = True  # left to itself, generate() compiles on GPUs only

@@ -8,13 +8,14 @@ import math
 from pathlib import Path
 from typing import Any
 
-from train.compare import markdown_table
 from train.errors import UserError, run_command
 from train.files import write_json, write_text
 from train.kernels_account import Account, Key, Row, account, by, by_layer
 from train.kernels_places import CATEGORIES
+from train.kernels_timeline import timeline
 from train.kernels_trace import Recording, read_recording
 from train.metrics import json_safe
+from train.report_parts import markdown_table
 
 EXAMPLE = """\
 examples:
@@ -40,6 +41,7 @@ def describe(recording: Recording, found: Account) -> dict[str, Any]:
     - `rows`: the same by module, phase, category, operator and kernel (empty on a CPU), with `flops`, `bytes`, and the
       rates of those launches whose shapes tell them (null where none do).
     - `layers`: seconds of every single module in every phase.
+    - `pipeline`: `kernels_timeline.timeline`, null for a run without stages.
     - `roofline`: of the training phases, a point for every row with both FLOPs and bytes: `intensity` in FLOPs per
       byte, `flops_per_second`; under `peak_flops` and `peak_bytes_per_second` of the device (null where unknown, as on
       a CPU), and under the highest rates of any row, `best_flops_per_second` and `best_bytes_per_second` (a cache's,
@@ -65,6 +67,7 @@ def describe(recording: Recording, found: Account) -> dict[str, Any]:
             {"module": module, "phase": phase, "seconds": seconds}
             for (module, phase), seconds in by_layer(found.rows).items()
         ],
+        "pipeline": timeline(recording),
         "roofline": {
             "peak_flops": facts.get("peak_flops"),
             "peak_bytes_per_second": facts.get("peak_bytes_per_second"),
@@ -75,6 +78,16 @@ def describe(recording: Recording, found: Account) -> dict[str, Any]:
             ],
         },
     }
+
+
+def of_run(folder: Path) -> dict[str, Any]:
+    """The content of `kernels.json` for one run by itself, from its traces."""
+    recording = read_recording(folder)
+    return content([describe(recording, account(recording))], None)
+
+
+def content(runs: list[dict[str, Any]], comparison: dict[str, Any] | None) -> dict[str, Any]:
+    return json_safe({"schema": SCHEMA, "runs": runs, "comparison": comparison})
 
 
 def compare(recordings: list[Recording], accounts: list[Account]) -> dict[str, Any]:
@@ -197,6 +210,7 @@ def table(run: dict[str, Any]) -> str:
         f"{facts['device_name']}, recorded with the profiler's own cost. {run['accounted_share']:.1%} is accounted "
         f"for; {_ms(run['unaccounted_seconds'])} ms lie outside of the named regions."
         + (f" Validation and checkpoints take {_ms(between)} ms of it." if between else ""),
+        *(["", idleness(run["pipeline"])] if run["pipeline"] else []),
         "",
         markdown_table(
             ["category", "ms", "share", "launches"],
@@ -221,6 +235,15 @@ def table(run: dict[str, Any]) -> str:
         ),
     ]
     return "\n".join(lines)
+
+
+def idleness(pipeline: dict[str, Any]) -> str:
+    """How idle a pipeline's stages were, in a sentence."""
+    theory = "" if pipeline["theory"] is None else f"; {pipeline['theory']:.1%} in theory, with all stages alike"
+    return (
+        f"A pipeline of {pipeline['stages']} processes, {pipeline['micro_batches']} micro-batches a step: of the time "
+        f"from the first forward to the last backward they idle {pipeline['idle_share']:.1%}{theory}."
+    )
 
 
 def comparison_table(comparison: dict[str, Any]) -> str:
@@ -297,7 +320,7 @@ def main(argv: list[str] | None = None) -> None:
     runs = [describe(recording, found) for recording, found in zip(recordings, accounts, strict=True)]
     text = "\n\n".join([*([comparison_table(comparison)] if comparison else []), *map(table, runs)])
     options.out.mkdir(parents=True, exist_ok=True)
-    write_json(options.out / "kernels.json", json_safe({"schema": SCHEMA, "runs": runs, "comparison": comparison}))
+    write_json(options.out / "kernels.json", content(runs, comparison))
     write_text(options.out / "kernels.md", f"# Where the time goes\n\n{text}\n")
     print(text)
 

@@ -23,6 +23,9 @@ CPU_CATEGORIES = {"cpu_op": "op", "user_annotation": "region", "cuda_runtime": "
 GPU_CATEGORIES = {"kernel", "gpu_memcpy", "gpu_memset"}
 # torch.compile marks its graphs as annotations, but what they take is their own work, not time between operators.
 COMPILED = re.compile(r"(## Call )?Compiled|Torch-Compiled|triton_|CompiledFunction")
+NEEDED = (
+    "rank", "world_size", "first_step", "steps", "device_name", "run_type", "tokens_per_step", "block_size", "model",
+)  # fmt: skip
 HOW = "make one with python -m train --profile"
 
 Thread = tuple[Any, Any]
@@ -55,10 +58,12 @@ class Kernel:
 
 @dataclass
 class Trace:
-    """One process's trace."""
+    """One process's trace. `began`: the time of the machine's clock, in nanoseconds, at which its own begins."""
 
     file: Path
     facts: dict[str, Any]
+    host: str
+    began: int
     threads: dict[Thread, list[Event]]  # by start, outer ones first
     kernels: list[Kernel]
     links: dict[tuple[Thread, float], tuple[Thread, float]]  # starts of a backward node and of its operator
@@ -137,13 +142,23 @@ def read_trace(file: Path) -> Trace:
         raise UserError(f"{file}: is a trace of another program, without the facts of a run; {HOW}")
     if facts.get("schema") != SCHEMA:
         raise UserError(f"{file}: has facts of version {facts.get('schema')!r}, not {SCHEMA}; read it with its own")
-    threads, kernels = _sort_events(file, events)
+    missing = [key for key in NEEDED if key not in facts]
+    if missing:
+        raise UserError(f"{file}: its facts of the run lack {', '.join(missing)}; {HOW}")
+    host, began = content.get("host_name", ""), content.get("baseTimeNanoseconds", 0)
+    if not isinstance(host, str) or not isinstance(began, int):
+        raise UserError(f"{file}: has {host!r} for host_name and {began!r} for baseTimeNanoseconds; {HOW}")
+    try:
+        threads, kernels = _sort_events(events)
+        links = _links(events)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{file}: has an event that torch.profiler does not write ({error!r}); {HOW}") from None
     steps = [
         event for own in threads.values() for event in own if event.name.startswith(STEP) and event.kind == "region"
     ]
     if not steps:
         raise UserError(f"{file}: holds no whole step; {HOW}")
-    return Trace(file, facts, threads, kernels, _links(events), steps)
+    return Trace(file, facts, host, began, threads, kernels, links, steps)
 
 
 def _read_json(file: Path) -> Any:
@@ -156,40 +171,39 @@ def _read_json(file: Path) -> Any:
         raise UserError(f"{file}: is cut short; {HOW}") from None
     except (gzip.BadGzipFile, zlib.error):
         raise UserError(f"{file}: is not a gzip file, or damaged; {HOW}") from None
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: is not JSON, or cut short ({error}); {HOW}") from None
 
 
-def _sort_events(file: Path, events: list[Any]) -> tuple[dict[Thread, list[Event]], list[Kernel]]:
+def _sort_events(events: list[Any]) -> tuple[dict[Thread, list[Event]], list[Kernel]]:
     threads: dict[Thread, list[Event]] = defaultdict(list)
     launches: dict[Any, Event] = {}
     on_gpu = []
-    try:
-        for event in events:
-            if event.get("ph") != "X":
-                continue
-            category = event.get("cat")
-            if category in GPU_CATEGORIES:
-                on_gpu.append(event)
-            elif category in CPU_CATEGORIES:
-                name, args, start = event["name"], event.get("args", {}), float(event["ts"])
-                kind = "op" if COMPILED.match(name) else CPU_CATEGORIES[category]
-                thread = (event["pid"], event["tid"])
-                threads[thread].append(Event(name, kind, thread, start, start + float(event["dur"]), args))
-                if kind == "launch" and "correlation" in args:
-                    launches[args["correlation"]] = threads[thread][-1]
-        kernels = [
-            Kernel(
-                event["name"],
-                event["cat"],
-                float(event["ts"]),
-                float(event["ts"]) + float(event["dur"]),
-                launches.get(event.get("args", {}).get("correlation")),
-            )
-            for event in on_gpu
-        ]
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{file}: has an event that torch.profiler does not write ({error!r}); {HOW}") from None
+    for event in events:
+        if event.get("ph") != "X":
+            continue
+        category = event.get("cat")
+        if category in GPU_CATEGORIES:
+            on_gpu.append(event)
+        elif category in CPU_CATEGORIES:
+            name, args, start = event["name"], event.get("args", {}), float(event["ts"])
+            kind = "op" if COMPILED.match(name) else CPU_CATEGORIES[category]
+            thread = (event["pid"], event["tid"])
+            threads[thread].append(Event(name, kind, thread, start, start + float(event["dur"]), args))
+            if kind == "launch" and "correlation" in args:
+                launches[args["correlation"]] = threads[thread][-1]
+    kernels = [
+        Kernel(
+            event["name"],
+            event["cat"],
+            float(event["ts"]),
+            float(event["ts"]) + float(event["dur"]),
+            launches.get(event.get("args", {}).get("correlation")),
+        )
+        for event in on_gpu
+    ]
     for own in threads.values():
         _nest(own)
     return dict(threads), sorted(kernels, key=lambda kernel: kernel.start)

@@ -7,6 +7,7 @@ from contextlib import closing
 from train import checkpoint as checkpoints
 from train import hub
 from train.build import Run, build
+from train.energy import EnergyMeter, energy_reader
 from train.engines.accelerators import product_precision
 from train.engines.base import Engine
 from train.prefetch import Batch, read_ahead
@@ -57,10 +58,12 @@ def train(run: Run) -> None:
             for micro_step in range(run.accumulation)
         ]
 
+    energy = EnergyMeter(energy_reader(engine.device, engine.accelerator.is_local_main_process))
     steps = range(first, run.total_steps)
     data = read_ahead(micro_batches, steps, engine.device, run.train.stop)
     with closing(data), Profiler(run, engine, first) as profiler:
         for step in steps:
+            energy.start()
             began = time.perf_counter()
             with region("data"):
                 batches = next(data)
@@ -75,6 +78,7 @@ def train(run: Run) -> None:
             )
             result = engine.train_step(step, batches, rate)
             seconds = time.perf_counter() - began
+            energy.stop(counts=step > first and not profiler.at_work)
 
             done = step + 1
             record = {
@@ -88,6 +92,8 @@ def train(run: Run) -> None:
                 "step_time_seconds": seconds,
                 "data_seconds": data_seconds,
             }
+            if profiler.at_work:
+                record["profiled"] = True
             if due(done, config.eval_interval, run.total_steps):
                 record |= validation.measure()
             log.write(record)
@@ -95,9 +101,10 @@ def train(run: Run) -> None:
                 save(engine, run, done)
             profiler.step()
     log.close()
-    main, processes, memory = engine.is_main, engine.world_size, engine.peak_memory()
+    main, processes, memory = engine.is_main, engine.world_size, engine.peak_memory(profiler.peak_before)
+    spent = energy.total(engine.device, engine.sum_over_processes)
     engine.close()
     if main:
-        write_summary(run, validation.batches, log.records, processes, memory)
+        write_summary(run, validation.batches, log.records, processes, memory, spent)
         if config.push_to_hub is not None:
             print(hub.push(config.run_folder, config.push_to_hub))

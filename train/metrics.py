@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from train.energy import Energy
 from train.flops import count_flops, utilisation
 
 SCHEMA = 1
@@ -231,6 +232,7 @@ def summarise(
     inference_percentiles: Mapping[str, Mapping[str, float]] | None = None,
     activation_checkpointing: int = 0,
     keeps_attention: bool = False,
+    energy: Energy | None = None,
 ) -> dict[str, Any]:
     """The content of `metrics.json`, from the lines of `metrics.jsonl` and from what only the running process knows.
 
@@ -241,12 +243,14 @@ def summarise(
       `flops.peak_flops(name, precision)` of one of the `world_size` devices.
     - `memory`: what `peak_memory` returned, of the process with the most.
     - training time is the sum of the step times: validation and checkpoints are not in it, every attempt of a run that
-      was resumed is.
+      was resumed is. Throughput, step times and the share of waiting leave the steps out that are "profiled".
+    - `energy`: that of the steps of this attempt that throughput counts; None where no device says.
     - inference: one sequence at a time, the latency up to the first token, then the seconds of each further one.
       Percentiles: "first_token" and "per_token", each with "p50" and "p95" in seconds over all that were timed.
     """
-    times = [float(record["step_time_seconds"]) for record in records]
-    waits = [number(record.get("data_seconds")) for record in records]  # a run begun by an older version has none
+    plain = [record for record in records if not record.get("profiled")]
+    times = [float(record["step_time_seconds"]) for record in plain]
+    waits = [number(record.get("data_seconds")) for record in plain]  # a run begun by an older version has none
     losses = [number(record["loss"]) for record in records[-FINAL_STEPS:]]
     validations = [number(record["val_loss"]) for record in records if "val_loss" in record]
     tokens_per_second = throughput(tokens_per_step, times)
@@ -261,7 +265,7 @@ def summarise(
         "run_type": run_type,
         "steps": len(records),
         "tokens": records[-1]["tokens"] if records else 0,
-        "training_time_seconds": math.fsum(times),
+        "training_time_seconds": math.fsum(float(record["step_time_seconds"]) for record in records),
         "time_per_epoch_seconds": time_per_epoch(tokens_per_second, tokens_per_epoch),
         "tokens_per_second": tokens_per_second,
         "step_time_seconds": step_time_percentiles(times),
@@ -277,6 +281,9 @@ def summarise(
         "peak_memory_bytes": memory["peak_memory_bytes"],
         "peak_memory_kind": memory["peak_memory_kind"],
         "peak_memory_reserved_bytes": memory["peak_memory_reserved_bytes"],
+        "energy_joules": energy and energy.joules,
+        "joules_per_token": energy and energy.joules / (energy.steps * tokens_per_step),
+        "energy_covers": energy and energy.covers,
         "parameters": parameters,
         "flops_per_token": flops.model,
         "flops_per_token_by_part": dataclasses.asdict(flops),

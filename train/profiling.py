@@ -23,7 +23,7 @@ from train.engines.accelerators import product_precision
 from train.engines.base import Engine
 from train.files import written_aside
 from train.flops import peak_bandwidth, peak_flops
-from train.metrics import versions
+from train.metrics import peak_memory, versions
 from train.regions import LOSS, module_region
 
 SCHEMA = 1
@@ -41,6 +41,8 @@ class Profiler(AbstractContextManager):
         self.engine = engine
         self.done = done
         self.names = Names()
+        self.peak_before: dict[str, Any] | None = None
+        """Peak memory of a process on a CPU before the profiler, whose records stay resident among the tensors."""
         self.profile: profile | None = None
         if run.config.profiled is None:
             return
@@ -75,11 +77,18 @@ class Profiler(AbstractContextManager):
         if self.profile is not None:
             self.profile.stop()
 
+    @property
+    def at_work(self) -> bool:
+        """Whether the next step is recorded, or is the one before, that warms the profiler up."""
+        return self.profile is not None and self.recorded.start <= self.done + 2 <= self.recorded.stop
+
     def step(self) -> None:
         """After every optimizer step and what belongs to it."""
         if self.profile is None:
             return
         self.done += 1
+        if self.done == self.recorded.start - 2 and self.engine.device.type != "cuda":
+            self.peak_before = peak_memory(self.engine.device)
         self._name_if_next()
         self.profile.step()
         if self.done == self.recorded.start - 1:
@@ -158,6 +167,7 @@ def facts(run: Run, engine: Engine, recorded: range) -> dict[str, Any]:
         "rank": engine.rank,
         "world_size": engine.world_size,
         "pipeline_stages": config.pipeline_stages,
+        "pipeline_schedule": config.pipeline_schedule,
         "first_step": recorded.start,
         "steps": len(recorded),
         "tokens_per_step": run.tokens_per_step,

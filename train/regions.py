@@ -1,6 +1,7 @@
 """The names in a profile's trace: what `train.profiling` and the engines write and `train.kernels` reads.
 
-A phase is a plain word; a part of the model is "kind: module", for example "attention: transformer.h.3.attn".
+A phase is a plain word; a part of the model is "kind: module", for example "attention: transformer.h.3.attn"; what a
+process of a pipeline does for one of its stages is in "stage: 1".
 """
 
 from typing import Literal, get_args
@@ -16,6 +17,17 @@ LOSS = "loss: loss"
 def region(phase: Phase) -> record_function:
     """A context, or a decorator, that a trace shows under the name of a phase."""
     return record_function(phase)
+
+
+def stage_region(stage: int) -> str:
+    """The region of what a process of a pipeline does for one of its stages."""
+    return f"stage: {stage}"
+
+
+def stage_of(region_name: str) -> int | None:
+    """The stage in a region's name; None where the name is not one of `stage_region`'s."""
+    kind, _, number = region_name.partition(": ")
+    return int(number) if kind == "stage" and number.isdecimal() else None
 
 
 def module_region(name: str) -> str:

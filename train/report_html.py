@@ -30,6 +30,7 @@ from train.compare_plots import limits, series, smoothing_window, trailing_mean
 from train.compare_runs import Run, times, unit_of
 from train.compare_windows import spreads
 from train.report_kernels import Kernels, kernels_part
+from train.report_memory import Memory, memory_part
 from train.report_parts import card, cell, legend, scrolling, text
 from train.report_style import STYLE
 from train.report_svg import Line, Row, line_chart, row_chart
@@ -45,10 +46,11 @@ def page(
     found: Sequence[Mapping[str, Any]],
     gate: Sequence[Result],
     kernels: Sequence[Kernels | None],
+    memories: Sequence[Memory | None],
     data: Mapping[str, Any],
 ) -> str:
-    """The whole document: the differences and the gate's results, what `read_kernels` gave for each run, and the
-    content of `comparison.json`, which travels in it for programs.
+    """The whole document: the differences and the gate's results, what `read_kernels` and `read_memory` gave for
+    each run, and the content of `comparison.json`, which travels in it for programs.
     """
     title = text("Comparison: " + " and ".join(run.label for run in runs))
     body = [
@@ -57,6 +59,7 @@ def page(
         f"<h2>Figures</h2>{figures_part(runs)}",
         f'<h2>Curves</h2><div class="charts">{"".join(charts(runs))}</div>',
         kernels_part(runs, kernels),
+        memory_part(runs, memories),
         f"<h2>Configuration</h2>{settings_part(runs, 'config', 'settings')}",
         f'<h2>Samples</h2><div class="samples">{"".join(sample_card(run) for run in runs)}</div>',
     ]

@@ -1,6 +1,6 @@
 """The part of `report.html` that says where a step's time goes, of runs with a `profile/kernels.json` (train.kernels).
 
-The only module that knows that file's fields.
+Beside `train.kernels` the only module that knows that file's fields.
 """
 
 import math
@@ -10,9 +10,11 @@ from types import NoneType
 from typing import Any
 
 from train.compare_figures import UNKNOWN
-from train.compare_runs import NUMBER, Run, check_text, look_up, parse, read, times
+from train.compare_runs import NUMBER, Run, check_fields, check_text, look_up, parse, read, times
 from train.errors import UserError
+from train.files import write_json
 from train.report_parts import card, cell, legend, scrolling, text
+from train.report_pipeline import check_pipeline, pipeline_card
 from train.report_svg import HEIGHT, LEFT, PLOT_HEIGHT, PLOT_WIDTH, TOP, group_chart, nothing, picture
 
 SHOWN_ROWS = 12
@@ -25,10 +27,12 @@ OPERATOR: dict[str, Any] = {"module": str, "phase": str, "operator": str, "kerne
 KERNELS: dict[str, dict[str, Any]] = {
     "step_seconds": {"mean": NUMBER},
     "categories": {"category": str, "seconds": NUMBER},
-    "rows": OPERATOR,
+    "rows": OPERATOR | {"category": str, "launches": NUMBER},
     "roofline": {"peak_flops": OPTIONAL, "peak_bytes_per_second": OPTIONAL, "points": list},
+    "facts": {"run_type": str, "tokens_per_step": NUMBER, "block_size": NUMBER},
     "roofline.points": OPERATOR | {"intensity": OPTIONAL, "flops_per_second": OPTIONAL},
 }
+SAME_RUN = ("run_type", "tokens_per_step", "block_size")
 Labels = Sequence[tuple[int, str]]
 """Number and name of each profiled run; the number chooses its colour."""
 
@@ -36,11 +40,24 @@ Kernels = dict[str, Any]
 """A run in `kernels.json`."""
 
 IDENTITY = ("module", "phase", "operator", "kernel")
+PLACE = ("module", "phase", "category")
 
 
-def read_kernels(folder: Path) -> Kernels | None:
-    """The run's part of its `profile/kernels.json`; None where there is no such file."""
-    path = folder / KERNELS_FILE
+def read_kernels(run: Run) -> Kernels | None:
+    """The run's part of its `profile/kernels.json`; None for a run that was not profiled.
+
+    Where the file is missing, or older than a trace beside it, it is made of the traces first.
+    """
+    path = run.folder / KERNELS_FILE
+    traces = [trace.stat().st_mtime_ns for trace in path.parent.glob("rank-*.json.gz")]
+    if traces and not (path.is_file() and path.stat().st_mtime_ns >= max(traces)):
+        from train.kernels import of_run  # it brings torch, for which a comparison does not wait otherwise
+
+        content = of_run(run.folder)
+        try:
+            write_json(path, content)
+        except OSError as error:
+            raise UserError(f"{path} cannot be written: {error.strerror}") from None
     if not path.is_file():
         return None
     content = parse(read(path), path)
@@ -50,15 +67,18 @@ def read_kernels(folder: Path) -> Kernels | None:
     if content.get("schema") != KERNELS_SCHEMA or len(runs) > 1:
         raise UserError(
             f"{path} has schema {content.get('schema')!r} and {len(runs)} runs; this version of compare reads schema "
-            f"{KERNELS_SCHEMA} of one run: python -m train.kernels {folder} --out {path.parent}"
+            f"{KERNELS_SCHEMA} of one run: python -m train.kernels {run.folder} --out {path.parent}"
         )
     for key, fields in KERNELS.items():
         table = look_up(runs[0], key)
-        for row in table if isinstance(table, list) else [table]:
-            for name, kinds in fields.items():
-                value = row.get(name) if isinstance(row, dict) else None
-                if isinstance(value, bool) or not isinstance(value, kinds):
-                    raise UserError(f'{path}: "{key}" has {value!r} for {name}: it is not what train.kernels writes')
+        check_fields(path, key, table if isinstance(table, list) else [table], fields, "train.kernels")
+    check_pipeline(path, runs[0].get("pipeline"))
+    for key in SAME_RUN:
+        if runs[0]["facts"][key] != run.get(key):
+            raise UserError(
+                f"{path}: is of another run: its {key} is {runs[0]['facts'][key]}, and {run.get(key)} in the run's "
+                "metrics.json; profile the run again, or remove the profile"
+            )
     if not runs[0]["step_seconds"]["mean"] > 0:
         raise UserError(f"{path}: its steps take {runs[0]['step_seconds']['mean']} seconds: it is not whole")
     check_text(runs[0], path)
@@ -67,34 +87,57 @@ def read_kernels(folder: Path) -> Kernels | None:
 
 def kernels_part(runs: Sequence[Run], kernels: Sequence[Kernels | None]) -> str:
     """The whole section, of what `read_kernels` gave for each run; empty where none was profiled."""
-    profiled = [(index, run, found) for index, (run, found) in enumerate(zip(runs, kernels, strict=True)) if found]
-    if not profiled:
+    labels, found_kernels = of_profiled(runs, kernels)
+    if not labels:
         return ""
-    labels = [(index, run.label) for index, run, _ in profiled]
-    found_kernels = [found for _, _, found in profiled]
-    steps = ", ".join(f"{run.label} {milliseconds(found['step_seconds']['mean'])} ms" for _, run, found in profiled)
+    profiled = list(zip([label for _, label in labels], found_kernels, strict=True))
+    steps = ", ".join(f"{label} {milliseconds(found['step_seconds']['mean'])} ms" for label, found in profiled)
     note = f"Means of the profiled steps, the profiler's own cost included: {steps}. "
     missing = [run.label for run, found in zip(runs, kernels, strict=True) if not found]
     note += f"Not profiled: {', '.join(missing)}." if missing else ""
     charts = categories_card(labels, found_kernels) + roofline_card(labels, found_kernels)
+    charts += "".join(pipeline_card(label, found["pipeline"]) for label, found in profiled if found.get("pipeline"))
     return (
         f"<h2>Kernels</h2><p>{text(verdict(labels, found_kernels))}</p>"
         f'<p class="quiet"><small>{text(note)}</small></p>'
-        f'<div class="charts">{charts}</div>{rows_table(labels, found_kernels)}'
+        f'<div class="charts">{charts}</div>{places_table(labels, found_kernels)}'
+        f"{rows_table(labels, found_kernels)}"
     )
+
+
+def of_profiled(runs: Sequence[Run], kernels: Sequence[Kernels | None]) -> tuple[Labels, list[Kernels]]:
+    """The profiled ones among the runs, by number and name, and what `read_kernels` gave for them."""
+    there = [(index, run.label, found) for index, (run, found) in enumerate(zip(runs, kernels, strict=True)) if found]
+    return [(index, label) for index, label, _ in there], [found for *_, found in there]
+
+
+def kernels_sentence(runs: Sequence[Run], kernels: Sequence[Kernels | None]) -> str:
+    """What makes the difference between the profiled runs; empty where there are not two."""
+    labels, found = of_profiled(runs, kernels)
+    return verdict(labels, found) if found else ""
 
 
 def milliseconds(seconds: float) -> str:
     return f"{1e3 * seconds:,.2f}" if seconds < 0.1 else f"{1e3 * seconds:,.0f}"
 
 
-def by_row(kernels: Kernels) -> dict[tuple[str, ...], float]:
-    """Seconds of a step by module, phase, operator and kernel."""
-    seconds: dict[tuple[str, ...], float] = {}
+def sums(kernels: Kernels, names: Sequence[str], of: str = "seconds") -> dict[tuple[str, ...], float]:
+    """Seconds (or launches) of a step by some of the names of its rows."""
+    found: dict[tuple[str, ...], float] = {}
     for row in kernels["rows"]:
-        key = tuple(row[name] for name in IDENTITY)
-        seconds[key] = seconds.get(key, 0.0) + row["seconds"]
-    return seconds
+        key = tuple(row[name] for name in names)
+        found[key] = found.get(key, 0.0) + row[of]
+    return found
+
+
+def by_change(seconds: Sequence[dict[tuple[str, ...], float]]) -> list[tuple[str, ...]]:
+    """The keys of several runs, those first that change most; of one run, those that take longest."""
+
+    def weight(key: tuple[str, ...]) -> float:
+        values = [own.get(key, 0.0) for own in seconds]
+        return max(abs(value - values[0]) for value in values[1:]) if len(values) > 1 else values[0]
+
+    return sorted(dict.fromkeys(key for own in seconds for key in own), key=lambda key: -weight(key))
 
 
 def named(key: tuple[str, ...]) -> str:
@@ -107,20 +150,32 @@ def named(key: tuple[str, ...]) -> str:
 
 
 def verdict(labels: Labels, kernels: Sequence[Kernels]) -> str:
-    """What changed most between the first profiled run and each other one."""
-    first, sentences = by_row(kernels[0]), []
+    """How much faster a step is, and where most of that comes from, for each profiled run but the first."""
+    first, sentences = sums(kernels[0], PLACE), []
     for (_, label), other in zip(labels[1:], kernels[1:], strict=True):
-        second = by_row(other)
-        key = max({**first, **second}, key=lambda key: abs(first.get(key, 0.0) - second.get(key, 0.0)), default=None)
-        if key is None:
-            continue
+        second = sums(other, PLACE)
         steps = [found["step_seconds"]["mean"] for found in (kernels[0], other)]
+        total = steps[0] - steps[1]
+        changes = []
+        for key in by_change([first, second])[:3]:
+            saved = first.get(key, 0.0) - second.get(key, 0.0)
+            share = f" ({saved / total:.0%})" if total else ""
+            changes.append(f"{place(key)} {signed_milliseconds(saved)} ms{share}")
         sentences.append(
             f"A profiled step of {label} takes {milliseconds(steps[1])} ms, of {labels[0][1]} "
-            f"{milliseconds(steps[0])}: {times(steps[0] / steps[1])} as fast. The largest change is {named(key)}: "
-            f"{milliseconds(first.get(key, 0.0))} ms, then {milliseconds(second.get(key, 0.0))}."
+            f"{milliseconds(steps[0])}: {times(steps[0] / steps[1])} as fast. Saved, and the share of the gain: "
+            f"{'; '.join(changes) or 'nothing'}."
         )
     return " ".join(sentences)
+
+
+def place(key: tuple[str, ...]) -> str:
+    *where, category = key
+    return ": ".join(filter(None, (", ".join(filter(None, where)), category)))
+
+
+def signed_milliseconds(saved: float) -> str:
+    return ("+" if saved > 0 else "-" if saved < 0 else "") + milliseconds(abs(saved))
 
 
 def categories_card(labels: Labels, kernels: Sequence[Kernels]) -> str:
@@ -200,28 +255,57 @@ def decades(values: Sequence[float]) -> tuple[int, int]:
     return low, max(high, low + 1)
 
 
+def places_table(labels: Labels, kernels: Sequence[Kernels]) -> str:
+    """The runs aligned by module, phase and category, which are the same whatever kernels do the work."""
+    seconds = [sums(found, PLACE) for found in kernels]
+    launches = [sums(found, PLACE, "launches") for found in kernels]
+    steps = [found["step_seconds"]["mean"] for found in kernels]
+    several = len(labels) > 1
+    header = cell("th", "work") + cell("th", labels[0][1])
+    for _, label in labels[1:]:
+        header += cell("th", label) + cell("th", "saved") + cell("th", "share of gain")
+    header += cell("th", "launches") + cell("th", "most of it in", "wide")
+    lines = []
+    for key in by_change(seconds)[:SHOWN_ROWS]:
+        first, *others = (own.get(key) for own in seconds)
+        line = cell("th", place(key)) + time_cell(first)
+        for other, step in zip(others, steps[1:], strict=True):
+            saved = (first or 0.0) - (other or 0.0)
+            share = f"{saved / (steps[0] - step):.1%}" if steps[0] != step else UNKNOWN
+            line += time_cell(other) + saved_cell(saved) + cell("td", share)
+        line += cell("td", " → ".join(f"{own.get(key, 0.0):,.0f}" for own in launches))
+        line += cell("td", " → ".join(dict.fromkeys(largest(found, key) for found in kernels)), "wide")
+        lines.append(f"<tr>{line}</tr>")
+    title = "What made the difference, in ms a step" if several else "What takes longest, in ms a step"
+    return f"<h3>{title}</h3>{scrolling('figures', header, lines)}"
+
+
+def largest(kernels: Kernels, key: tuple[str, ...]) -> str:
+    """The operator (and kernel) that takes most of a module's work of one category in one phase."""
+    own = [row for row in kernels["rows"] if tuple(row[name] for name in PLACE) == key]
+    if not own:
+        return "nothing"
+    row = max(own, key=lambda row: row["seconds"])
+    return named(("", "", row["operator"], row["kernel"]))
+
+
 def rows_table(labels: Labels, kernels: Sequence[Kernels]) -> str:
-    """The operators that changed most, or of a single run those that take longest."""
-    seconds = [by_row(found) for found in kernels]
-    keys = dict.fromkeys(key for own in seconds for key in own)
-
-    def weight(key: tuple[str, ...]) -> float:
-        values = [own.get(key, 0.0) for own in seconds]
-        return max(abs(value - values[0]) for value in values[1:]) if len(values) > 1 else values[0]
-
+    """The same by operator and kernel, one click away."""
+    seconds = [sums(found, IDENTITY) for found in kernels]
     header = cell("th", "operator") + cell("th", labels[0][1])
     header += "".join(cell("th", label) + cell("th", "saved") for _, label in labels[1:])
     lines = []
-    for key in sorted(keys, key=lambda key: -weight(key))[:SHOWN_ROWS]:
+    for key in by_change(seconds)[:SHOWN_ROWS]:
         first, *others = (own.get(key) for own in seconds)
         line = cell("th", named(key)) + time_cell(first)
         for other in others:
-            saved = (first or 0.0) - (other or 0.0)
-            sign, mood = ("+", "good") if saved > 0 else ("-", "bad") if saved < 0 else ("", "")
-            line += time_cell(other) + cell("td", sign + milliseconds(abs(saved)), mood, exact=saved)
+            line += time_cell(other) + saved_cell((first or 0.0) - (other or 0.0))
         lines.append(f"<tr>{line}</tr>")
-    title = "What changed most, in ms" if len(labels) > 1 else "What takes longest, in ms"
-    return f"<h3>{title}</h3>{scrolling('figures', header, lines)}"
+    return f"<details><summary>By operator and kernel</summary>{scrolling('figures', header, lines)}</details>"
+
+
+def saved_cell(saved: float) -> str:
+    return cell("td", signed_milliseconds(saved), "good" if saved > 0 else "bad" if saved < 0 else "", exact=saved)
 
 
 def time_cell(seconds: float | None) -> str:

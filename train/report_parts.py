@@ -1,4 +1,4 @@
-"""The small parts that a page is made of: escaped text, tables, cards."""
+"""The small parts that reports are made of: escaped text, tables, cards, and tables in Markdown."""
 
 import re
 from collections.abc import Sequence
@@ -41,3 +41,24 @@ def legend(labels: Sequence[tuple[int, str]]) -> str:
         for index, label in labels
     )
     return f'<div class="legend">{keys}</div>'
+
+
+def swatches(kinds: Sequence[tuple[str, str]]) -> str:
+    """A key for each kind of bar: the class that colours it, and its name."""
+    keys = "".join(
+        f'<span><svg viewBox="0 0 30 10" aria-hidden="true"><rect class="bar {kind}" width="30" height="10" rx="2"/>'
+        f"</svg>{text(name)}</span>"
+        for kind, name in kinds
+    )
+    return f'<div class="legend">{keys}</div>'
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table that reads well as plain text too: the first column to the left, figures to the right."""
+    lines = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in [header, *rows]]
+    widths = [max(3, *(len(line[column]) for line in lines)) for column in range(len(header))]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    lines.insert(1, rule)
+    return "\n".join(
+        "| " + " | ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) + " |" for line in lines
+    )

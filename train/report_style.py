@@ -64,6 +64,9 @@ svg text { fill: var(--quiet); font-size: 12.5px; font-variant-numeric: tabular-
 .run4 { --run: var(--run4); } .run5 { --run: var(--run5); } .run6 { --run: var(--run6); }
 .line, .median { stroke: var(--run); }
 .bar, .dot { fill: var(--run); }
+.waiting { fill: var(--rule); }
+.way-back { opacity: .6; }
+svg .on-bar { fill: var(--card); font-size: 11px; }
 .run1.line:not(.faint) { stroke-dasharray: 9 4; } .run2.line:not(.faint) { stroke-dasharray: 9 4 2 4; }
 .run3.line:not(.faint) { stroke-dasharray: 2 4; }
 .scroll { overflow-x: auto; background: var(--card); border: 1px solid var(--rule); border-radius: 10px; }
@@ -75,6 +78,7 @@ th:first-child {
   text-align: left; position: sticky; left: 0; background: var(--card); font-weight: 500; min-width: 9.5rem;
 }
 .figures td { white-space: nowrap; }
+.figures .wide { white-space: normal; text-align: left; overflow-wrap: anywhere; min-width: 11rem; }
 .settings td { text-align: left; overflow-wrap: anywhere; min-width: 7rem; }
 .settings thead th { text-align: left; }
 .differs > * { background: var(--mark); }

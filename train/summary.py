@@ -10,6 +10,7 @@ import torch
 from train import inference
 from train.batches import EvalBatches, describe
 from train.build import Run
+from train.energy import Energy
 from train.engines.accelerators import product_precision
 from train.files import write_json
 from train.flops import peak_flops
@@ -20,7 +21,12 @@ LATENCY_TOKENS = 32  # generated per timing, after a prompt of as many
 
 
 def write_summary(
-    run: Run, val: EvalBatches | None, records: list[dict[str, Any]], world_size: int, memory: dict[str, Any]
+    run: Run,
+    val: EvalBatches | None,
+    records: list[dict[str, Any]],
+    world_size: int,
+    memory: dict[str, Any],
+    energy: Energy | None,
 ) -> None:
     """Write metrics.json into the run folder, from its checkpoint. Main process only, with the engine closed."""
     config = run.config
@@ -50,6 +56,7 @@ def write_summary(
         world_size=world_size,
         device_peak_flops=peak_flops(device_name, precision),
         memory=memory,
+        energy=energy,
         attn_implementation=run.attention[0],
         attn_reason=run.attention[1],
         data={

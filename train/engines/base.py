@@ -16,6 +16,7 @@ from torch import nn
 
 from modeling_gpt2flash import GPT2FlashForCausalLM
 from train import failure
+from train.activation import fuse_activations
 from train.config import RunConfig
 from train.engines.accelerators import (
     deepspeed_accelerator,
@@ -82,13 +83,15 @@ class Engine(ABC):
         return self.world_size
 
     def prepare(self, model: GPT2FlashForCausalLM) -> None:
-        """Take the model in: compilation, activation checkpointing, optimizer, sharding; `layout` is a table of it.
+        """Take the model in: activation, compilation, recomputation, optimizer, sharding; `layout` is a table of it.
 
         Raises:
             UserError: on all processes, when one of them is not what was asked for.
         """
         config = self.config
         assert config.learning_rate is not None
+        if config.optimized:
+            fuse_activations(model)
         if config.torch_compile:
             compile_blocks(model)
         module = self._take(model)
@@ -148,9 +151,9 @@ class Engine(ABC):
     def sum_over_processes(self, values: torch.Tensor) -> torch.Tensor:
         return self.accelerator.reduce(values, "sum")
 
-    def peak_memory(self) -> dict[str, Any]:
-        """`metrics.peak_memory` of the process with the most."""
-        memory = peak_memory(self.device)
+    def peak_memory(self, own: dict[str, Any] | None = None) -> dict[str, Any]:
+        """`metrics.peak_memory` of the process with the most; `own` is what this one takes for its own."""
+        memory = {**(own or peak_memory(self.device))}
         for key in ("peak_memory_bytes", "peak_memory_reserved_bytes"):
             if memory[key] is not None:
                 value = torch.tensor([memory[key]], dtype=torch.int64, device=self.device)

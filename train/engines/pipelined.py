@@ -28,7 +28,7 @@ from train.engines.base import Engine, StepResult
 from train.engines.layout import Place
 from train.optim import moments_of
 from train.recompute import checkpoint_arguments
-from train.regions import LOSS, Phase, region
+from train.regions import LOSS, Phase, region, stage_region
 
 # What the instructions of DeepSpeed's schedules are; all others pass something on or add it up over processes.
 PHASES: dict[str, Phase] = {
@@ -107,9 +107,20 @@ class PipelinedEngine(Engine):
     def prepare(self, model: GPT2FlashForCausalLM) -> None:
         super().prepare(model)
         self.model._INSTRUCTION_MAP = {
-            instruction: region(PHASES.get(instruction.__name__, "communication"))(execute)
+            instruction: region(PHASES.get(instruction.__name__, "communication"))(self._naming_its_stage(execute))
             for instruction, execute in self.model._INSTRUCTION_MAP.items()
         }
+
+    def _naming_its_stage(self, execute: Callable[..., None]) -> Callable[..., None]:
+        """The same instruction; on its way back (DualPipeV's phase 1) it is of this pipeline rank's second stage."""
+
+        def named(engine: Any, **arguments: Any) -> None:
+            way_back = arguments.get("phase", 0) == 1
+            stage = 2 * self.pipeline_size - 1 - self.pipeline_rank if way_back else self.pipeline_rank
+            with record_function(stage_region(stage)):
+                execute(engine, **arguments)
+
+        return named
 
     def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
         for index, layer in self.layers.items():
