@@ -141,6 +141,7 @@ def figures(summary: dict[str, Any]) -> Iterable[tuple[str, str]]:
         ("training time (s)", "training_time_seconds", ",.0f"),
         ("peak memory (MB)", "peak_memory_bytes", ",.0f"),
         ("MFU", "mfu", ".1%"),
+        ("energy (J per token)", "joules_per_token", ".4f"),
     ):
         value = summary.get(key)
         if value is not None:
