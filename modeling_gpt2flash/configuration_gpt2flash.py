@@ -1,10 +1,17 @@
 """The configuration: GPT-2's fields under GPT-2's names, and one that says how the loss is computed."""
 
+from os import PathLike
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
+# Where a folder's own copy of this package has its classes (`trust_remote_code`).
+AUTO_MAP = {
+    "AutoConfig": "configuration_gpt2flash.GPT2FlashConfig",
+    "AutoModel": "modeling_gpt2flash.GPT2FlashModel",
+    "AutoModelForCausalLM": "modeling_gpt2flash.GPT2FlashForCausalLM",
+}
 # Fields of GPT-2's configuration that change what is computed and that this model does not compute.
 UNSUPPORTED_FIELDS = {
     "add_cross_attention": "there is no cross attention here",
@@ -34,6 +41,7 @@ class GPT2FlashConfig(PreTrainedConfig):
     """
 
     model_type = "gpt2flash"
+    _auto_class: ClassVar[str] = "AutoConfig"  # has transformers copy the code into what is saved; so in the models
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
     attribute_map: ClassVar[dict[str, str]] = {
         "hidden_size": "n_embd",
@@ -84,6 +92,11 @@ class GPT2FlashConfig(PreTrainedConfig):
                 f"loss_chunk_size is {self.loss_chunk_size}, but must be a number of rows, or 0 for the plain loss."
             )
         super().__post_init__(**kwargs)
+
+    def save_pretrained(self, save_directory: str | PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """As ever, and name the classes; transformers would name no model but the one that is saved."""
+        self.auto_map = dict(AUTO_MAP)
+        super().save_pretrained(save_directory, push_to_hub, **kwargs)
 
 
 __all__ = ["GPT2FlashConfig"]

@@ -196,6 +196,8 @@ class GPT2FlashPreTrainedModel(PreTrainedModel):
 class GPT2FlashModel(GPT2FlashPreTrainedModel):
     """Embeddings, blocks, final norm."""
 
+    _auto_class = "AutoModel"
+
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
@@ -286,6 +288,7 @@ class GPT2FlashModel(GPT2FlashPreTrainedModel):
 class GPT2FlashForCausalLM(GPT2FlashPreTrainedModel, GenerationMixin):
     """The language model: the next token's logits, or while training the loss without them."""
 
+    _auto_class = "AutoModelForCausalLM"
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
     accepts_loss_kwargs = True  # Trainer: the loss is divided by num_items_in_batch here, do not divide again
 

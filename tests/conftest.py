@@ -143,6 +143,28 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tuned_from(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A stock GPT-2 folder with a tokenizer of its own, of 300 tokens, and its ids of the corpus in train.bin."""
+    import torch
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
+
+    from train.tokens import gpt2_encoding
+
+    folder = tmp_path_factory.mktemp("tuned_from")
+    text = gpt2_encoding().decode(np.fromfile(corpus / "train.bin", np.uint16).tolist())
+    learnt = ByteLevelBPETokenizer()
+    learnt.train_from_iterator([text], vocab_size=300, special_tokens=["<|endoftext|>"], show_progress=False)
+    learnt.save_model(str(folder))
+    tokenizer = GPT2Tokenizer.from_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config(**SMALL, vocab_size=300, bos_token_id=0, eos_token_id=0)).save_pretrained(folder)
+    np.array(tokenizer(text, verbose=False).input_ids, dtype=np.uint16).tofile(folder / "train.bin")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def flags(corpus: Path, small_model: Path) -> list[str]:
     """Flags of a run that takes a second: 8 steps of 4 sequences of 32 tokens."""
     return [

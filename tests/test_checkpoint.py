@@ -34,7 +34,7 @@ def save(
         (name, {"weight": p.detach(), **{key: torch.full_like(p, step) for key in moments_of(optimizer, name)}})
         for name, p in model.named_parameters()
     )
-    return checkpoints.save(folder, model.config, tensors, {"step": step, "optimizer": optimizer}, keep)
+    return checkpoints.save(folder, model.config, None, tensors, {"step": step, "optimizer": optimizer}, keep)
 
 
 def test_save_find_read(tmp_path: Path, model: GPT2FlashForCausalLM) -> None:

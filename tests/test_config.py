@@ -110,7 +110,7 @@ def test_help_teaches_and_lists_every_flag(tmp_path: Path) -> None:
     text = python("-m", "train", "--help", cwd=tmp_path).stdout
     assert all(f"--{field.name}" in text for field in dataclasses.fields(RunConfig))
     assert "accelerate launch" in text
-    assert "(default: 0.0006)" in text
+    assert "(default: 0.95)" in text
 
 
 @pytest.mark.parametrize(

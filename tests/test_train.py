@@ -23,8 +23,9 @@ def run(flags: list[str], folder: Path, *more: str, check: bool = True):
 
 def test_a_finished_run_is_complete(finished: Path) -> None:
     assert {path.name for path in finished.iterdir()} == {
-        "config.json", "generation_config.json", "latest", "metrics.json", "metrics.jsonl", "model.safetensors",
-        "step-4", "step-8", "tokenizer.json", "tokenizer_config.json",
+        "attention.py", "config.json", "configuration_gpt2flash.py", "documents.py", "generation_config.json",
+        "latest", "loss.py", "metrics.json", "metrics.jsonl", "model.safetensors", "modeling_gpt2flash.py",
+        "positions.py", "step-4", "step-8", "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
     assert (finished / "latest").read_text() == "step-8\n"
     lines = records(finished)
@@ -73,7 +74,9 @@ def test_the_validation_loss_is_that_of_stock_gpt2_over_the_whole_file(finished:
 def test_run_and_step_folders_open_in_ours_and_in_stock(finished: Path, folder: str) -> None:
     ours = GPT2FlashForCausalLM.from_pretrained(finished / folder).eval()
     stock = GPT2LMHeadModel.from_pretrained(finished / folder).eval()
-    ids = AutoTokenizer.from_pretrained(finished / folder)("import os\n", return_tensors="pt").input_ids
+    tokenizer = AutoTokenizer.from_pretrained(finished / folder)
+    assert (tokenizer.pad_token_id, tokenizer.model_max_length) == (50256, ours.config.n_positions)
+    ids = tokenizer("import os\n", return_tensors="pt").input_ids
     with torch.no_grad():
         torch.testing.assert_close(ours(ids).logits, stock(ids).logits, rtol=0, atol=1e-6)
     assert ours.dtype == torch.float32

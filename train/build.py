@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object, set_seed
+from transformers import PreTrainedTokenizerBase
 
 from modeling_gpt2flash import GPT2FlashConfig
 from modeling_gpt2flash.attention import choose_attention
 from modeling_gpt2flash.pipeline import Partition, partition
 from train import checkpoint as checkpoints
-from train import failure
+from train import failure, hub
 from train.batches import EvalBatches, TrainBatches
 from train.config import DEFAULTS, RunConfig
 from train.engines import deepspeed_json, rendezvous
@@ -25,12 +26,13 @@ from train.engines.base import Engine
 from train.errors import UserError
 from train.follow import FollowingBatches, GrowingTokens
 from train.metrics import cpu_has_bf16
-from train.models import build_model, model_config
+from train.models import build_model, default_learning_rate, gpt2s_tokenizer, model_config, own_tokenizer
 from train.recompute import KERNELS_THAT_CAN_BE_KEPT
 from train.runlog import check_trackers
-from train.tokens import gpt2_encoding, open_tokens
+from train.tokens import TOKENIZER_NAME, gpt2_encoding, open_tokens
 
 CPP_COMPILERS = (os.environ.get("CXX", "g++"), "g++", "clang++")
+PROBE = "Tokenizers that cut this sentence alike, its (few) signs and\n 2 lines too, are held to be the same."
 SHAPE = ("n_layer", "n_head", "n_embd", "n_inner", "n_positions", "vocab_size")
 
 
@@ -41,6 +43,7 @@ class Run:
     config: RunConfig
     deepspeed: dict[str, Any] | None
     model_config: GPT2FlashConfig
+    own_tokenizer: PreTrainedTokenizerBase | None  # of the weights that the run starts from
     attention: tuple[str, str]  # implementation, why
     train: TrainBatches
     val: EvalBatches | None  # None: not in place yet, of a preparation that is followed
@@ -55,6 +58,11 @@ class Run:
     @property
     def tokens_per_step(self) -> int:
         return self.train.global_batch_size * self.train.block_size
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The model's own, else GPT-2's where the vocabulary has room for it."""
+        return self.own_tokenizer or gpt2s_tokenizer(self.model_config)
 
     @property
     def shape(self) -> dict[str, int | None]:
@@ -85,9 +93,13 @@ def settle(config: RunConfig) -> Run:
         UserError: naming what cannot be, before anything is written or built.
     """
     check_trackers(config.report_to)
+    if config.push_to_hub is not None and failure.job()[0] == 0:
+        hub.check(config.push_to_hub)
     restarted = rendezvous.has_begun(config.run_folder)
     if restarted:
         config = _go_on(config)
+    if config.learning_rate is None:
+        config = dataclasses.replace(config, learning_rate=default_learning_rate(config.model))
     config, deepspeed = _settle_engine(config)
     micro_batch_size, accumulation = config.train_micro_batch_size_per_gpu, config.gradient_accumulation_steps
     assert micro_batch_size is not None
@@ -104,7 +116,9 @@ def settle(config: RunConfig) -> Run:
         raise UserError(
             f"--block_size {block_size}: {config.model} has {shape.n_positions} positions; ask for that many or fewer"
         )
-    prompt_length = len(gpt2_encoding().encode_ordinary(config.prompt))
+    tokenizer = own_tokenizer(config.model, shape.n_positions)
+    encode = gpt2_encoding().encode_ordinary if tokenizer is None else tokenizer.encode
+    prompt_length = len(encode(config.prompt))
     if config.max_new_tokens > 0 and prompt_length >= shape.n_positions:
         raise UserError(
             f"--prompt: its {prompt_length} tokens leave no room in the {shape.n_positions} positions of "
@@ -127,6 +141,8 @@ def settle(config: RunConfig) -> Run:
         _check_attention_can_be_kept(config, attention[0])
     cut = _settle_partition(config, deepspeed, shape, block_size) if stages > 1 else None
     train = _settle_training_data(config, shape.vocab_size, block_size, sequences)
+    if tokenizer is not None:
+        _check_same_tokens(config, tokenizer, train)
     val = None if _awaits_validation(config, train) else open_validation(config, shape.vocab_size, block_size)
     total_steps = config.max_steps or train.updates(config.epochs)
     _check_profile(config, total_steps)
@@ -134,6 +150,7 @@ def settle(config: RunConfig) -> Run:
         config=dataclasses.replace(config, block_size=block_size),
         deepspeed=deepspeed,
         model_config=shape,
+        own_tokenizer=tokenizer,
         attention=attention,
         train=train,
         val=val,
@@ -206,6 +223,16 @@ def _settle_training_data(config: RunConfig, vocab_size: int, block_size: int, s
         return FollowingBatches(growing, block_size, sequences, config.seed, config.document_mask)
     tokens = open_tokens(config.train_data_path, vocab_size)
     return TrainBatches(tokens, block_size, sequences, config.seed, config.document_mask)
+
+
+def _check_same_tokens(config: RunConfig, tokenizer: PreTrainedTokenizerBase, train: TrainBatches) -> None:
+    """Refuse data of GPT-2's tokens for a model that has others: every id fits, and none means what it did."""
+    gpt2s = (train.tokens.sidecar or {}).get("tokenizer") == TOKENIZER_NAME
+    if gpt2s and tokenizer.encode(PROBE, add_special_tokens=False) != gpt2_encoding().encode_ordinary(PROBE):
+        raise UserError(
+            f"--train_data_path {config.train_data_path}: holds GPT-2's tokens, and {config.model} has a tokenizer of "
+            "its own; write its ids to a .bin of uint16 without a sidecar, or start from another model"
+        )
 
 
 def _awaits_validation(config: RunConfig, train: TrainBatches) -> bool:

@@ -20,13 +20,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from modeling_gpt2flash import GPT2FlashConfig, GPT2FlashForCausalLM
 from train.errors import UserError
 from train.files import flush_to_disk, write_text
 from train.optim import moments_of
 from train.tensor_file import TensorFile
-from train.tokens import VOCABULARY_SIZE, gpt2_tokenizer
 
 STATE = "training_state.json"
 WEIGHTS = "model.safetensors"
@@ -51,6 +51,7 @@ class Checkpoint:
 def save(
     run_folder: Path,
     model_config: GPT2FlashConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
     tensors: Iterable[tuple[str, Mapping[str, torch.Tensor]]],
     state: dict[str, Any],
     keep: int | None,
@@ -64,7 +65,7 @@ def save(
     aside = run_folder / f".{target.name}.tmp"
     shutil.rmtree(aside, ignore_errors=True)
     try:
-        model_files = _write(aside, model_config, tensors, state)
+        model_files = _write(aside, model_config, tokenizer, tensors, state)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)  # a full disk gets its room back
         raise
@@ -83,6 +84,7 @@ def save(
 def _write(
     folder: Path,
     model_config: GPT2FlashConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
     tensors: Iterable[tuple[str, Mapping[str, torch.Tensor]]],
     state: dict[str, Any],
 ) -> list[str]:
@@ -91,8 +93,8 @@ def _write(
     with torch.device("meta"):
         shell = GPT2FlashForCausalLM(model_config)  # gives the folder its layout; the weights follow below
     shell.save_pretrained(folder, state_dict={})
-    if model_config.vocab_size >= VOCABULARY_SIZE:
-        gpt2_tokenizer(model_max_length=model_config.n_positions).save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
     model_files = sorted({WEIGHTS, *(path.name for path in folder.iterdir())})
     shapes = {name: parameter.shape for name, parameter in shell.named_parameters()}
     kept = {name: moments_of(state["optimizer"], name) for name in shapes}

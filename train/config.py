@@ -40,7 +40,8 @@ class RunConfig:
     run_type: Literal["baseline", "optimized"] = _flag("baseline", "plain PyTorch, or DeepSpeed with everything on")
     model: str = _flag(
         "gpt2",
-        "a fresh gpt2, gpt2-medium, gpt2-large, gpt2-xl or tiny; or a folder or Hub id whose weights to start from",
+        "a fresh gpt2, gpt2-medium, gpt2-large, gpt2-xl or tiny; or what holds the weights to start from: a folder, a "
+        "Hub id (owner/name, or owner/name@revision) or nanoGPT's ckpt.pt",
     )
     train_data_path: str = _flag("data/train.bin", "tokens to train on, from python -m train.preprocess_data")
     val_data_path: str = _flag("data/val.bin", "tokens to validate on")
@@ -61,7 +62,7 @@ class RunConfig:
     optimizer: Literal["adamw", "muon"] = _flag(
         "adamw", "adamw, or muon: Muon for the blocks' matrices and AdamW for the rest (run type baseline)"
     )
-    learning_rate: float = _flag(6e-4, "peak learning rate")
+    learning_rate: float | None = _flag(None, "peak learning rate (default: 6e-4, or 5e-5 from weights)")
     lr_schedule: Literal["cosine", "linear", "constant", "wsd"] = _flag(
         "cosine", "after a linear warm-up: cosine or linear decay, constant, or warm-up, stable, decay (last fifth)"
     )
@@ -113,6 +114,7 @@ class RunConfig:
     )
     overwrite: bool = _flag(False, "replace a run that is already in the output folder")
     report_to: str = _flag("tensorboard", f"trackers, comma separated, or none: {', '.join(TRACKERS)}")
+    push_to_hub: str | None = _flag(None, "when done, upload the model with a card of the run to this owner/name")
     profile: bool = _flag(
         False, "record steps with torch.profiler: a trace of each process in the run's profile folder"
     )
@@ -263,7 +265,8 @@ def check(config: RunConfig) -> None:
         if value is not None and value < 0:
             refuse(key, "must not be negative")
     for key in ("epochs", "learning_rate"):
-        if not (math.isfinite(getattr(config, key)) and getattr(config, key) > 0):
+        value = getattr(config, key)
+        if value is not None and not (math.isfinite(value) and value > 0):
             refuse(key, "must be a positive number")
     for key in ("weight_decay", "max_grad_norm"):
         value = getattr(config, key)

@@ -193,7 +193,7 @@ def write_prompts(args: argparse.Namespace, decoding: "Decoding") -> None:
     check_room("the model", model.config.n_positions, longest, args.max_new_tokens)
     assistant = None
     if args.assistant is not None:
-        assistant = load_model(args.assistant, **_precision(args), flag="assistant")
+        assistant = load_model(args.assistant, **_precision(args), flag="--assistant")
         if assistant.config.vocab_size != model.config.vocab_size:
             raise UserError(
                 f"--assistant {args.assistant}: has {assistant.config.vocab_size} tokens, the model "

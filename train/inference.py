@@ -10,13 +10,14 @@ from typing import Any
 
 import psutil
 import torch
-from transformers import AutoTokenizer, CompileConfig, PreTrainedTokenizerBase
+from transformers import CompileConfig, PreTrainedTokenizerBase
 from transformers.generation import BaseStreamer
 
 from modeling_gpt2flash import GPT2FlashForCausalLM
+from train import nanogpt
 from train.errors import UserError
 from train.growing_cache import growing_cache
-from train.tokens import VOCABULARY_SIZE, gpt2_tokenizer
+from train.models import build_model, gpt2s_tokenizer, own_tokenizer
 
 
 @dataclass(frozen=True)
@@ -98,28 +99,34 @@ class Stopwatch(BaseStreamer):
         return Latency(first - began, (last - first) / (len(self.times) - 2))
 
 
-def load_model(folder: str | Path, dtype: str = "auto", *, device: str | None = None, flag: str = "checkpoint") -> Any:
-    """The model of any GPT-2 folder, a run's included: in evaluation mode, on this machine's accelerator.
+def load_model(
+    folder: str | Path, dtype: str = "auto", *, device: str | None = None, flag: str = "--checkpoint"
+) -> Any:
+    """The model of any GPT-2 folder, a run's included, or of nanoGPT's ckpt.pt, in evaluation mode.
 
     Args:
-        folder: the folder.
+        folder: the folder, or the file.
         dtype: a name of torch's, or "auto" for that of the file.
-        device: None: the accelerator if there is one.
+        device: None: this machine's accelerator if there is one.
         flag: by which it was named, for the messages.
 
     Raises:
         UserError: when the folder is not there or is no GPT-2.
     """
     path = Path(folder)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if nanogpt.is_named(str(folder)):
+        read: Any = build_model(str(folder), nanogpt.read_config(path), "sdpa")
+        return read.to(device, getattr(torch, "float32" if dtype == "auto" else dtype)).eval()
     if not path.is_dir():
-        raise UserError(f"--{flag} {folder}: there is no such folder")
+        raise UserError(f"{flag} {folder}: there is no such folder")
     if not (path / "config.json").exists():
-        raise UserError(f"--{flag} {folder}: has no config.json; name a step-N folder or a finished run's folder")
+        raise UserError(f"{flag} {folder}: has no config.json; name a step-N folder or a finished run's folder")
     try:
         model: Any = GPT2FlashForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
     except Exception as error:  # a foreign or damaged folder fails in many ways
-        raise UserError(f"--{flag} {folder}: cannot be loaded: {' '.join(str(error).split())[:200]}") from None
-    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+        raise UserError(f"{flag} {folder}: cannot be loaded: {' '.join(str(error).split())[:200]}") from None
+    return model.to(device).eval()
 
 
 def load_tokenizer(folder: str | Path, model: Any) -> PreTrainedTokenizerBase:
@@ -128,14 +135,13 @@ def load_tokenizer(folder: str | Path, model: Any) -> PreTrainedTokenizerBase:
     Raises:
         UserError: when there is none that fits.
     """
-    if (Path(folder) / "tokenizer_config.json").exists():
-        return AutoTokenizer.from_pretrained(folder)
-    if model.config.vocab_size < VOCABULARY_SIZE:
+    tokenizer = own_tokenizer(str(folder), model.config.n_positions) or gpt2s_tokenizer(model.config)
+    if tokenizer is None:
         raise UserError(
             f"--checkpoint {folder}: has no tokenizer, and its {model.config.vocab_size} tokens are not GPT-2's; "
             "save one into it"
         )
-    return gpt2_tokenizer(model_max_length=model.config.n_positions)
+    return tokenizer
 
 
 def complete(

@@ -5,6 +5,7 @@ import time
 from contextlib import closing
 
 from train import checkpoint as checkpoints
+from train import hub
 from train.build import Run, build
 from train.energy import EnergyMeter, energy_reader
 from train.engines.accelerators import product_precision
@@ -29,7 +30,9 @@ def save(engine: Engine, run: Run, step: int) -> None:
     tensors = engine.tensors()
     if engine.is_main:
         config = run.config
-        checkpoints.save(config.run_folder, run.model_config, tensors, run.state(step), config.save_total_limit)
+        checkpoints.save(
+            config.run_folder, run.model_config, run.tokenizer, tensors, run.state(step), config.save_total_limit
+        )
     for _ in tensors:
         pass  # the other processes only take part in the gathering
     engine.wait()
@@ -38,6 +41,7 @@ def save(engine: Engine, run: Run, step: int) -> None:
 def train(run: Run) -> None:
     """Train from the run's checkpoint, or from nothing, to its last step; leave the run folder finished."""
     config = run.config
+    assert config.learning_rate is not None
     engine = build(run)
     log = RunLog(engine.accelerator, config.run_folder, dataclasses.asdict(config), run.total_steps)
     validation = Validation(engine, run)
@@ -102,3 +106,5 @@ def train(run: Run) -> None:
     engine.close()
     if main:
         write_summary(run, validation.batches, log.records, processes, memory, spent)
+        if config.push_to_hub is not None:
+            print(hub.push(config.run_folder, config.push_to_hub))

@@ -1,10 +1,14 @@
-"""The model a run trains: a named size freshly initialised, or the weights of a folder or Hub id."""
+"""The model a run trains: a named size freshly initialised, or the weights of a folder, a Hub id or nanoGPT's file."""
 
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
 from modeling_gpt2flash import GPT2FlashConfig, GPT2FlashForCausalLM
+from train import nanogpt
 from train.errors import UserError
+from train.tokens import VOCABULARY_SIZE, gpt2_tokenizer
 
 # Layers, heads, width, standard deviation of the initial weights; 1024 positions. The first four are OpenAI's (Radford
 # et al. 2019, table 2). `tiny` is for a CPU; its weights start larger, 0.02 x sqrt(768 / 128), for so narrow a model's
@@ -16,10 +20,13 @@ SIZES = {
     "gpt2-xl": (48, 25, 1600, 0.02),  # 1.56B
     "tiny": (4, 4, 128, 0.05),  # 7.4M, of which 6.4M are the vocabulary's
 }
+FRESH_LEARNING_RATE = 6e-4  # GPT-3's for 124M parameters (arXiv:2005.14165, table 2.1)
+TUNING_LEARNING_RATE = 5e-5  # transformers' own default
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
 
 
 def model_config(name: str, *, dropout: float, loss_chunk_size: int) -> GPT2FlashConfig:
-    """Configuration of a named size, or of the folder or Hub id `name`, with the run's dropout and loss.
+    """Configuration of a named size, or of the weights that `name` names, with the run's dropout and loss.
 
     Raises:
         UserError: when `name` is neither a size nor a readable model.
@@ -34,23 +41,29 @@ def model_config(name: str, *, dropout: float, loss_chunk_size: int) -> GPT2Flas
     if name in SIZES:
         n_layer, n_head, n_embd, deviation = SIZES[name]
         return GPT2FlashConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd, initializer_range=deviation, **run)
+    if nanogpt.is_named(name):
+        return nanogpt.read_config(Path(name), **run)
     if "/" not in name and not Path(name).exists():
         raise UserError(
-            f"--model {name}: choose from {', '.join(SIZES)}, or name a model folder or an owner/name Hub id"
+            f"--model {name}: choose from {', '.join(SIZES)}, or name a model folder, an owner/name Hub id or "
+            "nanoGPT's ckpt.pt"
         )
     try:
-        return GPT2FlashConfig.from_pretrained(name, **run)
+        return GPT2FlashConfig.from_pretrained(**place(name), **run)
     except Exception as error:  # a foreign or damaged folder fails in many ways
         raise UserError(f"--model {name}: not a GPT-2 model that can be read: {_first_line(error)}") from None
 
 
 def build_model(name: str, config: GPT2FlashConfig, attn_implementation: str) -> GPT2FlashForCausalLM:
-    """The model in fp32, its weights drawn from the global seed or read from the folder or Hub id `name`."""
+    """The model in fp32, its weights drawn from the global seed or read from what `name` names."""
     if name in SIZES:
         return GPT2FlashForCausalLM._from_config(config, attn_implementation=attn_implementation)
+    source: dict[str, Any] = place(name)
+    if nanogpt.is_named(name):
+        source = {"pretrained_model_name_or_path": None, "state_dict": nanogpt.read_weights(Path(name), config)}
     try:
         loaded: Any = GPT2FlashForCausalLM.from_pretrained(
-            name,
+            **source,
             config=config,
             attn_implementation=attn_implementation,
             dtype="float32",
@@ -63,6 +76,46 @@ def build_model(name: str, config: GPT2FlashConfig, attn_implementation: str) ->
         missing = sorted(report["missing_keys"])
         raise UserError(f"--model {name}: {len(missing)} weights are missing, {missing[0]} first; is it a GPT-2?")
     return model
+
+
+def own_tokenizer(name: str, n_positions: int) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that a folder or Hub id brings with it, able to pad; None where there is none.
+
+    Raises:
+        UserError: when it cannot be read.
+    """
+    if name in SIZES or nanogpt.is_named(name):
+        return None
+    folder = Path(name)
+    if folder.is_dir() and not any((folder / file).exists() for file in TOKENIZER_FILES):
+        return None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(**place(name), trust_remote_code=False)
+    except Exception as error:  # as above
+        raise UserError(f"{name}: its tokenizer cannot be read: {_first_line(error)}") from None
+    if len(tokenizer) < 2:  # what transformers makes up for a repository without one
+        return None
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.model_max_length = min(tokenizer.model_max_length, n_positions)
+    return tokenizer
+
+
+def gpt2s_tokenizer(config: GPT2FlashConfig) -> PreTrainedTokenizerBase | None:
+    """GPT-2's tokenizer, where the model has its vocabulary."""
+    return gpt2_tokenizer(model_max_length=config.n_positions) if config.vocab_size >= VOCABULARY_SIZE else None
+
+
+def default_learning_rate(name: str) -> float:
+    return FRESH_LEARNING_RATE if name in SIZES else TUNING_LEARNING_RATE
+
+
+def place(name: str) -> dict[str, Any]:
+    """Where transformers finds `name`, a folder or a Hub id, which may be pinned as owner/name@revision."""
+    if Path(name).exists() or "@" not in name:
+        return {"pretrained_model_name_or_path": name}
+    name, _, revision = name.partition("@")
+    return {"pretrained_model_name_or_path": name, "revision": revision}
 
 
 def _first_line(error: Exception) -> str:

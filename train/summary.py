@@ -1,6 +1,8 @@
 """The end of a run: time the saved model at work, write a sample, and sum everything up in metrics.json."""
 
 import dataclasses
+import shlex
+import sys
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from train.engines.accelerators import product_precision
 from train.files import write_json
 from train.flops import peak_flops
 from train.metrics import hardware, latency_percentiles, summarise, versions
-from train.tokens import VOCABULARY_SIZE
+from train.tokens import TokenFile
 
 LATENCY_TOKENS = 32  # generated per timing, after a prompt of as many
 
@@ -35,8 +37,8 @@ def write_summary(
     prompt_ids = torch.tensor((val or run.train).tokens.ids[None, :length].astype("int64"), device=model.device)
     latencies = inference.measure_latency(model, prompt_ids, length)
     sample = None
-    if config.max_new_tokens > 0 and run.model_config.vocab_size >= VOCABULARY_SIZE:
-        tokenizer = inference.load_tokenizer(folder, model)
+    tokenizer = run.tokenizer
+    if config.max_new_tokens > 0 and tokenizer is not None:
         room = run.model_config.n_positions - len(tokenizer(config.prompt).input_ids)
         text = inference.complete(model, tokenizer, config.prompt, min(config.max_new_tokens, room))[0]
         sample = {"prompt": config.prompt, "text": text}
@@ -58,8 +60,8 @@ def write_summary(
         attn_implementation=run.attention[0],
         attn_reason=run.attention[1],
         data={
-            "train": {"path": str(run.train.tokens.path), **describe(run.train.tokens)},
-            "val": {"path": config.val_data_path, **(describe(val.tokens) if val else {})},
+            "train": {"path": str(run.train.tokens.path), **_account(run.train.tokens)},
+            "val": {"path": config.val_data_path, **(_account(val.tokens) if val else {})},
         },
         sample=sample,
         config=dataclasses.asdict(config),
@@ -74,4 +76,9 @@ def write_summary(
         activation_checkpointing=config.activation_checkpointing or 0,
         keeps_attention=config.activation_checkpointing_keeps == "attention",
     )
+    summary["command"] = shlex.join(["python", "-m", "train", *sys.argv[1:]])
     write_json(config.run_folder / "metrics.json", summary)
+
+
+def _account(tokens: TokenFile) -> dict[str, Any]:
+    return {**describe(tokens), "source": (tokens.sidecar or {}).get("source")}

@@ -89,6 +89,7 @@ class Engine(ABC):
             UserError: on all processes, when one of them is not what was asked for.
         """
         config = self.config
+        assert config.learning_rate is not None
         if config.optimized:
             fuse_activations(model)
         if config.torch_compile:
