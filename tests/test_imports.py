@@ -13,7 +13,7 @@ FLOORS = [
     "failure", "errors", "files", "tensor_file", "quiet", "sources", "text_files", "streams", "tokens", "splits",
     "encoders", "preparation", "verify_data", "workers", "documents", "batches", "follow", "prefetch", "schedule",
     "muon", "optim", "recompute", "flops", "metrics", "regions", "evaluate_metrics", "config", "preprocess_data",
-    "models", "engines.deepspeed_json", "engines.rendezvous", "engines.accelerators", "engines.layout",
+    "models", "memory", "engines.deepspeed_json", "engines.rendezvous", "engines.accelerators", "engines.layout",
     "engines.state", "engines.base", "engines.accelerated", "engines.pipelined", "checkpoint", "runlog", "inference",
     "build", "validate", "summary", "profiling", "loop", "__main__", "cpu_layers", "generate", "compare_runs",
     "compare_plots", "compare_windows", "compare_figures", "compare_gate", "report_style", "report_parts",
