@@ -18,12 +18,13 @@ FLOORS = [
     "build", "validate", "summary", "profiling", "loop", "__main__", "cpu_layers", "generate", "compare_runs",
     "compare_plots", "compare_windows", "compare_figures", "compare_gate", "report_style", "report_parts",
     "report_svg", "report_kernels", "report_html", "compare", "parity_oracle", "parity_check", "parity",
-    "kernels_shapes", "kernels_trace", "kernels_places", "kernels_account", "kernels",
+    "kernels_shapes", "kernels_trace", "kernels_places", "kernels_account", "kernels", "plan_shapes", "plan_memory",
+    "plan_speed", "plan",
 ]  # fmt: skip
 # What comes after training never touches its live objects.
 READ_FILES_ONLY = [
     "generate", "compare", "parity", "parity_check", "parity_oracle", "kernels", "kernels_account", "kernels_places",
-    "kernels_trace", "kernels_shapes",
+    "kernels_trace", "kernels_shapes", "plan", "plan_memory", "plan_shapes", "plan_speed",
 ]  # fmt: skip
 TRAIN_MODULES = sorted((ROOT / "train").rglob("*.py"))
 
