@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from modeling_gpt2flash import GPT2FlashConfig
 from tests.conftest import ROOT, accelerate, losses, python, torchrun
 from tests.tiny_gpt2 import make_ours, tokens
 from train.config import parse
@@ -17,6 +18,8 @@ from train.errors import UserError
 from train.flops import count_flops
 from train.kernels_account import Account, account
 from train.kernels_trace import read_recording
+from train.plan_memory import predict
+from train.plan_shapes import Layout, Shape
 from train.profiling import Names
 from train.regions import PHASES, module_of
 
@@ -41,7 +44,7 @@ def names(trace: Path) -> dict[str, int]:
 
 
 def test_the_asked_steps_are_recorded_with_their_regions(profiled: Path) -> None:
-    assert [path.name for path in (profiled / "profile").iterdir()] == ["rank-0.json.gz"]
+    assert sorted(path.name for path in (profiled / "profile").iterdir()) == ["memory.json", "rank-0.json.gz"]
     found = names(profiled / "profile" / "rank-0.json.gz")
     assert sum(name.startswith("ProfilerStep#") for name in found) == 2
     assert found.keys() >= set(PHASES)
@@ -52,6 +55,15 @@ def test_the_asked_steps_are_recorded_with_their_regions(profiled: Path) -> None
         "transformer.h.1.mlp.act", "transformer.ln_f",
     }  # fmt: skip
     assert found["attention: transformer.h.1.attn"] == found["mlp: transformer.h.0.mlp"] == 4 + 1, "and a validation"
+
+
+def test_the_memory_of_the_step_before_is_what_is_planned(profiled: Path) -> None:
+    found = json.loads((profiled / "profile" / "memory.json").read_text())
+    shape = Shape.of(GPT2FlashConfig(n_layer=2, n_head=2, n_embd=16, n_positions=64), 64)
+    layout = Layout("single", 1, 4, 2, bf16=False, fused_attention=False, loss_chunk_size=0, device="cpu")
+    assert found["peak_bytes"] == pytest.approx(predict(shape, layout).peak, rel=0.1)
+    assert found["at_peak"]["parameters"] == 4 * shape.parameters
+    assert {"forward", "backward", "optimizer"} <= {point["phase"] for point in found["over_step"]}
 
 
 def test_the_account_is_whole_and_its_flops_are_those_of_the_formula(profiled: Path) -> None:
