@@ -49,12 +49,17 @@ def python(*words: object, cwd: Path, check: bool = True) -> subprocess.Complete
 
 
 def accelerate(
-    *words: object, cwd: Path, processes: int = 2, layout: str = "deepspeed", check: bool = True
+    *words: object,
+    cwd: Path,
+    processes: int = 2,
+    layout: str = "deepspeed",
+    check: bool = True,
+    module: str = "train",
 ) -> subprocess.CompletedProcess[str]:
     """Train under `accelerate launch` with a shipped configuration."""
     config = ROOT / "accelerate_configs" / f"{layout}.yaml"
     launch = ["accelerate", "launch", "--config_file", config, "--num_processes", processes, "--main_process_port", 0]
-    return command(*launch, "-m", "train", *words, cwd=cwd, check=check)
+    return command(*launch, "-m", module, *words, cwd=cwd, check=check)
 
 
 def torchrun(*words: object, cwd: Path, processes: int = 2) -> subprocess.CompletedProcess[str]:
@@ -62,13 +67,17 @@ def torchrun(*words: object, cwd: Path, processes: int = 2) -> subprocess.Comple
     return command(*launch, *words, cwd=cwd)
 
 
-def engine_steps(scenario: str, folder: Path, *flags: object, processes: int = 2) -> list[list[dict[str, Any]]]:
+def engine_steps(
+    scenario: str, folder: Path, *flags: object, processes: int = 2, layout: str | None = None
+) -> list[list[dict[str, Any]]]:
     """What each process says of each step of a scenario of `tests.engine_steps`; the weights are in the folder."""
-    words = ["-m", "tests.engine_steps", scenario, folder, *flags, f"--checkpoint_path={folder}"]
-    if processes > 1:
-        torchrun(*words, cwd=folder.parent, processes=processes)
+    words = [scenario, folder, *flags, f"--checkpoint_path={folder}"]
+    if layout is not None:
+        accelerate(*words, cwd=folder.parent, processes=processes, layout=layout, module="tests.engine_steps")
+    elif processes > 1:
+        torchrun("-m", "tests.engine_steps", *words, cwd=folder.parent, processes=processes)
     else:
-        python(*words, cwd=folder.parent)
+        python("-m", "tests.engine_steps", *words, cwd=folder.parent)
     return [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
 
 

@@ -9,6 +9,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from train.engines.base import Engine
 from train.engines.pipelined import PipelinedEngine
 from train.inference import complete, load_model, load_tokenizer
 from train.loop import save
+from train.memory import MemoryTracker
 from train.validate import validate
 
 Batch = dict[str, torch.Tensor]
@@ -104,6 +106,16 @@ def counted(engine: Engine, run: Run) -> Iterator[dict[str, Any]]:
         yield {**vars(result), "operations": operations.counts}
 
 
+def tracked(engine: Engine, run: Run) -> Iterator[dict[str, Any]]:
+    """Where the memory of the last step goes; in the ones before, buckets and gathered parameters find their sizes."""
+    for step in range(run.total_steps):
+        tracker = MemoryTracker(engine.holdings, run.model_config.vocab_size, engine.device.type)
+        batches = list(micro_batches(engine, run, step))
+        with tracker if step == run.total_steps - 1 else nullcontext():
+            result = engine.train_step(step, batches, LEARNING_RATE)
+        yield {**vars(result), **tracker.summary()}
+
+
 def alternating(engine: Engine, run: Run) -> Iterator[dict[str, Any]]:
     """Training and evaluation by turns, and what torch.compile did; from the third step on it may do nothing."""
     counters = torch._dynamo.utils.counters
@@ -129,6 +141,7 @@ SCENARIOS = {
     "interrupted": interrupted,
     "watched": watched,
     "counted": counted,
+    "tracked": tracked,
     "alternating": alternating,
 }
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from modeling_gpt2flash import GPT2FlashConfig
 from tests.conftest import ROOT, accelerate, losses, python, records, torchrun
 from tests.tiny_gpt2 import make_ours, tokens
 from train import profiling
@@ -21,6 +22,8 @@ from train.flops import count_flops
 from train.kernels_account import Account, account
 from train.kernels_timeline import timeline
 from train.kernels_trace import Recording, read_recording
+from train.plan_memory import predict
+from train.plan_shapes import Layout, Shape
 from train.profiling import Names, Profiler
 from train.regions import PHASES, module_of
 
@@ -46,7 +49,7 @@ def names(trace: Path) -> dict[str, int]:
 
 
 def test_the_asked_steps_are_recorded_with_their_regions(profiled: Path) -> None:
-    assert [path.name for path in (profiled / "profile").iterdir()] == ["rank-0.json.gz"]
+    assert sorted(path.name for path in (profiled / "profile").iterdir()) == ["memory.json", "rank-0.json.gz"]
     found = names(profiled / "profile" / "rank-0.json.gz")
     assert sum(name.startswith("ProfilerStep#") for name in found) == 2
     assert found.keys() >= set(PHASES)
@@ -69,16 +72,27 @@ def test_the_peak_of_a_cpu_is_taken_before_the_profiler_fills_its_memory(
 ) -> None:
     config = parse([*flags, "--profile", "--profile_steps=4:5", f"--checkpoint_path={tmp_path}"])
     config.run_folder.mkdir()
-    engine = SimpleNamespace(is_main=True, rank=0, device=torch.device("cpu"), named_modules=lambda: iter(()))
+    run = SimpleNamespace(config=config, model_config=GPT2FlashConfig())
+    nothing = {"named_modules": lambda: iter(()), "holdings": lambda: iter(())}
+    engine = SimpleNamespace(is_main=True, rank=0, device=torch.device("cpu"), **nothing)
     monkeypatch.setattr(profiling, "facts", lambda *_: {})
     taken = []
-    with Profiler(cast(Any, SimpleNamespace(config=config)), cast(Any, engine), 0) as profiler:
+    with Profiler(cast(Any, run), cast(Any, engine), 0) as profiler:
         for step in range(1, 6):
             monkeypatch.setattr(profiling, "peak_memory", lambda device, after=step: {"after": after})
             profiler.step()
             taken.append(profiler.peak_before)
     assert taken == [None, {"after": 2}, {"after": 2}, {"after": 2}, {"after": 2}]
     assert (config.run_folder / "profile" / "rank-0.json.gz").exists()
+
+
+def test_the_memory_of_the_step_before_is_what_is_planned(profiled: Path) -> None:
+    found = json.loads((profiled / "profile" / "memory.json").read_text())
+    shape = Shape.of(GPT2FlashConfig(n_layer=2, n_head=2, n_embd=16, n_positions=64), 64)
+    layout = Layout("single", 1, 4, 2, bf16=False, fused_attention=False, loss_chunk_size=0, device="cpu")
+    assert found["peak_bytes"] == pytest.approx(predict(shape, layout).peak, rel=0.1)
+    assert found["at_peak"]["parameters"] == 4 * shape.parameters
+    assert {"forward", "backward", "optimizer"} <= {point["phase"] for point in found["over_step"]}
 
 
 def test_the_account_is_whole_and_its_flops_are_those_of_the_formula(profiled: Path) -> None:

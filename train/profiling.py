@@ -1,7 +1,7 @@
 """`--profile`: the steps of `--profile_steps` under torch.profiler, a trace per process in RUN/profile/rank-N.json.gz.
 
-One step before them the profiler warms up, and the modules of the model get their names; after them both are gone, so
-that all other steps run as they would without.
+One step before them the profiler warms up, the modules of the model get their names, and the main process follows
+every tensor, for RUN/profile/memory.json; after them all is gone, so that other steps run as they would without.
 """
 
 import functools
@@ -23,6 +23,7 @@ from train.engines.accelerators import product_precision
 from train.engines.base import Engine
 from train.files import written_aside
 from train.flops import peak_bandwidth, peak_flops
+from train.memory import MemoryTracker
 from train.metrics import peak_memory, versions
 from train.regions import LOSS, module_region
 
@@ -44,6 +45,7 @@ class Profiler(AbstractContextManager):
         self.peak_before: dict[str, Any] | None = None
         """Peak memory of a process on a CPU before the profiler, whose records stay resident among the tensors."""
         self.profile: profile | None = None
+        self.memory: MemoryTracker | None = None
         if run.config.profiled is None:
             return
         self.recorded = run.config.profiled
@@ -68,12 +70,13 @@ class Profiler(AbstractContextManager):
 
     def __enter__(self) -> "Profiler":
         if self.profile is not None:
-            self._name_if_next()
+            self._prepare_if_next()
             self.profile.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.names.remove()
+        self._stop_tracking()
         if self.profile is not None:
             self.profile.stop()
 
@@ -87,9 +90,12 @@ class Profiler(AbstractContextManager):
         if self.profile is None:
             return
         self.done += 1
+        if (tracked := self._stop_tracking()) is not None:
+            self.folder.mkdir(exist_ok=True)
+            tracked.write(self.folder / "memory.json")
         if self.done == self.recorded.start - 2 and self.engine.device.type != "cuda":
             self.peak_before = peak_memory(self.engine.device)
-        self._name_if_next()
+        self._prepare_if_next()
         self.profile.step()
         if self.done == self.recorded.start - 1:
             # Kineto takes metadata while it records, and at no other time.
@@ -99,9 +105,22 @@ class Profiler(AbstractContextManager):
         if self.done == self.recorded.stop - 1:
             self.names.remove()
 
-    def _name_if_next(self) -> None:
-        if self.done == self.recorded.start - 2:
-            self.names.give(self.engine.named_modules())
+    def _prepare_if_next(self) -> None:
+        if self.done != self.recorded.start - 2:
+            return
+        self.names.give(self.engine.named_modules())
+        # Not of compiled blocks: torch.compile steps aside for whoever looks at every operator.
+        if self.engine.is_main and not self.run.config.torch_compile:
+            vocabulary = self.run.model_config.vocab_size
+            self.memory = MemoryTracker(self.engine.holdings, vocabulary, self.engine.device.type)
+            self.memory.__enter__()
+
+    def _stop_tracking(self) -> MemoryTracker | None:
+        """The tracker of the step that ends here, if there is one."""
+        tracked, self.memory = self.memory, None
+        if tracked is not None:
+            tracked.__exit__(None, None, None)
+        return tracked
 
     def _write(self, recorded: profile) -> None:
         if self.done < self.recorded.stop - 1:

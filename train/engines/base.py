@@ -26,7 +26,7 @@ from train.engines.accelerators import (
     world_size,
 )
 from train.engines.layout import Place, check_launch, check_places
-from train.engines.state import create_moments, set_whole, torch_optimizer, whole
+from train.engines.state import create_moments, held_by_training, set_whole, torch_optimizer, whole
 from train.errors import UserError
 from train.metrics import peak_memory
 from train.optim import build_optimizer, moments_of
@@ -174,6 +174,15 @@ class Engine(ABC):
     @abstractmethod
     def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
         """The modules that run in this process, outer ones first, under GPT-2's names."""
+
+    def holdings(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """What this process holds for training: "optimizer", "parameters" or "gradients", and a tensor of it."""
+        yield from held_by_training(self.optimizer)
+        for parameter in self.model.parameters():
+            yield "parameters", getattr(parameter, "ds_tensor", parameter).detach()
+            yield "parameters", parameter.detach()
+            if parameter.grad is not None:
+                yield "gradients", parameter.grad
 
     def tensors(self) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
         """Every parameter of the model once, whole: (name, {"weight", and its `moments_of`}), fp32 on the CPU.

@@ -1,5 +1,6 @@
 """Weights and optimizer moments as they are checkpointed: whole, in fp32, out of an optimizer that may hold shards."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -72,6 +73,25 @@ def create_moments(prepared: Any, optimized: bool) -> None:
         }
     if hasattr(zero, "single_partition_of_fp32_groups"):
         zero._lazy_init_hp_params_optimizer_state()
+
+
+def held_by_training(prepared: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """What the optimizer, and DeepSpeed's around it, hold now besides parameters: "gradients" and "optimizer" state.
+
+    fp32 masters of the weights are optimizer state. Tensors may come twice.
+    """
+    optimizer, zero = torch_optimizer(prepared), prepared.optimizer
+    for parameter, state in optimizer.state.items():
+        yield "optimizer", parameter.detach()
+        if parameter.grad is not None:
+            yield "gradients", parameter.grad
+        yield from (("optimizer", value) for value in state.values() if isinstance(value, torch.Tensor))
+    averaged = getattr(zero, "averaged_gradients", None) or {}
+    for gradients in averaged.values():
+        yield from (("gradients", gradient) for gradient in gradients or ())
+    for buffer in ("grads_in_partition", "grad_partitions_flat_buffer"):  # ZeRO-1 and 2; ZeRO-3
+        if getattr(zero, buffer, None) is not None:
+            yield "gradients", getattr(zero, buffer)
 
 
 def _is_deepspeeds(parameter: torch.Tensor) -> bool:

@@ -1,0 +1,90 @@
+"""What is planned: a model's shape, and a way to lay its training out over processes. Sizes are in numbers."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from modeling_gpt2flash import GPT2FlashConfig
+
+Recompute = Literal["none", "selective", "full"]
+DeviceKind = Literal["cuda", "cpu"]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model, and the tokens of a sequence."""
+
+    n_layer: int
+    n_head: int
+    n_embd: int
+    n_inner: int
+    vocab_size: int
+    n_positions: int
+    block_size: int
+
+    @classmethod
+    def of(cls, config: GPT2FlashConfig, block_size: int) -> "Shape":
+        inner = config.n_inner or 4 * config.n_embd
+        return cls(
+            config.n_layer, config.n_head, config.n_embd, inner, config.vocab_size, config.n_positions, block_size
+        )
+
+    @property
+    def matrices(self) -> int:
+        """Numbers in a block's matrices: c_attn 3 D², c_proj D², the MLP's two D · I."""
+        return 4 * self.n_embd**2 + 2 * self.n_embd * self.n_inner
+
+    @property
+    def block(self) -> int:
+        """Numbers of a block: its matrices, biases 3 D + D + I + D, and two norms of 2 D."""
+        return self.matrices + 9 * self.n_embd + self.n_inner
+
+    @property
+    def vocabulary(self) -> int:
+        return self.vocab_size * self.n_embd
+
+    @property
+    def embeddings(self) -> int:
+        return self.vocabulary + self.n_positions * self.n_embd
+
+    @property
+    def parameters(self) -> int:
+        """Of the whole model, the tied head counted once."""
+        return self.embeddings + self.n_layer * self.block + 2 * self.n_embd
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """DeepSpeed 0.19's own sizes, in numbers, where a JSON names none."""
+
+    reduce: int = 500_000_000
+    prefetch: int = 50_000_000
+    reuse: int = 1_000_000_000
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a step is laid out over processes, and what it keeps."""
+
+    kind: Literal["single", "ddp", "fsdp2", "zero"]
+    world_size: int
+    micro_batch: int
+    accumulation: int = 1
+    zero_stage: int = 0
+    offload: bool = False
+    stages: int = 1
+    recompute: Recompute = "none"
+    bf16: bool = True
+    fused_attention: bool = True
+    loss_chunk_size: int = 512
+    device: DeviceKind = "cuda"
+    buckets: Buckets = field(default_factory=Buckets)
+    bounds: tuple[int, ...] = ()  # of a pipeline's stages, over embeddings, blocks, final norm and head
+
+    @property
+    def data_parallel(self) -> int:
+        return self.world_size // self.stages
+
+    @property
+    def autocast(self) -> bool:
+        """fp32 weights cast to bf16 as they are used. ZeRO and FSDP2 compute with weights that are bf16 already."""
+        return self.bf16 and self.kind in ("single", "ddp")
