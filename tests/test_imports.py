@@ -11,6 +11,7 @@ from tests.conftest import ROOT
 # From the ground up; a module may import those listed before it.
 FLOORS = [
     "failure", "errors", "files", "tensor_file", "quiet", "sources", "text_files", "streams", "tokens", "splits",
+    "words",
     "encoders", "preparation", "verify_data", "workers", "documents", "batches", "follow", "prefetch", "schedule",
     "muon", "optim", "recompute", "flops", "metrics", "regions", "evaluate_metrics", "config", "preprocess_data",
     "models", "engines.deepspeed_json", "engines.rendezvous", "engines.accelerators", "engines.layout",
