@@ -6,10 +6,11 @@ import pytest
 
 from tests.test_tokens import NASTY, random_strings
 from train import encoders
-from train.encoders import Encoded, GigatokenEncoder, choose_encoder, encode_with_tiktoken
+from train.encoders import GigatokenEncoder, choose_encoder, encode_with_tiktoken, joined
 from train.errors import UserError
 from train.sources import stdlib_modules
 from train.tokens import gpt2_encoding
+from train.words import SEPARATOR, Encoded
 
 BLANKS_BEFORE_WORDS = [
     " " * 300_000 + "word",
@@ -80,11 +81,14 @@ def test_an_encoder_that_disagrees_is_not_used(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(UserError, match=r"a document that begins ' world' are not the reference's.*--overwrite"):
         encode([" world", "Hello"])
 
-    monkeypatch.setattr(encoders, "SAME_RULE", r"\p{L}+|\s+")
-    encoders.fast_encoding.cache_clear()
+    monkeypatch.setattr(encoders, "encode_by_words", lambda texts: joined([np.array([0])] * len(texts)))
     monkeypatch.setattr(encoders, "find_spec", lambda name: None)
-    try:
-        encode, why = choose_encoder("auto", sample)
-        assert (split(encode(sample)), why) == (reference(sample), "tiktoken")
-    finally:
-        encoders.fast_encoding.cache_clear()
+    encode, why = choose_encoder("auto", sample)
+    assert (split(encode(sample)), why) == (reference(sample), "tiktoken")
+
+
+def test_texts_that_are_not_cut_into_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoders, "LONGEST_BY_WORDS", 20)
+    texts = ["short", SEPARATOR, "", "a" + 10 * " long", "b", f"x{SEPARATOR} {SEPARATOR}\n"]
+    assert split(encode_with_tiktoken(texts)) == reference(texts)
+    assert split(encode_with_tiktoken(texts[1:2])) == reference(texts[1:2])

@@ -11,6 +11,7 @@ from tests.conftest import ROOT
 # From the ground up; a module may import those listed before it.
 FLOORS = [
     "failure", "errors", "files", "tensor_file", "quiet", "sources", "text_files", "streams", "tokens", "splits",
+    "words",
     "encoders", "preparation", "verify_data", "workers", "documents", "batches", "follow", "prefetch", "schedule",
     "activation", "muon", "optim", "recompute", "flops", "energy", "metrics", "regions", "evaluate_metrics", "config",
     "preprocess_data", "nanogpt", "models", "memory", "engines.deepspeed_json", "engines.rendezvous",

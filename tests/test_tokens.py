@@ -87,6 +87,7 @@ def test_a_changed_vocabulary_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "gpt2.tiktoken").write_bytes(b"IQ== 0\n")
     monkeypatch.setattr(tokens, "files", lambda package: tmp_path)
+    gpt2_ranks.cache_clear()
     with pytest.raises(UserError) as error:
         gpt2_ranks()
     assert str(tmp_path / "data" / "gpt2.tiktoken") in str(error.value)

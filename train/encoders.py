@@ -2,75 +2,66 @@
 
 import re
 from collections.abc import Callable, Sequence
-from functools import cache, partial
 from importlib.resources import as_file, files
 from importlib.util import find_spec
-from typing import NamedTuple
 
 import numpy as np
-import tiktoken
 
 from train.errors import UserError
-from train.tokens import END_OF_TEXT, END_OF_TEXT_STRING, gpt2_encoding, gpt2_ranks
+from train.tokens import gpt2_encoding, gpt2_ranks
+from train.words import SEPARATOR, Encoded, encode_by_words
 
 ENCODERS = ("auto", "tiktoken", "gigatoken")
 SPOT_CHECK_CHARACTERS = 2000  # at most, of a document that is encoded a second time while the work goes on: 1% to 4%
 
-# tiktoken's rule for GPT-2 as a rule of the same language that its engine runs 1.6 times faster: the words, which are
-# most of a text, come first and in one alternative without look-around and without possessive repetition, which that
-# engine hands to a plain automaton as a whole. The possessive repetitions stood at the end of an alternative, where
-# nothing can make them give back; the three kinds of words begin with different characters, none of them blank. Blanks
-# at the end of a text, which have an alternative of their own in tiktoken's rule, are matched by the next one as well.
-SAME_RULE = r"(?:'(?:[sdmt]|ll|ve|re)| ?(?:\p{L}+|\p{N}+|[^\s\p{L}\p{N}]+))|\s+(?!\S)|\s"
-
-# Blanks before a word take that engine a step of its stack each, of which it has a million.
-LONG_TEXT = 100_000
+# To find the words of a text (train/words.py) takes some 30 bytes a character.
+LONGEST_BY_WORDS = 1 << 20
 # What Rust's regular expressions call \s; Python's has four control characters more.
 BLANKS = "\t\n\v\f\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 LONG_RUN_OF_BLANKS = re.compile(f"[{BLANKS}]{{1000,}}+")
 
-
-class Encoded(NamedTuple):
-    ids: np.ndarray  # (tokens,) uint32: of all texts, one after another
-    lengths: np.ndarray  # (texts,) int64: tokens of each
-
-
 Encoder = Callable[[Sequence[str]], Encoded]
 
 
-@cache
-def fast_encoding() -> tiktoken.Encoding:
-    """`gpt2_encoding()` with the faster rule."""
-    special_tokens = {END_OF_TEXT_STRING: END_OF_TEXT}  # without one, tiktoken looks for the empty text, everywhere
-    return tiktoken.Encoding(
-        "gpt2_same_rule", pat_str=SAME_RULE, mergeable_ranks=gpt2_ranks(), special_tokens=special_tokens
-    )
+def ids_of(text: str) -> np.ndarray:
+    """tiktoken's `encode_ordinary` as (tokens,) uint32; the interpreter is free meanwhile.
 
-
-def ids_of(text: str, encoding: tiktoken.Encoding) -> np.ndarray:
-    """`encode_ordinary` as (tokens,) uint32, without a list of Python integers; the interpreter is free meanwhile."""
-    if len(text) < LONG_TEXT:
-        return encoding.encode_to_numpy(text, disallowed_special=())
-    ids = []
+    Blanks before a word take tiktoken's engine a step of its stack each, of which it has a million.
+    """
+    parts = []
     start = 0
     for run in LONG_RUN_OF_BLANKS.finditer(text):
         # GPT-2's rule leaves the last blank of a run to the word behind it and makes the others a piece, which by
-        # itself tiktoken's own rule takes in one step.
+        # itself takes one step.
         end = run.end() if run.end() == len(text) else run.end() - 1
-        ids.append(encoding.encode_to_numpy(text[start : run.start()], disallowed_special=()))
-        ids.append(gpt2_encoding().encode_to_numpy(text[run.start() : end]))
+        parts += [text[start : run.start()], text[run.start() : end]]
         start = end
-    ids.append(encoding.encode_to_numpy(text[start:], disallowed_special=()))
-    return np.concatenate(ids)
+    parts.append(text[start:])
+    return np.concatenate([gpt2_encoding().encode_to_numpy(part, disallowed_special=()) for part in parts])
 
 
-def encode_plainly(texts: Sequence[str], encoding: tiktoken.Encoding) -> Encoded:
-    ids = [ids_of(text, encoding) for text in texts]
+def joined(ids: Sequence[np.ndarray]) -> Encoded:
     return Encoded(np.concatenate(ids), np.fromiter(map(len, ids), dtype=np.int64, count=len(ids)))
 
 
+def encode_plainly(texts: Sequence[str]) -> Encoded:
+    """The reference."""
+    return joined([ids_of(text) for text in texts])
+
+
 def encode_with_tiktoken(texts: Sequence[str]) -> Encoded:
-    return encode_plainly(texts, fast_encoding())
+    """Word by word; as a whole where a text is too long for that, or holds what is to separate words."""
+    odd = [row for row, text in enumerate(texts) if len(text) > LONGEST_BY_WORDS or SEPARATOR in text]
+    if not odd:
+        return encode_by_words(texts)
+    ordinary = list(texts)
+    for row in odd:
+        ordinary[row] = ""
+    encoded = encode_by_words(ordinary)
+    ids = np.split(encoded.ids, np.cumsum(encoded.lengths)[:-1])
+    for row in odd:
+        ids[row] = ids_of(texts[row])
+    return joined(ids)
 
 
 class GigatokenEncoder:
@@ -96,7 +87,7 @@ def spot_checked(encode: Encoder, name: str) -> Encoder:
         encoded = encode(texts)
         first = texts[0]
         if len(first) <= SPOT_CHECK_CHARACTERS:
-            reference = ids_of(first, gpt2_encoding())
+            reference = ids_of(first)
             if not np.array_equal(encoded.ids[: encoded.lengths[0]], reference):
                 raise UserError(
                     f"--tokenizer {name}: its ids of a document that begins {first[:40]!r} are not the reference's; "
@@ -114,7 +105,7 @@ def choose_encoder(name: str, sample: Sequence[str]) -> tuple[Encoder, str]:
         name: one of `ENCODERS`; "auto" takes gigatoken where it is installed.
         sample: some of the documents, on which an encoder must agree with tiktoken's own GPT-2 encoding.
     """
-    reference = encode_plainly(sample, gpt2_encoding())
+    reference = encode_plainly(sample)
     agrees = f"whose ids of the first {len(sample):,} documents are the reference's"
     if name != "tiktoken" and find_spec("gigatoken") is not None:
         gigatoken = GigatokenEncoder()
@@ -127,5 +118,5 @@ def choose_encoder(name: str, sample: Sequence[str]) -> tuple[Encoder, str]:
     elif name == "gigatoken":
         raise UserError("--tokenizer gigatoken: it is not installed; pip install 'gpt2flash[fast]'")
     if not all(map(np.array_equal, encode_with_tiktoken(sample), reference)):
-        return partial(encode_plainly, encoding=gpt2_encoding()), "tiktoken"
-    return spot_checked(encode_with_tiktoken, "tiktoken"), f"tiktoken with a faster rule, {agrees}"
+        return encode_plainly, "tiktoken"
+    return spot_checked(encode_with_tiktoken, "tiktoken"), f"tiktoken by distinct words, {agrees}"

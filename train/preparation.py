@@ -17,7 +17,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from socket import gethostname
@@ -113,6 +113,7 @@ class Preparation:
         self.out_dir = out_dir
         self.folder = out_dir / WORK_FOLDER
         self.request = request
+        self._files = ExitStack()
         try:
             journal = read_journal(out_dir)
             if journal and journal["request"] != request:
@@ -147,7 +148,8 @@ class Preparation:
         if self.phase == "reading":
             for name in PARTS:
                 path = self.folder / f"{name}.bin"
-                self._appenders[name] = TokenAppender(path, VOCABULARY_SIZE, journal["parts"].get(name))
+                appender = TokenAppender(path, VOCABULARY_SIZE, journal["parts"].get(name))
+                self._appenders[name] = self._files.enter_context(appender)
 
     @property
     def phase(self) -> str:
@@ -169,8 +171,7 @@ class Preparation:
             if orderly and self.phase == "reading" and self.rows > self.journal["rows"]:
                 self.commit()  # a source that fails, or Ctrl-C, costs nothing that was read
         finally:
-            for appender in self._appenders.values():
-                appender.__exit__(kind, error, trace)
+            self._files.__exit__(kind, error, trace)
             if error is not None and not self.journal["rows"]:
                 self.discard()
 

@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from datasets import IterableDataset
 
 VAL_FRACTION = 0.0005  # nanoGPT's
+CHECKED_DOCUMENTS = 64  # before all else, by the reference; later ones in samples
 STDLIB_VAL_FRACTION = 0.05  # of some 670 modules, 0.0005 would be none
 
 EXAMPLES = """\
@@ -237,7 +238,7 @@ def read_all(args: argparse.Namespace, source: Source, preparation: Preparation)
     else:
         rule = nanogpt_rule(args.val_fraction, args.seed, rows)
     if first is not None:
-        encode, why = choose_encoder(args.tokenizer, first.texts)
+        encode, why = choose_encoder(args.tokenizer, first.texts[:CHECKED_DOCUMENTS])
         print(f"tokenizer: {why}", file=sys.stderr)
         batches = numbered(chain([first], stream), preparation.rows, args.max_documents)
         batches = checked(batches, rows, preparation)

@@ -5,7 +5,7 @@ it), no header. Beside `train.bin` lies `train.json`, the sidecar, which says wh
 from; a file without one is read as bare `uint16`, so whatever nanoGPT prepared opens here, and the other way round.
 """
 
-import base64
+import binascii
 import hashlib
 import json
 import mmap
@@ -37,6 +37,7 @@ RANKS_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930
 SCAN_CHUNK = 1 << 24  # ids read at once when a bare file is scanned: 32 MiB of uint16
 
 
+@cache
 def gpt2_ranks() -> dict[bytes, int]:
     """The packaged ranks, token bytes to id, their SHA-256 checked (tiktoken's reader would leave a copy in /tmp)."""
     resource = files("train") / "data" / "gpt2.tiktoken"
@@ -51,7 +52,7 @@ def gpt2_ranks() -> dict[bytes, int]:
             "reinstall gpt2flash"
         )
     pairs = (line.split() for line in content.splitlines())
-    return {base64.b64decode(token): int(rank) for token, rank in pairs}
+    return {binascii.a2b_base64(token): int(rank) for token, rank in pairs}
 
 
 @cache
