@@ -125,6 +125,8 @@ def test_training_starts_from_a_checkpoint(exported: Path, flags: list[str], sta
         (lambda file, content: torch.save({**content, "spy": Path()}, file), "without running its code"),
         (lambda file, content: torch.save({"weights": 1}, file), "has no model and model_args"),
         (lambda file, content: torch.save({**content, "model_args": {"n_layer": 2}}, file), "model_args say"),
+        (lambda file, content: torch.save({**content, "model": [1]}, file), "has no model and model_args"),
+        (lambda file, content: content["model_args"].update(n_head=3), "n_embd=16 cannot be split over n_head=3"),
         (lambda file, content: content["model"].pop("transformer.h.1.attn.c_attn.weight"), "c_attn.weight is missing"),
         (lambda file, content: content["model"].pop("transformer.h.1.ln_1.bias"), "ln_1.bias is missing"),
         (lambda file, content: content["model_args"].update(block_size=65), r"wpe.weight is \[64, 16\]"),

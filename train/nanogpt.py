@@ -55,11 +55,12 @@ def read_config(path: Path, **fields: Any) -> GPT2FlashConfig:
     if wrong:
         raise UserError(f"{path}: is no checkpoint of nanoGPT: its model_args say {wrong}")
     end = END_OF_TEXT if found["vocab_size"] > END_OF_TEXT else None
-    return GPT2FlashConfig(
-        activation_function="gelu",
-        **{"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "bos_token_id": end, "eos_token_id": end, **sizes,
-           **fields},
-    )  # fmt: skip
+    no_dropout = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
+    known = {**sizes, "activation_function": "gelu", "bos_token_id": end, "eos_token_id": end}
+    try:
+        return GPT2FlashConfig(**{**no_dropout, **known, **fields})
+    except ValueError as error:
+        raise UserError(f"{path}: is no checkpoint of nanoGPT: {error}") from None
 
 
 def read_weights(path: Path, config: GPT2FlashConfig) -> dict[str, torch.Tensor]:
@@ -78,14 +79,13 @@ def read_weights(path: Path, config: GPT2FlashConfig) -> dict[str, torch.Tensor]
     weights = {}
     for name, parameter in shell.named_parameters():
         if name in stored:
-            found = stored[name].float()
-            weights[name] = _turned(name, found).contiguous()
+            if stored[name].shape != _turned(name, parameter).shape:
+                raise UserError(f"{path}: {name} is {list(stored[name].shape)}, which does not fit its model_args")
+            weights[name] = _turned(name, stored[name].float()).contiguous()
         elif name.endswith(".bias") and not content["model_args"].get("bias", True):
             weights[name] = torch.zeros(parameter.shape)
         else:
             raise UserError(f"{path}: {name} is missing; was it written by nanoGPT?")
-        if weights[name].shape != parameter.shape:
-            raise UserError(f"{path}: {name} is {list(stored[name].shape)}, which does not fit its model_args")
     return weights
 
 
@@ -105,7 +105,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path}: is no checkpoint of nanoGPT that can be read without running its code: {reason}"
         ) from None
-    if not isinstance(content, dict) or not {"model", "model_args"} <= content.keys():
+    if not isinstance(content, dict) or not all(isinstance(content.get(key), dict) for key in ("model", "model_args")):
         raise UserError(f"{path}: is no checkpoint of nanoGPT: it has no model and model_args")
     return content
 
