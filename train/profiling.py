@@ -68,8 +68,8 @@ class Profiler(AbstractContextManager):
 
     def __enter__(self) -> "Profiler":
         if self.profile is not None:
-            self._prepare_if_next()
             self.profile.start()
+            self._prepare_if_next()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -86,8 +86,8 @@ class Profiler(AbstractContextManager):
         if (tracked := self._stop_tracking()) is not None:
             self.folder.mkdir(exist_ok=True)
             tracked.write(self.folder / "memory.json")
-        self._prepare_if_next()
         self.profile.step()
+        self._prepare_if_next()
         if self.done == self.recorded.start - 1:
             # Kineto takes metadata while it records, and at no other time.
             self.profile.add_metadata_json("gpt2flash", self.facts)
