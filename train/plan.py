@@ -162,7 +162,7 @@ def table(chosen: Sequence[Plan]) -> str:
             str(layout.micro_batch),
             str(layout.accumulation),
             KEEPS[layout.recompute],
-            f"{plan.memory.peak / 1e9:.1f}",
+            f"{plan.memory.peak / 1e9:.3g}",
             f"{speed.tokens_per_second:,.0f}",
             f"{speed.bubble / seconds:.1%}",
             f"{speed.communication / seconds:.1%}",
@@ -225,7 +225,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(
             f"nothing fits into {args.device_memory} x {USABLE:.0%}; nearest comes {nearest.name} with micro-batches "
             f"of {nearest.layout.micro_batch}, keeping {KEEPS[nearest.layout.recompute]}, with "
-            f"{nearest.memory.peak / 1e9:.1f} GB; take more processes, a smaller model or a smaller --block_size"
+            f"{nearest.memory.peak / 1e9:.3g} GB; take more processes, a smaller model or a smaller --block_size"
         )
     print(table(chosen))
     best = chosen[0]
