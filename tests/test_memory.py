@@ -75,6 +75,15 @@ def test_a_storage_that_shrinks_and_grows_is_followed() -> None:
     assert tracker.curves()[-1].sum() == 8 * KB
 
 
+def test_a_region_that_had_begun_before_may_end_within() -> None:
+    begun = region("forward")
+    begun.__enter__()
+    with tracked() as tracker:
+        kept = kilobytes(1)
+        begun.__exit__(None, None, None)
+    assert tracker.summary()["at_peak"]["workspace"] == kept.nbytes
+
+
 def test_an_error_takes_everything_down() -> None:
     resize = torch.UntypedStorage.resize_
     with pytest.raises(ValueError, match="no"), tracked():

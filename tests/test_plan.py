@@ -52,6 +52,11 @@ def test_what_does_not_fit_is_not_chosen_and_more_memory_is_never_slower() -> No
     assert rates == sorted(rates)
 
 
+def test_nothing_is_offloaded_from_a_cpu_to_itself() -> None:
+    for world_size in (1, 2):
+        assert not any(each.layout.offload for each in plans("tiny", 128, world_size, 8, DEVICES["cpu"], 0.4))
+
+
 def test_recomputation_saves_memory_and_costs_time() -> None:
     found = plans("gpt2", 1024, 1, 8, H100, 0.4)
     of = {each.layout.recompute: each for each in found if each.name == "one process" and each.layout.micro_batch == 8}

@@ -160,6 +160,8 @@ class MemoryTracker(TorchDispatchMode):
             self.began_forward = self.event
 
     def _leave_region(self) -> None:
+        if not self.regions:
+            return  # it had begun before the tracking
         left = self.regions.pop()
         now = (self.regions or ["step"])[-1]
         if now != left:

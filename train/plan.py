@@ -59,7 +59,7 @@ def plans(
     shape = Shape.of(config, block_size)
     bf16 = device.has_bf16
     found = []
-    for base in _layouts(world_size, shape.n_layer + 3):
+    for base in _layouts(world_size, shape.n_layer + 3, device):
         cut = partition(config, base.stages, block_size=block_size) if base.stages > 1 else None
         for micro_batch in _micro_batches(sequences, base.data_parallel):
             accumulation = sequences // base.data_parallel // micro_batch
@@ -87,7 +87,7 @@ def _plan(shape: Shape, layout: Layout, device: Device, efficiency: float, cut: 
     return Plan(layout, predict(shape, layout), predict_speed(shape, layout, device, efficiency, cut))
 
 
-def _layouts(world_size: int, layers: int) -> Iterator[Layout]:
+def _layouts(world_size: int, layers: int, device: Device) -> Iterator[Layout]:
     """`layers`: what a pipeline can be cut into: embeddings, blocks, final norm, head."""
     if world_size == 1:
         yield Layout("single", 1, 1)
@@ -96,7 +96,8 @@ def _layouts(world_size: int, layers: int) -> Iterator[Layout]:
         yield Layout("fsdp2", world_size, 1)
     for stage in (1, 2, 3):
         for offload in (False, True):
-            if offload or world_size > 1:  # there is nothing to share out alone
+            # Alone there is nothing to share out, and a CPU is its own host.
+            if (not offload or device.kind == "cuda") and (offload or world_size > 1):
                 yield Layout("zero", world_size, 1, zero_stage=stage, offload=offload)
     for stages in range(2, min(world_size, layers) + 1):
         if world_size % stages == 0:
@@ -161,7 +162,7 @@ def table(chosen: Sequence[Plan]) -> str:
             str(layout.micro_batch),
             str(layout.accumulation),
             KEEPS[layout.recompute],
-            f"{plan.memory.peak / 1e9:.1f}",
+            f"{plan.memory.peak / 1e9:.3g}",
             f"{speed.tokens_per_second:,.0f}",
             f"{speed.bubble / seconds:.1%}",
             f"{speed.communication / seconds:.1%}",
@@ -224,7 +225,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(
             f"nothing fits into {args.device_memory} x {USABLE:.0%}; nearest comes {nearest.name} with micro-batches "
             f"of {nearest.layout.micro_batch}, keeping {KEEPS[nearest.layout.recompute]}, with "
-            f"{nearest.memory.peak / 1e9:.1f} GB; take more processes, a smaller model or a smaller --block_size"
+            f"{nearest.memory.peak / 1e9:.3g} GB; take more processes, a smaller model or a smaller --block_size"
         )
     print(table(chosen))
     best = chosen[0]

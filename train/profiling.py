@@ -70,8 +70,8 @@ class Profiler(AbstractContextManager):
 
     def __enter__(self) -> "Profiler":
         if self.profile is not None:
-            self._prepare_if_next()
             self.profile.start()
+            self._prepare_if_next()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -95,8 +95,8 @@ class Profiler(AbstractContextManager):
             tracked.write(self.folder / "memory.json")
         if self.done == self.recorded.start - 2 and self.engine.device.type != "cuda":
             self.peak_before = peak_memory(self.engine.device)
-        self._prepare_if_next()
         self.profile.step()
+        self._prepare_if_next()
         if self.done == self.recorded.start - 1:
             # Kineto takes metadata while it records, and at no other time.
             self.profile.add_metadata_json("gpt2flash", self.facts)
