@@ -12,7 +12,15 @@ from transformers import GPT2LMHeadModel
 
 from modeling_gpt2flash import GPT2FlashForCausalLM
 from tests.tiny_gpt2 import make_ours, make_pair, pad, tokens
-from train.cpu_layers import MOST_THREADS_ALONE, PackedLinear, TransposedLinear, laid_out, quantized
+from train.cpu_layers import (
+    LARGE_PAGE,
+    MOST_THREADS_ALONE,
+    PackedLinear,
+    TransposedLinear,
+    in_large_pages,
+    laid_out,
+    quantized,
+)
 from train.tokens import VOCABULARY_SIZE
 
 
@@ -44,6 +52,16 @@ def test_the_layout_is_chosen_by_rows_and_threads() -> None:
     assert type(laid_out(ours, 2).lm_head) is PackedLinear
     torch.set_num_threads(MOST_THREADS_ALONE + 1)
     assert type(laid_out(ours, 1).lm_head) is PackedLinear
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_tensors_begin_on_a_large_page(dtype: torch.dtype) -> None:
+    tensor = torch.randn(1500, 1001, dtype=torch.float32).to(dtype).t()
+    moved = in_large_pages(tensor)
+    assert torch.equal(moved, tensor)
+    assert moved.is_contiguous()
+    assert moved.data_ptr() % LARGE_PAGE == 0
+    assert torch.equal(in_large_pages(tensor[:3]), tensor[:3])
 
 
 @pytest.mark.parametrize("make", [lambda model: laid_out(model, 2), quantized])
