@@ -13,6 +13,7 @@ from train.errors import UserError, run_command
 
 if TYPE_CHECKING:
     import torch
+    from transformers import GPT2Config
 
     from train.checkpoint import Checkpoint
 
@@ -133,23 +134,32 @@ def write_tokenizer(checkpoint: str, folder: Path, model: Any) -> str:
     return "with its tokenizer"
 
 
+def stock_config(model: Any) -> "GPT2Config":
+    """The model's configuration as transformers' own GPT-2 has it."""
+    from transformers import GPT2Config
+
+    fields = model.config.to_dict()
+    for key in ("model_type", "architectures", "auto_map", "dtype", "loss_chunk_size", "transformers_version"):
+        fields.pop(key, None)
+    return GPT2Config(**fields)
+
+
 def write_gpt2(checkpoint: str, folder: Path, model: Any, dtype: str) -> list[str]:
     """A folder of transformers' own GPT-2, with the field that older readers want (`n_ctx`)."""
     import torch
-    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers import GPT2LMHeadModel
 
     expected = logits_of(model)
-    ours = model.config.to_dict()
-    for key in ("model_type", "architectures", "auto_map", "dtype", "loss_chunk_size", "transformers_version"):
-        ours.pop(key, None)
     with torch.device("meta"):
-        stock: Any = GPT2LMHeadModel(GPT2Config(**ours))
+        stock: Any = GPT2LMHeadModel(stock_config(model))
     stock.load_state_dict(model.state_dict(), assign=True)
     stock.tie_weights()
     stock.generation_config = model.generation_config
     stock.to(getattr(torch, dtype)).save_pretrained(folder)
     config = folder / "config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "n_ctx": ours["n_positions"]}, indent=2) + "\n")
+    config.write_text(
+        json.dumps({**json.loads(config.read_text()), "n_ctx": model.config.n_positions}, indent=2) + "\n"
+    )
     tokenizer = write_tokenizer(checkpoint, folder, model)
     read_back = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32).eval()
     return [f"GPT2LMHeadModel in {dtype}", tokenizer, checked(logits_of(read_back), expected)]
@@ -221,7 +231,7 @@ def write_onnx(checkpoint: str, folder: Path, model: Any, dtype: str) -> list[st
 
     file, ids = folder / "model.onnx", sample_ids(model)
     write(file, model)
-    model.config.save_pretrained(folder)
+    stock_config(model).save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
     tokenizer = write_tokenizer(checkpoint, folder, model)
     mask = torch.ones_like(ids)
