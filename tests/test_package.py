@@ -6,6 +6,7 @@ import site
 import sysconfig
 import tarfile
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,13 @@ from tests.conftest import ROOT, command, python
 
 SOURCES = ("modeling_gpt2flash", "train", "accelerate_configs", "ds_configs")
 FILES = ("setup.cfg", "pyproject.toml", "README.md", "LICENSE")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _away_from_the_repository() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("PYTHONPATH")
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -63,11 +71,7 @@ def test_the_wheel_has_code_vocabulary_and_configurations(wheel: Path) -> None:
 
 
 @pytest.mark.slow
-def test_it_prepares_and_trains_from_an_empty_folder(
-    installed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("PYTHONPATH")
-
+def test_it_prepares_and_trains_from_an_empty_folder(installed: Path, tmp_path: Path) -> None:
     def gpt2flash(*words: object) -> str:
         return command(installed / "gpt2flash", *words, cwd=tmp_path).stdout
 
@@ -76,7 +80,7 @@ def test_it_prepares_and_trains_from_an_empty_folder(
     assert yaml.is_relative_to(installed.parent)
     assert not yaml.is_relative_to(ROOT)
 
-    gpt2flash("preprocess", "--dataset", "stdlib", "--max_documents", 20, "--val_fraction", 0.2, "--out_dir", "data")
+    gpt2flash("preprocess", "--dataset", "stdlib", "--max_documents", 60, "--val_fraction", 0.2, "--out_dir", "data")
     training = ["train", "--model", "tiny", "--max_steps", 2, "--block_size", 32, "--eval_steps", 1,
                 "--max_new_tokens", 2, "--report_to", "none"]  # fmt: skip
     gpt2flash(*training)
