@@ -13,15 +13,15 @@ FLOORS = [
     "failure", "errors", "files", "tensor_file", "quiet", "sources", "text_files", "streams", "tokens", "splits",
     "words", "encoders", "preparation", "verify_data", "workers", "documents", "batches", "follow", "prefetch",
     "schedule", "activation", "muon", "optim", "recompute", "flops", "energy", "metrics", "regions",
-    "evaluate_metrics", "config", "preprocess_data", "nanogpt", "models", "memory", "engines.deepspeed_json",
-    "engines.rendezvous", "engines.accelerators", "engines.layout", "engines.state", "engines.base",
-    "engines.accelerated", "engines.pipelined", "checkpoint", "compare_runs", "compare_plots", "card", "hub",
-    "runlog", "growing_cache", "inference", "build", "validate", "summary", "profiling", "loop", "__main__",
+    "evaluate_metrics", "config", "preprocess_data", "nanogpt", "models", "memory", "shipped",
+    "engines.deepspeed_json", "engines.rendezvous", "engines.accelerators", "engines.layout", "engines.state",
+    "engines.base", "engines.accelerated", "engines.pipelined", "checkpoint", "compare_runs", "compare_plots", "card",
+    "hub", "runlog", "growing_cache", "inference", "build", "validate", "summary", "profiling", "loop", "__main__",
     "cpu_layers", "generate", "export_onnx", "export", "report_style", "report_parts", "kernels_shapes",
     "kernels_trace", "kernels_places", "kernels_account", "kernels_timeline", "kernels", "compare_windows",
     "compare_figures", "compare_gate", "report_svg", "report_pipeline", "report_kernels", "report_memory",
     "report_html", "compare", "parity_oracle", "parity_check", "parity", "plan_shapes", "plan_memory", "plan_speed",
-    "plan",
+    "plan", "cli",
 ]  # fmt: skip
 # What comes after training never touches its live objects.
 READ_FILES_ONLY = [

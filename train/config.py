@@ -102,7 +102,11 @@ class RunConfig:
     activation_checkpointing_keeps: Literal["nothing", "attention"] = _flag(
         "nothing", "what is kept all the same: attention keeps the output of its kernel, and the rest is recomputed"
     )
-    deepspeed_config: str | None = _flag(None, "DeepSpeed JSON of an optimized run, for example ds_configs/zero2.json")
+    deepspeed_config: str | None = _flag(
+        None,
+        "DeepSpeed JSON of an optimized run, for example ds_configs/zero2.json; where there is no such file, the one "
+        "that is part of the package",
+    )
     pipeline_stages: int | None = _flag(
         None, "pipeline stages of an optimized run (default: the DeepSpeed JSON's number, else 1)"
     )

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from train.batches import EvalBatches
 from train.build import Run, open_validation
 from train.engines.base import Engine
-from train.evaluate_metrics import load_perplexity_metric
+from train.evaluate_metrics import load_metric
 from train.prefetch import Batch, read_ahead
 from train.regions import region
 
@@ -69,4 +69,4 @@ def validate(engine: Engine, batches: EvalBatches, micro_batch_size: int, max_st
     nll, tokens = engine.sum_over_processes(sums).tolist()
     if not engine.is_main:
         return {}
-    return load_perplexity_metric().compute(nll=[nll], tokens=[int(tokens)]) | {"val_tokens": int(tokens)}
+    return load_metric("perplexity").compute(nll=[nll], tokens=[int(tokens)]) | {"val_tokens": int(tokens)}

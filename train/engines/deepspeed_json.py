@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from train import shipped
 from train.config import ENGINE_DEFAULTS, RunConfig
 from train.errors import UserError
 
@@ -46,7 +47,7 @@ def resolve(config: RunConfig, world_size: int, bf16_is_fast: bool) -> tuple[Run
         UserError: for an unreadable file, an unknown key, or a number that contradicts a flag.
     """
     assert config.deepspeed_config is not None
-    file = Path(config.deepspeed_config)
+    file = shipped.deepspeed_json(config.deepspeed_config)
     settings = read(file)
 
     def agree(key: str, flag: str) -> Any:

@@ -1,24 +1,28 @@
 """Metrics as `evaluate` modules: each folder holds a script that `evaluate.load` takes by its path."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     import evaluate
 
 
-def load_perplexity_metric(
-    num_process: int = 1, process_id: int = 0, experiment_id: str | None = None, cache_dir: str | None = None
+def load_metric(
+    name: Literal["perplexity", "bits_per_byte", "token_accuracy"],
+    num_process: int = 1,
+    process_id: int = 0,
+    experiment_id: str | None = None,
+    cache_dir: str | None = None,
 ) -> "evaluate.Metric":
-    """The repository's perplexity, loaded through `evaluate` without a network.
+    """One of the repository's metrics, loaded through `evaluate` without a network.
 
-    One process keeps its sums in memory. With several, each adds its own batches and process 0 alone gets a result
+    One process keeps what it adds in memory. With several, each adds its own batches and process 0 alone gets a result
     from `compute` (the others None); they meet in files, so they must share `cache_dir` and `experiment_id`.
     """
     import evaluate  # takes seconds, and most commands never validate
 
     return evaluate.load(
-        str(Path(__file__).parent / "perplexity"),
+        str(Path(__file__).parent / name),
         num_process=num_process,
         process_id=process_id,
         experiment_id=experiment_id,

@@ -1,0 +1,58 @@
+"""The console command `gpt2flash`: every tool of this package by one name, each imported when it is called."""
+
+import importlib
+import sys
+from collections.abc import Callable
+
+from train.errors import UserError, run_command
+
+# What one types, the module that `python -m` takes for the same, and what it does.
+TOOLS = {
+    "preprocess": ("train.preprocess_data", "cut text into tokens: train.bin and val.bin"),
+    "train": ("train.__main__", "train GPT-2 on them, plain or through DeepSpeed"),
+    "generate": ("train.generate", "write text with a trained model"),
+    "compare": ("train.compare", "hold finished runs against each other: a report, a gate"),
+    "kernels": ("train.kernels", "say where the time of profiled steps went"),
+    "plan": ("train.plan", "find the fastest layout that fits, before a run"),
+    "export": ("train.export", "write a checkpoint for other tools"),
+    "hub": ("train.hub", "put a finished run on the Hugging Face Hub"),
+    "parity": ("train.parity", "check that every layout computes the same"),
+    "config": ("train.shipped", "print where a shipped configuration is"),
+}
+HELP = f"""\
+usage: gpt2flash TOOL [ARGUMENTS ...]
+
+{"".join(f"  {tool:<12}{what}{chr(10)}" for tool, (_, what) in TOOLS.items())}
+gpt2flash TOOL --help has the arguments of each. A launcher starts the training of several processes:
+
+  accelerate launch --config_file "$(gpt2flash config deepspeed)" --num_processes 2 -m train \\
+      --run_type optimized --deepspeed_config zero2.json ...
+"""
+
+
+def choose(tool: str) -> Callable[[], None]:
+    """The `main` of a tool, which reads `sys.argv`.
+
+    Raises:
+        UserError: for a name that no tool has.
+    """
+    if tool not in TOOLS:
+        raise UserError(f"gpt2flash {tool}: there is no such tool; choose from {', '.join(TOOLS)}")
+    return importlib.import_module(TOOLS[tool][0]).main
+
+
+def run() -> None:
+    if len(sys.argv) == 1:
+        raise UserError(f"gpt2flash: name a tool, one of {', '.join(TOOLS)}; gpt2flash --help says what they do")
+    if sys.argv[1] in ("-h", "--help"):
+        print(HELP, end="")
+        return
+    choose(sys.argv.pop(1))()
+
+
+def main() -> None:
+    run_command(run)
+
+
+if __name__ == "__main__":
+    main()
