@@ -174,8 +174,8 @@ def assumptions(device: Device, efficiency: float, limit: float, bf16: bool) -> 
     return "\n".join([
         f"- {'bf16' if bf16 else 'fp32'}, fused attention, loss in chunks of {LOSS_CHUNK_SIZE} rows, not compiled, "
         "no dropout, AdamW",
-        f"- memory: tensors up to {limit / 1e9:.1f} GB, {USABLE:.0%} of a device's; in DeepSpeed's buckets of their "
-        "default sizes",
+        f"- memory: tensors up to {limit / 1e9:.1f} GB, {USABLE:.0%} of a device's; in buckets of the sizes that "
+        "ds_configs has",
         f"- arithmetic: {efficiency:.0%} of {device.flops(bf16) / 1e12:g} TFLOP/s ({device.name}), and what is "
         "recomputed",
         "- offloaded state needs 16 to 18 bytes a parameter of the hosts' memory, which is not looked at",
