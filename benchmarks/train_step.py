@@ -21,10 +21,10 @@ import torch
 from benchmarks import memory, sides
 from benchmarks.rounds import Round, alternate, machine, speed_up, spread
 from benchmarks.sides import VOCABULARY, Case
-from train.compare import markdown_table
 from train.errors import UserError, run_command
 from train.flops import count_flops, peak_flops, utilisation
 from train.quiet import quiet_libraries
+from train.report_parts import markdown_table
 
 DEFAULT_SIDES = ("baseline", "optimized", "hf-eager", "hf-sdpa", "hf-compiled")
 NANOGPT_SIDES = ("nanogpt", "nanogpt-compiled")

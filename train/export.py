@@ -187,17 +187,17 @@ def write_nanogpt(checkpoint: str, folder: Path, model: Any, dtype: str) -> list
     weights = {name: parameter.to(getattr(torch, dtype)) for name, parameter in model.named_parameters()}
     file = folder / "ckpt.pt"
     nanogpt.write(file, model.config, weights, moments, step=step, best_val_loss=best, settings=settings)
-    theirs = load_model(file, "float32", device="cpu")
+    theirs, expected = load_model(file, "float32", device="cpu"), logits_of(model)
     exact = logits_of(theirs)
     for block in theirs.transformer.h:
         block.mlp.act = model.transformer.h[0].mlp.act
     notes = [
         f"ckpt.pt at iteration {step} {'with' if moments else 'without'} the optimizer's moments",
         f"train.py resumes it with --block_size={model.config.n_positions}",
-        checked(logits_of(theirs), logits_of(model)),
+        checked(logits_of(theirs), expected),
     ]
     if model.config.activation_function in nanogpt.TANH_GELU:
-        apart = (exact - logits_of(model)).abs().max()
+        apart = (exact - expected).abs().max()
         notes.append(f"nanoGPT computes GELU exactly and not by tanh, which moves logits by up to {apart:.1e}")
     return notes
 

@@ -21,13 +21,13 @@ from typing import Any
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from train.compare import markdown_table
 from train.errors import UserError, run_command
 from train.files import write_json, write_text
 from train.metrics import hardware, json_safe, versions
 from train.parity_check import TOLERANCES, Difference, differences, is_green
 from train.parity_oracle import CLIP, SEQUENCES, STEPS, Oracle, flags, train_oracle, write_problem
 from train.quiet import quiet_libraries
+from train.report_parts import markdown_table
 
 RUN_LIMIT = 900  # seconds until a run counts as hanging
 STOP_LIMIT = 30  # seconds that a launcher has for stopping its processes

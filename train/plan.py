@@ -14,13 +14,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from modeling_gpt2flash.pipeline import Partition, partition
-from train.compare import markdown_table
 from train.errors import UserError, run_command
 from train.models import model_config
 from train.plan_memory import Memory, predict
 from train.plan_shapes import Layout, Recompute, Shape
 from train.plan_speed import DEVICES, Device, Speed, predict_speed
 from train.quiet import quiet_libraries
+from train.report_parts import markdown_table
 
 USABLE = 0.9  # of the device's memory; the rest is for the driver, libraries and an allocator's gaps
 LOSS_CHUNK_SIZE = 512

@@ -1,7 +1,7 @@
 """The small parts that reports are made of: escaped text, tables, cards, and tables in Markdown."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
 
@@ -35,20 +35,19 @@ def card(title: str, note: str, drawing: str, legend: str = "") -> str:
 
 def legend(labels: Sequence[tuple[int, str]]) -> str:
     """A key for each curve: number, which chooses its colour, and name."""
-    keys = "".join(
-        f'<span><svg viewBox="0 0 30 10" aria-hidden="true"><path class="line run{index % 7}" d="M0 5H30"/></svg>'
-        f"{text(label)}</span>"
-        for index, label in labels
-    )
-    return f'<div class="legend">{keys}</div>'
+    return _keys((f'<path class="line run{index % 7}" d="M0 5H30"/>', label) for index, label in labels)
 
 
 def swatches(kinds: Sequence[tuple[str, str]]) -> str:
     """A key for each kind of bar: the class that colours it, and its name."""
+    return _keys((f'<rect class="bar {kind}" width="30" height="10" rx="2"/>', name) for kind, name in kinds)
+
+
+def _keys(entries: Iterable[tuple[str, str]]) -> str:
+    """A shape and its name, each."""
     keys = "".join(
-        f'<span><svg viewBox="0 0 30 10" aria-hidden="true"><rect class="bar {kind}" width="30" height="10" rx="2"/>'
-        f"</svg>{text(name)}</span>"
-        for kind, name in kinds
+        f'<span><svg viewBox="0 0 30 10" aria-hidden="true">{shape}</svg>{text(name)}</span>'
+        for shape, name in entries
     )
     return f'<div class="legend">{keys}</div>'
 
