@@ -11,11 +11,18 @@ DEMO_FLAGS := --model tiny --train_data_path $(DEMO)/data/train.bin --val_data_p
 	--gradient_accumulation_steps 1 --max_steps 150 --learning_rate 2e-3 --warmup_steps 25 --eval_interval 75 --overwrite \
 	--profile --profile_steps 100:102
 
-.PHONY: demo test slow lint format clean
+.PHONY: demo test slow integration lint format clean
 
 $(VENV)/installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+# An environment of its own: constraints-integration.txt says why.
+$(VENV)-integration/installed: setup.cfg pyproject.toml constraints.txt constraints-integration.txt
+	$(PYTHON) -m venv $(VENV)-integration
+	$(VENV)-integration/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		--constraint constraints-integration.txt --editable '.[integration]'
 	@touch $@
 
 demo: $(VENV)/installed
@@ -42,6 +49,9 @@ test: lint
 slow: $(VENV)/installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "slow and not gpu" --ignore tests/test_demo.py
 	$(BIN)/python -m pytest -m slow tests/test_demo.py # alone, for it measures
+
+integration: $(VENV)-integration/installed
+	$(VENV)-integration/bin/python -m pytest -n 2 --dist loadfile -m integration
 
 clean:
 	rm -rf $(DEMO) build dist *.egg-info
