@@ -64,7 +64,7 @@ def cell(found: int | None, base: int | None, limit: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--sides", nargs="+", default=["baseline", "optimized", "checkpointed"], help="each against the first"
+        "--sides", nargs="+", default=["baseline", "optimized", "lean", "checkpointed"], help="each against the first"
     )
     parser.add_argument("--blocks", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4])

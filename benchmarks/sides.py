@@ -5,6 +5,7 @@
                        `--torch_compile`
     uncompiled         the same without compilation
     checkpointed       optimized, with `--activation_checkpointing`
+    lean               the same with `--activation_checkpointing_keeps products`
     hf-eager, hf-sdpa  stock `GPT2LMHeadModel`, fused AdamW, the default of transformers' Trainer
     hf-compiled        hf-sdpa under `torch.compile`
     nanogpt            `model.py` of a nanoGPT checkout and its `configure_optimizers`; its vocabulary has 50,304 words
@@ -104,7 +105,7 @@ def ours(
     loss_chunk_size: int,
     fused: bool,
     compiled: bool = False,
-    checkpointed: bool = False,
+    keeps: str = "all",
 ) -> Side:
     config = GPT2FlashConfig(**case.shape, loss_chunk_size=loss_chunk_size)
     chosen, _ = choose_attention(attention, torch.device(case.device).type, dtype, config.n_embd // config.n_head)
@@ -114,9 +115,9 @@ def ours(
     if fused:
         fuse_activations(model)
     if compiled:
-        compile_blocks(model)
-    if checkpointed:
-        recompute_blocks(model, checkpoint_arguments("nothing"))
+        compile_blocks(model, checkpoint_arguments(keeps) if keeps == "products" else None)
+    if keeps == "nothing":
+        recompute_blocks(model, checkpoint_arguments(keeps))
 
     def loss(ids: Tensor, targets: Tensor) -> Tensor:
         return model(ids, shift_labels=targets, use_cache=False, skip_logits=True).loss
@@ -178,7 +179,8 @@ SIDES: dict[str, Callable[[Case, torch.dtype], Side]] = {
     "baseline": partial(ours, attention="eager", loss_chunk_size=0, fused=False),
     "optimized": partial(ours, **OPTIMIZED, compiled=True),
     "uncompiled": partial(ours, **OPTIMIZED),
-    "checkpointed": partial(ours, **OPTIMIZED, compiled=True, checkpointed=True),
+    "checkpointed": partial(ours, **OPTIMIZED, compiled=True, keeps="nothing"),
+    "lean": partial(ours, **OPTIMIZED, compiled=True, keeps="products"),
     "hf-eager": partial(stock, attention="eager"),
     "hf-sdpa": partial(stock, attention="sdpa"),
     "hf-compiled": partial(stock, attention="sdpa", compiled=True),

@@ -165,9 +165,10 @@ def test_operators_are_ranked_by_their_own_time() -> None:
 
 @pytest.mark.slow
 def test_compiled_sides_train_alike_too(case: Case) -> None:
-    names = ["hf-compiled", "optimized", "checkpointed", "nanogpt-compiled"]
+    names = ["hf-compiled", "optimized", "lean", "checkpointed", "nanogpt-compiled"]
     found = losses(sides.warm_up({name: sides.build(f"{name}:float32", case) for name in names}, case))
     assert found["optimized"] == pytest.approx(found["hf-compiled"], rel=1e-5)
+    assert found["lean"] == pytest.approx(found["optimized"], rel=1e-5)
     assert found["checkpointed"] == pytest.approx(found["optimized"], rel=1e-5)
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
+from torch.profiler import ProfilerActivity, profile
 
 from modeling_gpt2flash.documents import document_bounds, kernel_arguments
 from tests.conftest import ROOT, engine_steps
@@ -91,6 +92,35 @@ def test_all_blocks_share_one_compilation(how: str, kernel: str, documents: Call
 
 
 @pytest.mark.usefixtures("dynamo")
+def test_what_is_quick_is_recomputed_inside_of_what_is_compiled() -> None:
+    kept, counts, results = {}, {}, {}
+    for keeps in ("all", "products"):
+        model = make_ours(n_layer=3).train()
+        recompute = None if keeps == "all" else checkpoint_arguments(keeps)
+        compile_blocks(model, recompute, backend="aot_eager_decomp_partition", fullgraph=True)
+        ids = tokens(3)
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        model.zero_grad()
+        sizes: dict[int, int] = {}
+
+        def keep(tensor: torch.Tensor, sizes: dict[int, int] = sizes) -> torch.Tensor:
+            sizes[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with profile(activities=[ProfilerActivity.CPU]) as recorded:
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                loss = model(ids, labels=ids, use_cache=False).loss
+            loss.backward()
+        kept[keeps] = sum(sizes.values())
+        counts[keeps] = {row.key: row.count for row in recorded.key_averages()}
+        results[keeps] = [loss.detach(), *gradients(model).values()]
+    for operation in ("aten::addmm", "aten::mm", "aten::_scaled_dot_product_flash_attention_for_cpu"):
+        assert counts["products"][operation] == counts["all"][operation] > 0
+    assert kept["products"] < 0.8 * kept["all"]
+    torch.testing.assert_close(results["products"], results["all"], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.usefixtures("dynamo")
 def test_blocks_with_a_flash_kernel_share_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
     """FlashAttention's kernels are operations that torch.compile does not look into, and so are these."""
     with torch.library._scoped_library("stub", "FRAGMENT") as library:
@@ -149,6 +179,7 @@ def check(found: list[list[dict[str, Any]]], expected: list[list[dict[str, Any]]
         (1, []),
         (1, ["--activation_checkpointing"]),
         (1, ["--activation_checkpointing", "--activation_checkpointing_keeps=attention"]),
+        (1, ["--document_mask", "--activation_checkpointing", "--activation_checkpointing_keeps=products"]),
         (1, ["--document_mask"]),
         (2, []),
         (2, ["--activation_checkpointing"]),
@@ -156,6 +187,7 @@ def check(found: list[list[dict[str, Any]]], expected: list[list[dict[str, Any]]
         (2, zero(1)),
         (2, [*zero(2), "--activation_checkpointing"]),
         (2, [*zero(3), "--document_mask"]),
+        (2, [*zero(3), "--activation_checkpointing", "--activation_checkpointing_keeps=products"]),
     ],
 )
 def test_inductor_in_every_layout(
@@ -170,16 +202,22 @@ def test_inductor_in_every_layout(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("interval", [0, 2])
-def test_inductor_in_stages(flags: list[str], documents: Path, tmp_path: Path, interval: int) -> None:
+@pytest.mark.parametrize(
+    "recompute",
+    [
+        [],
+        ["--activation_checkpointing=2"],
+        ["--activation_checkpointing", "--activation_checkpointing_keeps=products"],
+    ],
+)
+def test_inductor_in_stages(flags: list[str], documents: Path, tmp_path: Path, recompute: list[str]) -> None:
     settings = json.loads((ROOT / "ds_configs" / "pipeline.json").read_text())
     settings["pipeline"] |= {"partition": [2, 3]}
     (tmp_path / "ds.json").write_text(json.dumps(settings))
     shared = [*flags, "--run_type=optimized", f"--deepspeed_config={tmp_path}/ds.json", "--pipeline_stages=2",
               "--train_micro_batch_size_per_gpu=2", "--gradient_accumulation_steps=2", "--mixed_precision=no",
-              "--max_steps=5", "--attn_implementation=sdpa", f"--activation_checkpointing={interval}",
-              "--document_mask", f"--train_data_path={documents}/train.bin",
-              f"--val_data_path={documents}/val.bin"]  # fmt: skip
+              "--max_steps=5", "--attn_implementation=sdpa", *recompute, "--document_mask",
+              f"--train_data_path={documents}/train.bin", f"--val_data_path={documents}/val.bin"]  # fmt: skip
     expected = engine_steps("alternating", tmp_path / "eager", *shared)
     found = engine_steps("alternating", tmp_path / "compiled", *shared, "--torch_compile")
     assert len(found) == 2

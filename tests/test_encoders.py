@@ -2,6 +2,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from tests.test_tokens import NASTY, random_strings
@@ -25,6 +26,10 @@ def reference(texts: Sequence[str]) -> list[list[int]]:
     return [gpt2_encoding().encode_ordinary(text) for text in texts]
 
 
+def arrow(texts: Sequence[str]) -> pa.LargeStringArray:
+    return pa.array(texts, pa.large_string())
+
+
 def split(encoded: Encoded) -> list[list[int]]:
     assert encoded.ids.size == encoded.lengths.sum()
     return [ids.tolist() for ids in np.split(encoded.ids, np.cumsum(encoded.lengths)[:-1])]
@@ -39,24 +44,25 @@ def test_both_encoders_give_the_references_ids(gigatoken: GigatokenEncoder) -> N
     modules = [Path(path).read_text("utf-8", errors="replace") for path in stdlib_modules()[::7]]
     texts = [*NASTY, *random_strings(20_000), "<|endoftext|>", *modules]
     expected = reference(texts)
-    assert split(encode_with_tiktoken(texts)) == expected
-    assert split(gigatoken(texts)) == expected
+    assert split(encode_with_tiktoken(arrow(texts))) == expected
+    assert split(gigatoken(arrow(texts))) == expected
+    assert split(gigatoken(arrow(texts)[40:99])) == expected[40:99], "a part of Arrow's memory"
 
 
 @pytest.mark.parametrize("text", BLANKS_BEFORE_WORDS, ids=range(len(BLANKS_BEFORE_WORDS)))
 def test_long_runs(text: str, gigatoken: GigatokenEncoder) -> None:
-    ids = split(encode_with_tiktoken(["a", text]))[1]
-    assert split(gigatoken([text])) == [ids]
+    ids = split(encode_with_tiktoken(arrow(["a", text])))[1]
+    assert split(gigatoken(arrow([text]))) == [ids]
     if len(text) < 1_000_000:
         assert [ids] == reference([text])
 
 
 def test_what_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    sample = ["Hello world", "", "naïve\n\n  café"]
+    sample = arrow(["Hello world", "", "naïve\n\n  café"])
     for name, expected in (("auto", "gigatoken"), ("gigatoken", "gigatoken"), ("tiktoken", "tiktoken")):
         encode, why = choose_encoder(name, sample)
         assert why.startswith(expected)
-        assert split(encode(sample)) == reference(sample)
+        assert split(encode(sample)) == reference(sample.to_pylist())
     monkeypatch.setattr(encoders, "find_spec", lambda name: None)
     assert choose_encoder("auto", sample)[1].startswith("tiktoken")
     with pytest.raises(UserError, match=r"gigatoken: it is not installed; pip install 'gpt2flash\[fast\]'"):
@@ -64,31 +70,31 @@ def test_what_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_encoder_that_disagrees_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(self: GigatokenEncoder, texts: Sequence[str]) -> Encoded:
+    def wrong(self: GigatokenEncoder, texts: pa.LargeStringArray) -> Encoded:
         ids, lengths = encode_with_tiktoken(texts)
         return Encoded(ids + (ids == 995), lengths)
 
     monkeypatch.setattr(GigatokenEncoder, "__call__", wrong)
-    sample = ["Hello world"]
+    sample = arrow(["Hello world"])
     encode, why = choose_encoder("auto", sample)
-    assert (split(encode(sample)), why[:8]) == (reference(sample), "tiktoken")
+    assert (split(encode(sample)), why[:8]) == (reference(sample.to_pylist()), "tiktoken")
     with pytest.raises(UserError, match="its ids of the first documents are not tiktoken's"):
         choose_encoder("gigatoken", sample)
     # It agrees on the sample, and fails later.
-    encode, why = choose_encoder("auto", ["Hello"])
+    encode, why = choose_encoder("auto", arrow(["Hello"]))
     assert why.startswith("gigatoken")
-    assert split(encode(["Hello", " world"])) == [[15496], [996]], "only the first of each call is checked"
+    assert split(encode(arrow(["Hello", " world"]))) == [[15496], [996]], "only the first of each call is checked"
     with pytest.raises(UserError, match=r"a document that begins ' world' are not the reference's.*--overwrite"):
-        encode([" world", "Hello"])
+        encode(arrow([" world", "Hello"]))
 
     monkeypatch.setattr(encoders, "encode_by_words", lambda texts: joined([np.array([0])] * len(texts)))
     monkeypatch.setattr(encoders, "find_spec", lambda name: None)
     encode, why = choose_encoder("auto", sample)
-    assert (split(encode(sample)), why) == (reference(sample), "tiktoken")
+    assert (split(encode(sample)), why) == (reference(sample.to_pylist()), "tiktoken")
 
 
 def test_texts_that_are_not_cut_into_words(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encoders, "LONGEST_BY_WORDS", 20)
     texts = ["short", SEPARATOR, "", "a" + 10 * " long", "b", f"x{SEPARATOR} {SEPARATOR}\n"]
-    assert split(encode_with_tiktoken(texts)) == reference(texts)
-    assert split(encode_with_tiktoken(texts[1:2])) == reference(texts[1:2])
+    assert split(encode_with_tiktoken(arrow(texts))) == reference(texts)
+    assert split(encode_with_tiktoken(arrow(texts)[1:2])) == reference(texts[1:2])

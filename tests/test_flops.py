@@ -57,7 +57,7 @@ def counted(run: Any) -> int:
 @pytest.mark.parametrize(
     ("attention", "checkpointing", "keeps"),
     [("eager", 0, "nothing"), ("eager", 1, "nothing"), ("sdpa", 0, "nothing"), ("sdpa", 1, "nothing"),
-     ("sdpa", 1, "attention")],
+     ("sdpa", 1, "attention"), ("sdpa", 1, "products")],
 )  # fmt: skip
 def test_formula_and_counter_agree(
     attention: str, checkpointing: int, keeps: str, chunk: int, accumulation: int
@@ -75,7 +75,7 @@ def test_formula_and_counter_agree(
     flops = count_flops(
         *(3, 48, None, 101, 64),
         activation_checkpointing=checkpointing,
-        keeps_attention=keeps == "attention",
+        keeps=keeps,
         fused_attention=attention != "eager",
     )
     assert counted(step) == pytest.approx(flops.hardware * ids.numel() * accumulation, rel=0.01)

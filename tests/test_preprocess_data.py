@@ -179,7 +179,7 @@ def test_the_standard_library_is_the_default(tmp_path: Path) -> None:
 def test_nanogpt_rule_is_train_test_split(rows: int, fraction: float, seed: int) -> None:
     split = datasets.Dataset.from_dict({"row": range(rows)}).train_test_split(fraction, seed=seed, shuffle=True)
     rule = nanogpt_rule(fraction, seed, rows)
-    assert np.flatnonzero(rule(0, [b""] * rows)).tolist() == sorted(split["test"]["row"])
+    assert np.flatnonzero(rule(0, pa.array([""] * rows, pa.large_string()))).tolist() == sorted(split["test"]["row"])
 
 
 def test_nanogpt_split_of_files(tmp_path: Path, texts: list[str]) -> None:
@@ -203,8 +203,8 @@ def test_hash_split_does_not_depend_on_order(tmp_path: Path, texts: list[str]) -
 
 
 def test_hash_rule_is_fair_and_seeded() -> None:
-    contents = [str(i).encode() for i in range(20_000)]
-    chosen = [set(np.flatnonzero(hash_rule(0.1, seed)(0, contents)).tolist()) for seed in (0, 1)]
+    texts = pa.array(map(str, range(20_000)), pa.large_string())
+    chosen = [set(np.flatnonzero(hash_rule(0.1, seed)(0, texts)).tolist()) for seed in (0, 1)]
     for part in chosen:
         assert abs(len(part) - 2000) < 200  # more than four standard deviations of √(20000 · 0.1 · 0.9) = 42
     assert abs(len(chosen[0] & chosen[1]) - 200) < 60

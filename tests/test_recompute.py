@@ -1,4 +1,4 @@
-"""What is computed again in the backward pass: with full checkpointing all of a block, else all but its attention."""
+"""What is computed again in the backward pass: all of a block, all but its attention, or what is no product either."""
 
 import json
 from collections import Counter
@@ -39,16 +39,21 @@ def test_attention_runs_once_and_all_else_as_often_as_before(dtype: torch.dtype,
     model = make_ours(n_layer=3).train().to(dtype)
     more = {"position_ids": packed_positions()} if packed else {}
     counts, results = {}, {}
-    for keeps in ("all", "nothing", "attention"):
+    for keeps in ("all", "nothing", "attention", "products"):
         if keeps != "all":
             recompute_blocks(model, checkpoint_arguments(keeps))
         counts[keeps], results[keeps] = step(model, **more)
-    assert [counts[keeps][SDPA] for keeps in counts] == [3, 6, 3]
-    assert [counts[keeps]["aten::tanh"] for keeps in counts] == [3, 6, 6], "an activation, for one"
-    ignored = ("aten::detach", "prim::device")
-    differing = counts["nothing"] - counts["attention"] + (counts["attention"] - counts["nothing"])
-    assert {name: count for name, count in differing.items() if name not in ignored} == {SDPA: 3}
-    for keeps in ("nothing", "attention"):
+    assert [counts[keeps][SDPA] for keeps in counts] == [3, 6, 3, 3]
+    assert [counts[keeps]["aten::tanh"] for keeps in counts] == [3, 6, 6, 6], "an activation, for one"
+
+    def spared(keeps: str) -> dict[str, int]:
+        differing = counts["nothing"] - counts[keeps] + (counts[keeps] - counts["nothing"])
+        return {name: count for name, count in differing.items() if name not in ("aten::detach", "prim::device")}
+
+    assert spared("attention") == {SDPA: 3}
+    # Of four products the last is no input of anything that is needed again, so not even "nothing" has it twice.
+    assert spared("products") == {SDPA: 3, "aten::addmm": 9}
+    for keeps in ("nothing", "attention", "products"):
         assert all(map(torch.equal, results[keeps], results["all"]))
 
 
@@ -100,7 +105,7 @@ def test_flash_attentions_operation_is_kept_too(monkeypatch: pytest.MonkeyPatch,
     with flash_attention_2_as_an_operation(monkeypatch):
         model = make_flash("flash_attention_2", n_layer=3).bfloat16().train()
         _, expected = step(model, **more)
-        for keeps, runs in (("nothing", 6), ("attention", 3)):
+        for keeps, runs in (("nothing", 6), ("attention", 3), ("products", 3)):
             recompute_blocks(model, checkpoint_arguments(keeps))
             counts, found = step(model, **more)
             assert counts[name] == runs

@@ -54,21 +54,20 @@ def test_a_stream_goes_on_behind_any_batch(
 ) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path))  # where it leaves lock files
     monkeypatch.setattr(streams, "BATCH_DOCUMENTS", 17)
-    monkeypatch.setattr(streams, "BATCH_CHARACTERS", 400)
+    monkeypatch.setattr(streams, "BATCH_BYTES", 400)
     source, texts = document_files[kind]
     dataset, source = streams.load_documents(source)
     batches = list(streams.read_documents(source, dataset))
-    assert [text for batch in batches for text in batch.texts] == texts
+    assert [text for batch in batches for text in batch.texts.to_pylist()] == texts
     assert all(len(batch.texts) <= 17 for batch in batches)
-    assert all(sum(map(len, batch.texts[:-1])) < 400 for batch in batches)
+    assert all(sum(len(text.encode()) for text in batch.texts[:-1].to_pylist()) < 400 for batch in batches)
     done = 0
     for batch in batches[:: 1 if kind == "text" else 5]:
-        done = texts.index(batch.texts[-1]) + 1
+        done = texts.index(batch.texts[-1].as_py()) + 1
         again, _ = streams.load_documents(source)
         behind = Position(*json.loads(json.dumps(batch.behind)))
-        assert [text for later in streams.read_documents(source, again, behind) for text in later.texts] == texts[
-            done:
-        ]
+        later = [text for batch in streams.read_documents(source, again, behind) for text in batch.texts.to_pylist()]
+        assert later == texts[done:]
     assert streams.count_rows(source, dataset) == len(texts)
 
 

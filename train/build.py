@@ -137,7 +137,7 @@ def settle(config: RunConfig) -> Run:
         )
     sequences = micro_batch_size * accumulation * (world_size() // stages)
     attention = _settle_attention(config, shape)
-    if config.activation_checkpointing_keeps == "attention":
+    if config.activation_checkpointing_keeps != "nothing":
         _check_attention_can_be_kept(config, attention[0])
     cut = _settle_partition(config, deepspeed, shape, block_size) if stages > 1 else None
     train = _settle_training_data(config, shape.vocab_size, block_size, sequences)
@@ -262,7 +262,7 @@ def _settle_attention(config: RunConfig, shape: GPT2FlashConfig) -> tuple[str, s
 
 
 def _check_attention_can_be_kept(config: RunConfig, attention: str) -> None:
-    asked = "--activation_checkpointing_keeps attention"
+    asked = f"--activation_checkpointing_keeps {config.activation_checkpointing_keeps}"
     if not config.activation_checkpointing:
         raise UserError(f"{asked}: everything is kept as it is; give --activation_checkpointing, or drop the flag")
     if attention not in KERNELS_THAT_CAN_BE_KEPT:

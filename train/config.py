@@ -99,8 +99,10 @@ class RunConfig:
         nargs="?",
         const=1,
     )
-    activation_checkpointing_keeps: Literal["nothing", "attention"] = _flag(
-        "nothing", "what is kept all the same: attention keeps the output of its kernel, and the rest is recomputed"
+    activation_checkpointing_keeps: Literal["nothing", "attention", "products"] = _flag(
+        "nothing",
+        "what is kept all the same: attention keeps the output of its kernel, products that and the linear layers', "
+        "so that only what is quick is recomputed",
     )
     deepspeed_config: str | None = _flag(
         None,

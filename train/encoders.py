@@ -6,6 +6,7 @@ from importlib.resources import as_file, files
 from importlib.util import find_spec
 
 import numpy as np
+import pyarrow as pa
 
 from train.errors import UserError
 from train.tokens import gpt2_encoding, gpt2_ranks
@@ -20,7 +21,7 @@ LONGEST_BY_WORDS = 1 << 20
 BLANKS = "\t\n\v\f\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 LONG_RUN_OF_BLANKS = re.compile(f"[{BLANKS}]{{1000,}}+")
 
-Encoder = Callable[[Sequence[str]], Encoded]
+Encoder = Callable[[pa.LargeStringArray], Encoded]
 
 
 def ids_of(text: str) -> np.ndarray:
@@ -44,23 +45,23 @@ def joined(ids: Sequence[np.ndarray]) -> Encoded:
     return Encoded(np.concatenate(ids), np.fromiter(map(len, ids), dtype=np.int64, count=len(ids)))
 
 
-def encode_plainly(texts: Sequence[str]) -> Encoded:
+def encode_plainly(texts: pa.LargeStringArray) -> Encoded:
     """The reference."""
-    return joined([ids_of(text) for text in texts])
+    return joined([ids_of(text) for text in texts.to_pylist()])
 
 
-def encode_with_tiktoken(texts: Sequence[str]) -> Encoded:
+def encode_with_tiktoken(texts: pa.LargeStringArray) -> Encoded:
     """Word by word; as a whole where a text is too long for that, or holds what is to separate words."""
-    odd = [row for row, text in enumerate(texts) if len(text) > LONGEST_BY_WORDS or SEPARATOR in text]
-    if not odd:
-        return encode_by_words(texts)
-    ordinary = list(texts)
+    ordinary = texts.to_pylist()
+    odd = {row: ids_of(text) for row, text in enumerate(ordinary) if len(text) > LONGEST_BY_WORDS or SEPARATOR in text}
     for row in odd:
         ordinary[row] = ""
     encoded = encode_by_words(ordinary)
+    if not odd:
+        return encoded
     ids = np.split(encoded.ids, np.cumsum(encoded.lengths)[:-1])
-    for row in odd:
-        ids[row] = ids_of(texts[row])
+    for row, its_ids in odd.items():
+        ids[row] = its_ids
     return joined(ids)
 
 
@@ -73,19 +74,20 @@ class GigatokenEncoder:
             # Without special tokens: the text <|endoftext|> is text.
             self._tokenizer = gigatoken.Tokenizer.from_tiktoken(path, pretokenizer="r50k")
 
-    def __call__(self, texts: Sequence[str]) -> Encoded:
+    def __call__(self, texts: pa.LargeStringArray) -> Encoded:
         import awkward
 
-        ids = self._tokenizer.encode_batch(list(texts), parallel=False)
+        # Arrow's memory as it is: strings of Python would be made, and let go, while no other thread runs.
+        ids = self._tokenizer.encode_batch(awkward.from_arrow(texts), parallel=False)
         return Encoded(awkward.to_numpy(awkward.flatten(ids)), awkward.to_numpy(awkward.num(ids)))
 
 
 def spot_checked(encode: Encoder, name: str) -> Encoder:
     """`encode`, whose first document of each call is compared with the reference's where it is short."""
 
-    def checked(texts: Sequence[str]) -> Encoded:
+    def checked(texts: pa.LargeStringArray) -> Encoded:
         encoded = encode(texts)
-        first = texts[0]
+        first = texts[0].as_py()
         if len(first) <= SPOT_CHECK_CHARACTERS:
             reference = ids_of(first)
             if not np.array_equal(encoded.ids[: encoded.lengths[0]], reference):
@@ -98,7 +100,7 @@ def spot_checked(encode: Encoder, name: str) -> Encoder:
     return checked
 
 
-def choose_encoder(name: str, sample: Sequence[str]) -> tuple[Encoder, str]:
+def choose_encoder(name: str, sample: pa.LargeStringArray) -> tuple[Encoder, str]:
     """The encoder to use, and why, in a sentence.
 
     Args:

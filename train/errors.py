@@ -1,6 +1,7 @@
 """What a person did wrong, said in a sentence."""
 
 import errno
+import gc
 import os
 import sys
 import time
@@ -36,6 +37,7 @@ def run_command(main: Callable[[], None]) -> NoReturn:
         raise
     if failure.job()[1] > 1:
         failure.leave()
+    gc.freeze()  # what is left goes with the process; to look for garbage in it first takes a third of a second
     sys.exit(0)
 
 

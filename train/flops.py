@@ -78,7 +78,7 @@ def count_flops(
     block_size: int,
     *,
     activation_checkpointing: int = 0,
-    keeps_attention: bool = False,
+    keeps: str = "nothing",
     fused_attention: bool = False,
 ) -> Flops:
     """Training FLOPs per token: 6·N + 12·L·E·T, as in PaLM's appendix B, and what is recomputed.
@@ -95,9 +95,9 @@ def count_flops(
 
     `recomputed` is, with `activation_checkpointing` n (0: none), a second forward pass of every block, but for the
     last product of each n blocks: recomputation ends with the last activation that the backward pass asks for, and
-    that one is the input of the product; and with `keeps_attention` but for attention's two products. And with
-    `fused_attention` (sdpa, FlashAttention), which keeps no scores, one more product of queries and keys in backward,
-    2·E·T a layer.
+    that one is the input of the product; if it `keeps` "attention", but for attention's two products; if "products",
+    nothing that counts. And with `fused_attention` (sdpa, FlashAttention), which keeps no scores, one more product of
+    queries and keys in backward, 2·E·T a layer.
 
     `n_inner=None` is GPT-2's default, 4·E.
     """
@@ -105,9 +105,10 @@ def count_flops(
     block = 4 * n_embd**2 + 2 * n_embd * inner  # q, k, v, projection; up, down
     scores = 2 * n_layer * n_embd * block_size  # one product of queries and keys, or of weights and values
     recomputed = scores if fused_attention else 0
-    if activation_checkpointing:
+    if activation_checkpointing and keeps != "products":
         groups = n_layer // activation_checkpointing
-        recomputed += 2 * n_layer * block - 2 * groups * n_embd * inner + (0 if keeps_attention else 2 * scores)
+        attention = 0 if keeps == "attention" else 2 * scores
+        recomputed += 2 * n_layer * block - 2 * groups * n_embd * inner + attention
     return Flops(blocks=6 * n_layer * block, head=6 * n_embd * vocab_size, attention=6 * scores, recomputed=recomputed)
 
 

@@ -231,7 +231,7 @@ def summarise(
     inference_seconds_per_token: float | None = None,
     inference_percentiles: Mapping[str, Mapping[str, float]] | None = None,
     activation_checkpointing: int = 0,
-    keeps_attention: bool = False,
+    activation_checkpointing_keeps: str = "nothing",
     energy: Energy | None = None,
 ) -> dict[str, Any]:
     """The content of `metrics.json`, from the lines of `metrics.jsonl` and from what only the running process knows.
@@ -257,7 +257,7 @@ def summarise(
     flops = count_flops(
         *(model["n_layer"], model["n_embd"], n_inner, model["vocab_size"], block_size),
         activation_checkpointing=activation_checkpointing,
-        keeps_attention=keeps_attention,
+        keeps=activation_checkpointing_keeps,
         fused_attention=attn_implementation != "eager",
     )
     summary = {

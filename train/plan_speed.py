@@ -87,7 +87,7 @@ def predict_speed(
         shape.vocab_size,
         shape.block_size,
         activation_checkpointing=int(layout.recompute != "none"),
-        keeps_attention=layout.recompute == "selective",
+        keeps="attention" if layout.recompute == "selective" else "nothing",
         fused_attention=layout.fused_attention,
     )
     tokens = layout.micro_batch * layout.accumulation * shape.block_size  # of a data-parallel process

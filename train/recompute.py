@@ -17,20 +17,22 @@ ATTENTION_OPERATIONS = frozenset({
     "flash_attn::_flash_attn_forward",
     "flash_attn::_flash_attn_varlen_forward",
 })  # fmt: skip
+PRODUCTS = frozenset({"aten::mm", "aten::addmm"})  # the linear layers'
+KEPT = {"attention": ATTENTION_OPERATIONS, "products": ATTENTION_OPERATIONS | PRODUCTS}
 KERNELS_THAT_CAN_BE_KEPT = ("sdpa", "flash_attention_2")
 
 
 def checkpoint_arguments(keeps: str) -> dict[str, Any]:
-    """How to call `torch.utils.checkpoint.checkpoint`; `keeps` is "nothing" or "attention"."""
+    """How to call `torch.utils.checkpoint.checkpoint`; `keeps` is "nothing" or one of `KEPT`."""
     how: dict[str, Any] = {"use_reentrant": False}
-    if keeps == "attention":
-        how["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_attention)
+    if keeps in KEPT:
+        how["context_fn"] = partial(create_selective_checkpoint_contexts, partial(_keep, KEPT[keeps]))
     return how
 
 
-def _keep_attention(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    kept = operation.name() in ATTENTION_OPERATIONS
-    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+def _keep(kept: frozenset[str], context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    # Where a compiler decides, what is kept is what is needed of these.
+    return CheckpointPolicy.PREFER_SAVE if operation.name() in kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def recompute_blocks(model: PreTrainedModel, how: dict[str, Any]) -> None:

@@ -3,16 +3,17 @@
 import hashlib
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from train.tokens import END_OF_TEXT
 
-# (number of the first row, UTF-8 of it and of those behind it) → (rows,) bool: is it for validation?
-SplitRule = Callable[[int, Sequence[bytes]], np.ndarray]
+# (number of the first row, the text of it and of those behind it) → (rows,) bool: is it for validation?
+SplitRule = Callable[[int, pa.LargeStringArray], np.ndarray]
 
 READ_TOKENS = 1 << 22  # at once, of a file that is put in order
 
@@ -25,7 +26,8 @@ def hash_rule(val_fraction: float, seed: int) -> SplitRule:
     def is_validation(content: bytes) -> bool:
         return int.from_bytes(hashlib.blake2b(content, digest_size=8, key=key).digest(), "little") < threshold
 
-    def rule(row: int, contents: Sequence[bytes]) -> np.ndarray:
+    def rule(row: int, texts: pa.LargeStringArray) -> np.ndarray:
+        contents = texts.cast(pa.large_binary()).to_pylist()
         return np.fromiter(map(is_validation, contents), dtype=bool, count=len(contents))
 
     return rule
@@ -35,7 +37,7 @@ def nanogpt_rule(val_fraction: float, seed: int, rows: int) -> SplitRule:
     """By the row's number: it is one of `nanogpt_rows`'s for validation."""
     validation = np.zeros(rows, dtype=bool)  # 8 MB for OpenWebText
     validation[nanogpt_rows(val_fraction, seed, rows)[1]] = True
-    return lambda row, contents: validation[row : row + len(contents)]
+    return lambda row, texts: validation[row : row + len(texts)]
 
 
 def nanogpt_rows(val_fraction: float, seed: int, rows: int) -> tuple[np.ndarray, np.ndarray]:

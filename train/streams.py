@@ -10,22 +10,25 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset
 from tqdm import tqdm
 
 from train.errors import UserError
 from train.sources import LINES, OPENWEBTEXT_ID, OPENWEBTEXT_ROWS, PARQUET_REVISION, READ_ROWS, WHOLE_DOCUMENTS, Source
 
 if TYPE_CHECKING:
-    import pyarrow
     from datasets import IterableDataset
 
 BATCH_DOCUMENTS = 1024
-BATCH_CHARACTERS = 1 << 20  # 1 Mi: the workers' share, and memory stays small
+BATCH_BYTES = 1 << 20  # of UTF-8: the workers' share, and memory stays small
 
 UNCOMPRESSED = (".jsonl", ".json", ".ndjson")
 SILENCE_SECONDS = 60.0  # of a server that answers nothing: a failure
@@ -45,7 +48,7 @@ BEGINNING = Position()
 
 
 class Documents(NamedTuple):
-    texts: list[str]
+    texts: pa.LargeStringArray  # valid UTF-8, no nulls
     behind: Position
 
 
@@ -148,6 +151,9 @@ def open_stream(source: Source) -> "IterableDataset":
     if isinstance(builder.config, ParquetConfig):
         # Rows read at once: without the number a whole row group, and an error for a file that has none.
         words["batch_size"] = READ_ROWS
+        if source.is_local:
+            # Else Arrow keeps what it has read of a file, still compressed, to the file's end.
+            words["fragment_scan_options"] = pyarrow.dataset.ParquetFragmentScanOptions(pre_buffer=False)
         if source.text_column in (dataset.column_names or []):
             words["columns"] = [source.text_column]
         dataset = load_dataset_builder(source.path, **words).as_streaming_dataset(split="train")
@@ -258,7 +264,7 @@ def reading_failed(source: Source, error: Exception) -> str:
 def read_documents(
     source: Source, dataset: "IterableDataset", start: Position = BEGINNING, row: int = 0
 ) -> Iterator[Documents]:
-    """Documents behind `start`, in lists of bounded size; a null is an empty document, a blank JSON line is none."""
+    """Documents behind `start`, in arrays of bounded size; a null is an empty document, a blank JSON line is none."""
     attempts = Attempts(source)
     while True:
         try:
@@ -275,29 +281,34 @@ def _read(source: Source, dataset: "IterableDataset", start: Position) -> Iterat
     state, skip = start
     if state is not None:
         dataset.load_state_dict(state)
-    batch: list[str] = []
-    characters = 0
+    pieces: list[pa.LargeStringArray] = []
+    documents = size = 0
     # Whole files may be large, so of these one at a time is held.
     for table in dataset.iter(batch_size=1 if source.options is WHOLE_DOCUMENTS else READ_ROWS):
-        for row, text in enumerate(texts_of(source, table)):
-            if row < skip or text is None:
-                continue
-            batch.append(text)
-            characters += len(text)
-            if len(batch) == BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
-                yield Documents(batch, Position(state, row + 1))
-                batch, characters = [], 0
+        texts, rows = texts_of(source, table)
+        ends = np.cumsum(pc.binary_length(texts).to_numpy())
+        first = int(np.searchsorted(rows, skip))
+        while first < len(texts):
+            before = int(ends[first - 1]) if first else 0
+            full = int(np.searchsorted(ends, before + BATCH_BYTES - size))  # the document that fills the batch
+            end = min(len(texts), first + BATCH_DOCUMENTS - documents, full + 1)
+            pieces.append(texts[first:end])
+            documents, size = documents + end - first, size + int(ends[end - 1]) - before
+            if documents == BATCH_DOCUMENTS or size >= BATCH_BYTES:
+                yield Documents(pa.concat_arrays(pieces), Position(state, int(rows[end - 1]) + 1))
+                pieces, documents, size = [], 0, 0
+            first = end
         state, skip = dataset.state_dict(), 0
-    if batch:
-        yield Documents(batch, Position(state))
+    if pieces:
+        yield Documents(pa.concat_arrays(pieces), Position(state))
 
 
-def texts_of(source: Source, table: "pyarrow.Table") -> list[str | None]:
-    """The documents of a table; None where a row is none."""
+def texts_of(source: Source, table: pa.Table) -> tuple[pa.LargeStringArray, np.ndarray]:
+    """The documents of a table, and the number of each one's row."""
     if source.options is LINES:
-        return [parse_line(source, line) for line in decoded(table.column("text"))]
-    import pyarrow.types as types
-
+        lines = decoded(table.column("text")).to_pylist()
+        parsed = pa.array([parse_line(source, line) for line in lines], pa.large_string())
+        return parsed.drop_null(), np.flatnonzero(parsed.is_valid())
     name = source.text_column
     if name not in table.column_names:
         raise UserError(
@@ -306,23 +317,23 @@ def texts_of(source: Source, table: "pyarrow.Table") -> list[str | None]:
         )
     column = table.column(name)
     kind = column.type
-    if not (types.is_string(kind) or types.is_large_string(kind) or types.is_null(kind)):
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)):
         raise UserError(
             f"column {name} of --dataset {source.name} holds {kind}, not text: choose another with --text_column from "
             f"{', '.join(table.column_names)}"
         )
-    return [text or "" for text in decoded(column)]
+    return decoded(column), np.arange(len(column))
 
 
-def decoded(column: "pyarrow.ChunkedArray") -> list[str | None]:
-    """The strings of a column; bytes that are not UTF-8 become U+FFFD."""
-    import pyarrow
-
+def decoded(column: pa.ChunkedArray) -> pa.LargeStringArray:
+    """The strings of a column; nulls become empty, and bytes that are not UTF-8 U+FFFD."""
+    texts = pc.fill_null(column.cast(pa.large_string()).combine_chunks(), "")
     try:
-        return column.to_pylist()
-    except UnicodeDecodeError:  # Arrow does not check what a file calls UTF-8
-        contents = column.cast(pyarrow.large_binary()).to_pylist()
-        return [content and content.decode("utf-8", "replace") for content in contents]
+        texts.validate(full=True)  # Arrow does not check by itself what a file calls UTF-8
+    except pa.ArrowInvalid:
+        contents = texts.cast(pa.large_binary()).to_pylist()
+        texts = pa.array([content.decode("utf-8", "replace") for content in contents], pa.large_string())
+    return texts
 
 
 def parse_line(source: Source, line: str | None) -> str | None:
@@ -359,9 +370,9 @@ def known_rows(source: Source, dataset: "IterableDataset") -> int | None:
     """How many documents there are, where that can be known without reading them all."""
     if source.is_local:
         if source.path == "parquet":
-            import pyarrow.parquet
+            import pyarrow.parquet as parquet
 
-            return sum(pyarrow.parquet.read_metadata(path).num_rows for path in source.files)
+            return sum(parquet.read_metadata(path).num_rows for path in source.files)
         return None if source.options is LINES else len(source.files)
     if source.data_files:
         return None
@@ -370,12 +381,13 @@ def known_rows(source: Source, dataset: "IterableDataset") -> int | None:
     return stated or (OPENWEBTEXT_ROWS if source.path == OPENWEBTEXT_ID else None)
 
 
-def estimated_rows(source: Source, sample: Sequence[str]) -> int | None:
+def estimated_rows(source: Source, sample: pa.LargeStringArray) -> int | None:
     """About how many documents local JSON lines have, from their files' sizes; None of what is compressed."""
     if source.options is not LINES or not all(path.endswith(UNCOMPRESSED) for path in source.files):
         return None
-    line = sum(len(json.dumps({source.text_column: text}, ensure_ascii=False).encode()) + 1 for text in sample)
-    return sum(Path(path).stat().st_size for path in source.files) * len(sample) // line or None
+    lines = [json.dumps({source.text_column: text}, ensure_ascii=False) for text in sample.to_pylist()]
+    read = sum(len(line.encode()) + 1 for line in lines)
+    return sum(Path(path).stat().st_size for path in source.files) * len(sample) // read or None
 
 
 def count_rows(source: Source, dataset: "IterableDataset") -> int | None:

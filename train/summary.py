@@ -74,7 +74,7 @@ def write_summary(
             "per_token": latency_percentiles(latencies.further_tokens),
         },
         activation_checkpointing=config.activation_checkpointing or 0,
-        keeps_attention=config.activation_checkpointing_keeps == "attention",
+        activation_checkpointing_keeps=config.activation_checkpointing_keeps,
     )
     summary["command"] = shlex.join(["python", "-m", "train", *sys.argv[1:]])
     write_json(config.run_folder / "metrics.json", summary)

@@ -175,7 +175,7 @@ class TokenAppender:
     def write(self, ids: np.ndarray, documents: int) -> None:
         """Append `ids` (one-dimensional), which close `documents` documents."""
         if ids.size:
-            low, high = int(ids.min()), int(ids.max())
+            low, high = 0 if ids.dtype.kind == "u" else int(ids.min()), int(ids.max())
             if low < 0 or high >= self.vocabulary_size:
                 raise ValueError(f"token ids {low}…{high} are not all in a vocabulary of {self.vocabulary_size}")
             self.max_token_id = max(self.max_token_id, high)

@@ -22,7 +22,7 @@ from train.regions import region
 
 class AcceleratedEngine(Engine):
     def _take(self, model: GPT2FlashForCausalLM) -> nn.Module:
-        if self.config.activation_checkpointing:
+        if self.config.activation_checkpointing and not self.compiler_recomputes:
             recompute_blocks(model, checkpoint_arguments(self.config.activation_checkpointing_keeps))
         if self.config.torch_compile and self.deepspeed and self.deepspeed["zero_optimization"].get("stage") == 3:
             # ZeRO-3 would gather each layer's parameters inside the compiled blocks, and so cut them into pieces.

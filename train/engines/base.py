@@ -7,12 +7,14 @@ layout saves any other layout loads.
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from socket import gethostname
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from modeling_gpt2flash import GPT2FlashForCausalLM
 from train import failure
@@ -30,6 +32,7 @@ from train.engines.state import create_moments, held_by_training, set_whole, tor
 from train.errors import UserError
 from train.metrics import peak_memory
 from train.optim import build_optimizer, moments_of
+from train.recompute import checkpoint_arguments
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,11 @@ class Engine(ABC):
         """Into how many shares the data is divided."""
         return self.world_size
 
+    @property
+    def compiler_recomputes(self) -> bool:
+        """Whether recomputation is part of what is compiled. Else it runs the whole compiled block once more."""
+        return self.config.torch_compile and self.config.activation_checkpointing_keeps == "products"
+
     def prepare(self, model: GPT2FlashForCausalLM) -> None:
         """Take the model in: activation, compilation, recomputation, optimizer, sharding; `layout` is a table of it.
 
@@ -93,7 +101,7 @@ class Engine(ABC):
         if config.optimized:
             fuse_activations(model)
         if config.torch_compile:
-            compile_blocks(model)
+            compile_blocks(model, checkpoint_arguments("products") if self.compiler_recomputes else None)
         module = self._take(model)
         optimizer = build_optimizer(
             module,
@@ -213,13 +221,18 @@ class Engine(ABC):
                 set_whole(self.optimizer, parameter, moments[f"{key}.{name}"].to(self.device), key)
 
 
-def compile_blocks(model: GPT2FlashForCausalLM, **how: Any) -> None:
-    """Compile each block by itself; `how` goes to `torch.compile`. They share one compilation, for they are alike."""
+def compile_blocks(model: GPT2FlashForCausalLM, recompute: dict[str, Any] | None = None, **how: Any) -> None:
+    """Compile each block by itself; `how` goes to `torch.compile`. They share one compilation, for they are alike.
+
+    `recompute`, if given, are the arguments of `checkpoint`, which becomes part of what is compiled: the compiler then
+    fuses what it computes again with what needs it, and never keeps more than that needs.
+    """
     # Would cut a large block where one of DDP's buckets of gradients is full. Between blocks they go out as they are.
     torch._dynamo.config.optimize_ddp = False
     for block in model.transformer.h:
         # Not `block.compile`, in which would be the hooks with which ZeRO-3 and FSDP2 gather its parameters.
-        block.forward = torch.compile(block.forward, **how)
+        forward = block.forward if recompute is None else partial(checkpoint, block.forward, **recompute)
+        block.forward = torch.compile(forward, **how)
 
 
 def _mix(seed: int, step: int, rank: int) -> int:

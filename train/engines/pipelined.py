@@ -78,7 +78,8 @@ class PipelinedEngine(Engine):
         }
         # Not DeepSpeed's own checkpoint function: it needs inputs with gradients, which tokens have not. The interval
         # is in the JSON.
-        recompute = partial(checkpoint, **checkpoint_arguments(self.config.activation_checkpointing_keeps))
+        how = checkpoint_arguments(self.config.activation_checkpointing_keeps)
+        recompute = _as_it_is if self.compiler_recomputes else partial(checkpoint, **how)
         # DeepSpeed prints random seeds that nothing here uses, and broadcasts the tied weight into autograd's sight.
         with contextlib.redirect_stdout(None), torch.no_grad():
             kind = _TwoStages if self.two_way else _Stage
@@ -190,6 +191,11 @@ def _both_ends(batch: dict[str, torch.Tensor]) -> tuple[Passed, torch.Tensor]:
     """What the first stage reads, and the labels for the last."""
     packed = "position_ids" in batch
     return (batch["input_ids"], batch["position_ids"]) if packed else batch["input_ids"], batch["shift_labels"]
+
+
+def _as_it_is(layers: Callable, *inputs: Any) -> Any:
+    """In place of `checkpoint`, where the compiled blocks recompute by themselves."""
+    return layers(*inputs)
 
 
 class _Stage(PipelineModule):
