@@ -1,5 +1,6 @@
 """TRL's SFTTrainer on our model: packed sequences do not see each other, and steps are plain ones on each alone."""
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 from modeling_gpt2flash import GPT2FlashForCausalLM
+from tests.conftest import command
 from tests.tiny_gpt2 import make_pair
 from train.models import own_tokenizer
 
@@ -144,3 +146,29 @@ def test_an_adapter_on_a_folder(tmp_path: Path, tokenizer: PreTrainedTokenizerBa
     ids = torch.tensor([tokenizer(TEXTS[0]).input_ids])
     loaded = PeftModel.from_pretrained(ours, tmp_path / "adapter").eval()
     assert torch.equal(loaded(ids).logits, trainer.model.eval()(ids).logits)
+
+
+def test_the_copy_of_the_hub(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, documents: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stock, ours = make_pair(tmp_path, **SIZES)
+    for saved in (ours, tokenizer):
+        saved.save_pretrained(tmp_path / "model")
+    program = f"""
+import sys
+sys.modules["modeling_gpt2flash"] = None  # not installed
+from datasets import Dataset
+from trl import SFTConfig, SFTTrainer
+settings = SFTConfig(
+    "out", packing=True, max_length={MAX_LENGTH}, max_steps=1, logging_steps=1, trust_remote_code=True, bf16=False,
+    use_cpu=True, report_to=[], save_strategy="no",
+)
+trainer = SFTTrainer("model", settings, train_dataset=Dataset.from_dict({{"text": {TEXTS}}}))
+assert type(trainer.model).__module__.startswith("transformers_modules.model."), type(trainer.model)
+trainer.train()
+print(trainer.state.log_history[0]["loss"])
+"""
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PYTHONPATH", "")
+    done = command(sys.executable, "-c", program, cwd=tmp_path)
+    assert float(done.stdout.split()[-1]) == pytest.approx(mean_loss(stock, documents).item(), rel=1e-4)
