@@ -19,6 +19,7 @@ from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 from transformers.utils.generic import TransformersKwargs, can_return_tuple, merge_with_config_defaults
@@ -308,7 +309,6 @@ class GPT2FlashForCausalLM(GPT2FlashPreTrainedModel, GenerationMixin):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        shift_labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
@@ -318,7 +318,8 @@ class GPT2FlashForCausalLM(GPT2FlashPreTrainedModel, GenerationMixin):
         """
         Args beyond those of `GPT2FlashModel`:
             labels: (B, T), the input tokens again, -100 where the loss should not look; shifted here.
-            shift_labels: (B, T), in place of `labels`, already shifted.
+            shift_labels: (B, T), in place of `labels`, already shifted. In `kwargs`: Trainer evaluates no loss unless
+                the batches have each argument with "label" in its name.
             num_items_in_batch: what the summed loss is divided by; None: the mean over this batch.
             logits_to_keep: how many positions from the end get logits, or which, (n,); 0: all. The loss sees all.
             skip_logits: return the loss without logits, `loss_chunk_size` rows at a time. None: while training.
@@ -326,6 +327,7 @@ class GPT2FlashForCausalLM(GPT2FlashPreTrainedModel, GenerationMixin):
         Returns:
             `loss` if there are labels, `logits` (B, T, V) unless skipped, and the cache.
         """
+        shift_labels: Tensor | None = kwargs.pop("shift_labels", None)
         has_labels = labels is not None or shift_labels is not None
         if skip_logits is None:
             skip_logits = self.training and has_labels and self._chunk_size() > 0
@@ -391,5 +393,8 @@ class GPT2FlashForCausalLM(GPT2FlashPreTrainedModel, GenerationMixin):
                 "lower max_new_tokens."
             )
 
+
+# Trainer shifts the labels that it smooths only for classes that are listed here, and says nothing.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[GPT2FlashConfig.model_type] = GPT2FlashForCausalLM.__name__
 
 __all__ = ["GPT2FlashForCausalLM", "GPT2FlashModel", "GPT2FlashPreTrainedModel"]

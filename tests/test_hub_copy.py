@@ -63,7 +63,12 @@ for folder in ("model", "again", "base"):
         model.save_pretrained("again")
         base.save_pretrained("base")
 """
-    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
+    environment = os.environ | {
+        "HF_MODULES_CACHE": str(tmp_path / "cache"),
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": "",
+        "DS_ACCELERATOR": "cpu",  # or DeepSpeed says between our lines that it has found no GPU
+    }
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )

@@ -8,16 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    GPT2Model,
-    StaticCache,
-    Trainer,
-    TrainingArguments,
-)
+from transformers import AutoModel, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, GPT2Model, StaticCache
 from transformers.pytorch_utils import Conv1D
 
 from modeling_gpt2flash import GPT2FlashConfig, GPT2FlashForCausalLM, GPT2FlashModel
@@ -324,41 +315,3 @@ def test_compiles_whole_with_a_static_cache() -> None:
         ours(ids[:, :8], past_key_values=cache, use_cache=True)
         steps = [compiled(ids[:, i : i + 1], past_key_values=cache, use_cache=True).logits for i in (8, 9)]
         torch.testing.assert_close(torch.cat(steps, 1), ours(ids).logits[:, 8:], rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_trainer_divides_the_loss_once(tmp_path: Path) -> None:
-    ours = make_ours(loss_chunk_size=5)
-    rows = [{"input_ids": ids, "labels": ids.clone()} for ids in tokens(4, 12)]
-    for ignored, row in enumerate(rows):
-        row["labels"][: 1 + 2 * ignored] = -100  # micro-batches of unequal weight; the first token is no target
-    expected = []
-    for pair in (rows[:2], rows[2:]):
-        summed = sum(
-            F.cross_entropy(ours(row["input_ids"][None]).logits[0, :-1], row["labels"][1:], reduction="sum")
-            for row in pair
-        )
-        expected.append(float(summed / sum((row["labels"][1:] != -100).sum() for row in pair)))
-    settings = TrainingArguments(
-        str(tmp_path),
-        per_device_train_batch_size=1,
-        gradient_accumulation_steps=2,
-        max_steps=2,
-        learning_rate=0.0,
-        logging_steps=1,
-        use_cpu=True,
-        report_to=[],
-        disable_tqdm=True,
-        save_strategy="no",
-        seed=0,
-    )
-
-    class InOrder(Trainer):
-        def _get_train_sampler(self, *_args, **_kwargs):
-            return torch.utils.data.SequentialSampler(rows)
-
-    trainer = InOrder(ours, settings, train_dataset=rows)
-    trainer.train()
-    assert trainer.model_accepts_loss_kwargs
-    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert logged == pytest.approx(expected, rel=1e-3)
