@@ -180,3 +180,18 @@ def test_yaml_makes_no_objects(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not readable as YAML"):
         read_yaml(tmp_path / "run.yaml")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_tokenizer_is_read_from_its_folder(tuned_from: Path, tmp_path: Path) -> None:
+    folder, elsewhere = tmp_path / "theirs", tmp_path / "elsewhere.json"
+    folder.mkdir()
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / file).write_text((tuned_from / file).read_text())
+    fields = json.loads((folder / "tokenizer_config.json").read_text())
+    content = json.loads((folder / "tokenizer.json").read_text())
+    elsewhere.write_text(json.dumps(content | {"added_tokens": []}))
+    fields |= {"tokenizer_file": str(elsewhere), "vocab_file": str(elsewhere)}
+    (folder / "tokenizer_config.json").write_text(json.dumps(fields))
+    tokenizer = own_tokenizer(str(folder), 64)
+    assert tokenizer is not None
+    assert tokenizer.encode("<|endoftext|>") == [0]

@@ -47,9 +47,9 @@ def start(accelerator: Accelerator, run_folder: Path, config: dict[str, Any], st
     try:
         accelerator.init_trackers(PROJECT, init_kwargs=how)
         for tracker in accelerator.trackers:
-            if tracker.name not in records:
+            if tracker.name not in records or tracker.name == "trackio":  # which forgets those it had
                 tracker.store_init_configuration(config)
-                records[tracker.name] = _record(tracker)
+            records[tracker.name] = _record(tracker)
     except Exception as error:  # each has its own
         said = str(error).strip().partition("\n")[0] or type(error).__name__
         names = ", ".join(str(name) for name in accelerator.log_with)
