@@ -83,6 +83,8 @@ def build_model(name: str, config: GPT2FlashConfig, attn_implementation: str) ->
 def check_shards(folder: Path) -> None:
     """Refuse an index that names weights outside of its folder: transformers would go and read them.
 
+    In a repository of the Hub its own client refuses such names.
+
     Raises:
         UserError: naming the index and the file.
     """
