@@ -79,8 +79,9 @@ def test_deepspeed_may_be_set_by_the_launchers_file(
 @pytest.mark.slow
 def test_numbers_in_the_launchers_fields_are_the_runs(flags: list[str], finished: Path, tmp_path: Path) -> None:
     written = yaml.safe_load((ROOT / "accelerate_configs" / "deepspeed_fields.yaml").read_text())
-    written["deepspeed_config"] |= {"zero_stage": 1, "gradient_accumulation_steps": 2}
-    (tmp_path / "own.yaml").write_text(yaml.safe_dump(written | {"num_processes": 1, "mixed_precision": "no"}))
+    written["deepspeed_config"] |= {"zero_stage": 1, "gradient_accumulation_steps": 2, "gradient_clipping": "auto"}
+    written |= {"num_processes": 1, "mixed_precision": "no"}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(written))
     launch = ["accelerate", "launch", "--config_file", "own.yaml", "--main_process_port", 0, "-m", "train", *flags]
     launch += ["--run_type=optimized", f"--checkpoint_path={tmp_path}"]
     done = command(*launch, "--train_micro_batch_size_per_gpu=2", cwd=tmp_path)
@@ -89,6 +90,12 @@ def test_numbers_in_the_launchers_fields_are_the_runs(flags: list[str], finished
     refused = command(*launch, "--gradient_accumulation_steps=4", "--overwrite", cwd=tmp_path, check=False)
     assert "the launcher's deepspeed_config" in refused.stderr
     assert "--gradient_accumulation_steps is 4" in refused.stderr
+    written["deepspeed_config"]["gradient_accumulation_steps"] = "auto"
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(written))
+    command(
+        *launch, "--gradient_accumulation_steps=4", "--train_micro_batch_size_per_gpu=1", "--overwrite", cwd=tmp_path
+    )
+    assert losses(tmp_path / "optimized") == pytest.approx(losses(finished), abs=LOSS_TOLERANCE)
 
 
 @pytest.mark.slow

@@ -74,7 +74,7 @@ def deepspeed_accelerator(config: RunConfig, deepspeed: dict[str, Any]) -> Accel
             "with accelerate_configs/deepspeed.yaml, or use --run_type baseline"
         )
     launcher.check(config, deepspeed["zero_optimization"])
-    os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)  # else fields that agree with the JSON are a ValueError
+    launcher.forget()
     handlers = []
     if device_type() == "cpu":
         handlers.append(InitProcessGroupKwargs(backend="gloo"))

@@ -92,6 +92,16 @@ def check(config: RunConfig, zero: dict[str, Any]) -> None:
             )
 
 
+def forget() -> None:
+    """Take what is settled out of the environment: Accelerate refuses fields beside a JSON, and cannot read "auto"."""
+    for variable in list(os.environ):
+        if variable.startswith("ACCELERATE_DEEPSPEED_") or variable in (
+            "ACCELERATE_CONFIG_DS_FIELDS",
+            "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
+        ):
+            del os.environ[variable]
+
+
 def _asked(variable: str) -> str:
     """A setting as it was written, "auto" where nothing was said."""
     asked = os.environ.get(f"ACCELERATE_{variable}", "auto")
