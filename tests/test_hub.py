@@ -18,6 +18,8 @@ from tests.loopback_hub import LoopbackHub, loopback_hub
 from train import export
 from train.card import card
 from train.compare_runs import read_run
+from train.errors import UserError
+from train.hub import check, main
 
 
 @pytest.fixture
@@ -39,7 +41,6 @@ def test_the_card_says_what_the_run_has_measured(finished: Path) -> None:
     for said in (
         "811,728 parameters",
         "8,000",
-        "| learning_rate | 0.01 |",
         "--max_steps=8",
         summary["hardware"]["cpu"],
         f"{summary['tokens_per_second']:,.0f}",
@@ -48,6 +49,7 @@ def test_the_card_says_what_the_run_has_measured(finished: Path) -> None:
         "training_loss.png",
     ):
         assert said in written.content, said
+    assert re.search(r"\| learning_rate +\| +0\.01 \|", written.content)
 
 
 def test_a_card_names_what_was_tuned_and_on_what(finished: Path, tmp_path: Path) -> None:
@@ -64,6 +66,12 @@ def test_a_card_names_what_was_tuned_and_on_what(finished: Path, tmp_path: Path)
     assert (written.data.base_model, written.data.datasets) == ("openai-community/gpt2", ["HuggingFaceFW/fineweb-edu"])
     assert "started from the weights of `openai-community/gpt2@607a30d`" in written.content
     assert "HuggingFaceFW/fineweb-edu, a\\|b" in written.content
+
+
+def test_a_message_names_what_was_typed() -> None:
+    for named, ask in (("--push_to_hub", lambda: check("small")), ("OWNER/NAME", lambda: main(["run", "small"]))):
+        with pytest.raises(UserError, match=f"^{named} small: write owner/name"):
+            ask()
 
 
 PROGRAM = """

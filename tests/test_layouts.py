@@ -54,10 +54,48 @@ def test_zero_on_two_processes_computes_what_one_process_does(
     check_parity(tmp_path / "optimized", finished)
 
 
+STYLES = ("deepspeed_fields", "deepspeed_json")
+
+
 def test_every_shipped_file_is_tested() -> None:
     assert {path.stem for path in (ROOT / "ds_configs").glob("*.json")} == {*ENGINES, "pipeline"}
     launchers = {path.stem for path in (ROOT / "accelerate_configs").glob("*.yaml")}
-    assert launchers == {"one_process", "ddp", "fsdp2", "deepspeed", "deepspeed_machines"}
+    assert launchers == {"one_process", "ddp", "fsdp2", "deepspeed", "deepspeed_machines", *STYLES}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("json", [[], ["--deepspeed_config=ds_configs/zero2.json"]], ids=["alone", "beside a JSON"])
+def test_deepspeed_may_be_set_by_the_launchers_file(
+    two_processes: list[str], finished: Path, tmp_path: Path, style: str, json: list[str]
+) -> None:
+    """In both of Accelerate's styles; the JSON, which is not in this folder, is the shipped one."""
+    flags = [*two_processes, "--run_type=optimized", "--eval_interval=4", *json, f"--checkpoint_path={tmp_path}"]
+    done = accelerate(*flags, cwd=tmp_path, layout=style)
+    assert "ZeRO-2 on 2 processes" in done.stdout + done.stderr
+    check_parity(tmp_path / "optimized", finished)
+
+
+@pytest.mark.slow
+def test_numbers_in_the_launchers_fields_are_the_runs(flags: list[str], finished: Path, tmp_path: Path) -> None:
+    written = yaml.safe_load((ROOT / "accelerate_configs" / "deepspeed_fields.yaml").read_text())
+    written["deepspeed_config"] |= {"zero_stage": 1, "gradient_accumulation_steps": 2, "gradient_clipping": "auto"}
+    written |= {"num_processes": 1, "mixed_precision": "no"}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(written))
+    launch = ["accelerate", "launch", "--config_file", "own.yaml", "--main_process_port", 0, "-m", "train", *flags]
+    launch += ["--run_type=optimized", f"--checkpoint_path={tmp_path}"]
+    done = command(*launch, "--train_micro_batch_size_per_gpu=2", cwd=tmp_path)
+    assert "ZeRO-1 on 1 process" in done.stdout + done.stderr
+    assert losses(tmp_path / "optimized") == pytest.approx(losses(finished), abs=LOSS_TOLERANCE)
+    refused = command(*launch, "--gradient_accumulation_steps=4", "--overwrite", cwd=tmp_path, check=False)
+    assert "the launcher's deepspeed_config" in refused.stderr
+    assert "--gradient_accumulation_steps is 4" in refused.stderr
+    written["deepspeed_config"]["gradient_accumulation_steps"] = "auto"
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(written))
+    command(
+        *launch, "--gradient_accumulation_steps=4", "--train_micro_batch_size_per_gpu=1", "--overwrite", cwd=tmp_path
+    )
+    assert losses(tmp_path / "optimized") == pytest.approx(losses(finished), abs=LOSS_TOLERANCE)
 
 
 @pytest.mark.slow
@@ -140,6 +178,7 @@ def test_one_process_may_be_launched_too(flags: list[str], finished: Path, tmp_p
     ("setting", "words"),
     [
         ({"fsdp_version": 1}, ["fsdp_version is 1", "write fsdp_version: 2"]),
+        ({"fsdp_auto_wrap_policy": "SIZE_BASED_WRAP"}, ["fsdp_auto_wrap_policy is SIZE_BASED_WRAP"]),
         ({"fsdp_offload_params": True}, ["fsdp_offload_params is true", "zero3_offload.json"]),
     ],
 )

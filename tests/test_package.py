@@ -1,6 +1,7 @@
 """The package as it is installed: built without a network, in an environment and a folder with nothing of this one."""
 
 import json
+import shlex
 import shutil
 import site
 import sysconfig
@@ -25,18 +26,24 @@ def _away_from_the_repository() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As `python -m build` does: the source distribution, and a wheel of what is in it; from a copy of the sources."""
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what a package is made of."""
     folder = tmp_path_factory.mktemp("build")
     for name in SOURCES:
         shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     for name in FILES:
         shutil.copy(ROOT / name, folder)
-    python("-c", "from setuptools import build_meta; build_meta.build_sdist('dist')", cwd=folder)
-    [source] = (folder / "dist").glob("*.tar.gz")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(sources: Path) -> Path:
+    """As `python -m build` does: the source distribution, and a wheel of what is in it."""
+    python("-c", "from setuptools import build_meta; build_meta.build_sdist('dist')", cwd=sources)
+    [source] = (sources / "dist").glob("*.tar.gz")
     offline = ["--no-build-isolation", "--no-deps", "--no-index", "--quiet"]
-    python("-m", "pip", "wheel", *offline, "--wheel-dir", folder / "dist", source, cwd=folder)
-    [built] = (folder / "dist").glob("*.whl")
+    python("-m", "pip", "wheel", *offline, "--wheel-dir", sources / "dist", source, cwd=sources)
+    [built] = (sources / "dist").glob("*.whl")
     return built
 
 
@@ -99,3 +106,25 @@ def test_it_prepares_and_trains_from_an_empty_folder(installed: Path, tmp_path: 
         assert json.loads((tmp_path / "checkpoint" / run_type / "metrics.json").read_text())["steps"] == 2
     wrong = command(installed / "gpt2flash", "train", "--max_steps", 0, cwd=tmp_path, check=False)
     assert (wrong.returncode, wrong.stderr) == (2, "error: --max_steps 0: must be at least 1\n")
+
+
+@pytest.mark.slow
+def test_plan_and_parity_need_no_repository(installed: Path, tmp_path: Path) -> None:
+    small = ["--model", "tiny", "--block_size", 128, "--sequences_per_step", 8, "--device", "cpu", "--world_size", 2]
+    told = command(installed / "gpt2flash", "plan", *small, cwd=tmp_path).stdout
+    words = shlex.split(told.split("\n\n")[-1].replace("\\\n", " "))
+    file = Path(words[words.index("--config_file") + 1])
+    assert file.is_file()
+    assert file.is_relative_to(installed.parent)
+    done = command(installed / "gpt2flash", "parity", "--layouts", "zero2-x2", "--accumulation", 8, cwd=tmp_path)
+    assert "All 4 runs are green" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.integration
+def test_what_is_released_passes_the_checks_of_a_package_index(sources: Path) -> None:
+    python("-m", "build", "--no-isolation", "--outdir", sources / "released", cwd=sources)
+    released = sorted((sources / "released").iterdir())
+    assert [file.suffix for file in released] == [".whl", ".gz"]
+    said = python("-m", "twine", "check", "--strict", *released, cwd=sources).stdout
+    assert said.count("PASSED") == 2, said

@@ -239,10 +239,21 @@ def test_commands_are_run_and_stopped(tmp_path: Path, monkeypatch: pytest.Monkey
     assert launch([sys.executable, "-c", deaf], log) == "it was not done after 2 seconds"
 
 
+def test_configurations_are_those_of_the_folder_else_the_shipped_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = LAYOUT["zero1-x2"].words
+    file = Path(words[words.index("--config_file") + 1])
+    assert file.samefile(ROOT / "accelerate_configs" / "deepspeed.yaml")
+    (tmp_path / "accelerate_configs").mkdir()
+    (tmp_path / "accelerate_configs" / "deepspeed.yaml").touch()
+    assert "accelerate_configs/deepspeed.yaml" in LAYOUT["zero1-x2"].words
+    assert {layout.words[0] for layout in LAYOUTS} == {sys.executable}
+
+
 def test_mistakes_are_sentences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"accelerate_configs/deepspeed\.yaml is not here .* repository's root"):
-        parity.main(["--layouts", "zero1-x2"])
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="file is a file: give a folder"):
         parity.main(["--layouts", "single", "--out", "file"])

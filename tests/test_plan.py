@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, command, losses, python
+from tests.conftest import command, losses, python
 from train import plan
 from train.errors import UserError
 from train.plan import Plan, best_of_each, plans
@@ -125,8 +125,7 @@ def test_the_printed_command_runs_and_takes_what_was_planned(
     asked = ["--block_size=32", f"--world_size={world_size}", "--sequences_per_step=4", "--device=cpu"]
     told = python("-m", "train.plan", f"--model={small_model}", *asked, cwd=tmp_path).stdout
     assert "| DDP" in told or world_size == 1
-    (tmp_path / "accelerate_configs").symlink_to(ROOT / "accelerate_configs")
-    (tmp_path / "ds_configs").symlink_to(ROOT / "ds_configs")
+    # In this folder there are no configurations; the shipped ones are named.
     words = shlex.split(told.split("\n\n")[-1].replace("\\\n", " "))
     if words[0] == "accelerate":
         words[2:2] = ["--main_process_port", "0"]

@@ -16,10 +16,10 @@ from modeling_gpt2flash import GPT2FlashConfig
 from modeling_gpt2flash.attention import choose_attention
 from modeling_gpt2flash.pipeline import Partition, partition
 from train import checkpoint as checkpoints
-from train import failure, hub
+from train import failure, hub, trackers
 from train.batches import EvalBatches, TrainBatches
 from train.config import DEFAULTS, RunConfig
-from train.engines import deepspeed_json, rendezvous
+from train.engines import deepspeed_json, launcher, rendezvous
 from train.engines.accelerated import AcceleratedEngine
 from train.engines.accelerators import device_type, world_size
 from train.engines.base import Engine
@@ -28,7 +28,6 @@ from train.follow import FollowingBatches, GrowingTokens
 from train.metrics import cpu_has_bf16
 from train.models import build_model, default_learning_rate, gpt2s_tokenizer, model_config, own_tokenizer
 from train.recompute import KERNELS_THAT_CAN_BE_KEPT
-from train.runlog import check_trackers
 from train.tokens import TOKENIZER_NAME, gpt2_encoding, open_tokens
 
 CPP_COMPILERS = (os.environ.get("CXX", "g++"), "g++", "clang++")
@@ -92,7 +91,7 @@ def settle(config: RunConfig) -> Run:
     Raises:
         UserError: naming what cannot be, before anything is written or built.
     """
-    check_trackers(config.report_to)
+    trackers.check(config.report_to)
     if config.push_to_hub is not None and failure.job()[0] == 0:
         hub.check(config.push_to_hub)
     restarted = rendezvous.has_begun(config.run_folder)
@@ -195,18 +194,13 @@ def _settle_engine(config: RunConfig) -> tuple[RunConfig, dict[str, Any] | None]
         torch.cuda.is_bf16_supported(including_emulation=False) if device_type() == "cuda" else cpu_has_bf16()
     )
     if config.optimized:
-        launchers = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")  # `deepspeed_config_file` in Accelerate's YAML
+        launchers = launcher.deepspeed_config_file()
         if launchers not in (None, config.deepspeed_config or launchers):
             raise UserError(
                 f"--deepspeed_config {config.deepspeed_config}: the launcher's deepspeed_config_file is {launchers}; "
                 "name one of them"
             )
         config = dataclasses.replace(config, deepspeed_config=config.deepspeed_config or launchers)
-        if config.deepspeed_config is None:
-            raise UserError(
-                "--run_type optimized: trains through DeepSpeed; "
-                "name its JSON, for example --deepspeed_config ds_configs/zero2.json"
-            )
         config, deepspeed = deepspeed_json.resolve(config, world_size(), bf16_is_fast)
     else:
         deepspeed = None

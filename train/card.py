@@ -8,9 +8,9 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from train.compare_runs import Run
 from train.models import SIZES
+from train.report_parts import markdown_table
 
 CHART = "training_loss.png"
-BAR = r"\|"  # in a cell of a table
 # Flags that say how the run was carried out, not what was trained.
 LEFT_OUT = {"checkpoint_path", "push_to_hub", "report_to", "resume_from_checkpoint", "overwrite", "train_data_path",
             "val_data_path", "model", "prompt", "max_new_tokens", "profile", "profile_steps", "memory_snapshot",
@@ -88,17 +88,17 @@ The code beside the weights adds FlashAttention and a loss in chunks. Without it
 
 ## Result
 
-{table(("figure", "value"), figures(summary))}
+{markdown_table(("figure", "value"), list(figures(summary)))}
 
 ![training loss]({CHART})
 {sample_text(sample)}
 ## Data
 
-{table(("split", "tokens", "source"), data_rows(summary))}
+{markdown_table(("split", "tokens", "source"), list(data_rows(summary)))}
 
 ## Training
 
-{table(("setting", "value"), settings(summary, config))}
+{markdown_table(("setting", "value"), list(settings(summary, config)))}
 
 Trained by {processes(summary)} on {device_of(hardware)}, {hardware["platform"]}; {versions_of(summary)}.
 {how}
@@ -182,8 +182,3 @@ def versions_of(summary: dict[str, Any]) -> str:
     return ", ".join(
         f"{name} {found[name]}" for name in ("gpt2flash", "torch", "transformers", "deepspeed") if name in found
     )
-
-
-def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
-    lines = [head, ("---",) * len(head), *rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', BAR) for cell in line)} |" for line in lines)

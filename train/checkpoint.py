@@ -11,6 +11,7 @@ are fp32 under GPT-2's names, whatever engine and layout wrote them, so that any
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -139,6 +140,20 @@ def _step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
+def latest(run_folder: Path) -> Path:
+    """The step folder that the run folder's `latest` names.
+
+    Raises:
+        UserError: when it names something else.
+    """
+    name = (run_folder / LATEST).read_text(encoding="utf-8", errors="replace").strip()
+    if not re.fullmatch(r"step-\d+", name):
+        raise UserError(
+            f"{run_folder / LATEST}: names {name!r}; write the step-N folder in {run_folder} to go on from"
+        )
+    return run_folder / name
+
+
 def find(asked: str, run_folder: Path) -> Checkpoint:
     """The checkpoint meant by `--resume_from_checkpoint`: `latest` of the run folder, or a step or run folder.
 
@@ -149,7 +164,7 @@ def find(asked: str, run_folder: Path) -> Checkpoint:
     if not folder.exists():
         raise UserError(f"--resume_from_checkpoint {asked}: {folder} does not exist")
     if not (folder / STATE).exists() and (folder / LATEST).exists():
-        folder = folder / (folder / LATEST).read_text(encoding="utf-8").strip()
+        folder = latest(folder)
     if not (folder / STATE).exists():
         raise UserError(
             f"--resume_from_checkpoint {asked}: {folder} holds no whole checkpoint ({STATE} is missing); "

@@ -8,15 +8,15 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from train.card import CHART, card
-from train.checkpoint import LATEST
+from train.checkpoint import latest
 from train.compare_plots import draw_training_loss, picture
 from train.compare_runs import read_run
 from train.errors import UserError, run_command
 from train.files import write_text
 
 
-def check(repo: str) -> None:
-    """Refuse what could not be pushed to, before a run begins.
+def check(repo: str, flag: str = "--push_to_hub") -> None:
+    """Refuse what could not be pushed to, before a run begins; `flag` is how it was named.
 
     Raises:
         UserError: when `repo` is no owner/name, or nobody is logged in.
@@ -24,18 +24,16 @@ def check(repo: str) -> None:
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
-        raise UserError(f"--push_to_hub {repo}: {error}") from None
+        raise UserError(f"{flag} {repo}: {error}") from None
     if "/" not in repo:
-        raise UserError(f"--push_to_hub {repo}: write owner/name")
+        raise UserError(f"{flag} {repo}: write owner/name")
     try:
         HfApi().whoami()
     except Exception as error:  # no token, a wrong one, no network: each its own class
-        raise UserError(
-            f"--push_to_hub {repo}: the Hub does not know who you are ({_brief(error)}); hf auth login"
-        ) from None
+        raise UserError(f"{flag} {repo}: the Hub does not know who you are ({_brief(error)}); hf auth login") from None
 
 
-def push(run_folder: Path, repo: str) -> str:
+def push(run_folder: Path, repo: str, flag: str = "--push_to_hub") -> str:
     """Write the card and its chart into the run folder, and upload them with the latest model; its address.
 
     Raises:
@@ -44,9 +42,8 @@ def push(run_folder: Path, repo: str) -> str:
     run = read_run(run_folder, repo.rpartition("/")[2])
     write_text(run_folder / "README.md", str(card(run, repo)))
     (run_folder / CHART).write_bytes(picture([run], draw_training_loss))
-    latest = run_folder / (run_folder / LATEST).read_text(encoding="utf-8").strip()
     # Not what else is there: metrics and traces name the folders of this machine.
-    model_files = [path.name for path in latest.iterdir() if (run_folder / path.name).exists()]
+    model_files = [path.name for path in latest(run_folder).iterdir() if (run_folder / path.name).exists()]
     try:
         api = HfApi()
         api.create_repo(repo, exist_ok=True)
@@ -58,7 +55,7 @@ def push(run_folder: Path, repo: str) -> str:
         )
     except Exception as error:  # as above
         raise UserError(
-            f"--push_to_hub {repo}: {_brief(error)}; the run in {run_folder} is whole: "
+            f"{flag} {repo}: {_brief(error)}; the run in {run_folder} is whole: "
             f"python -m train.hub {run_folder} {repo} tries again"
         ) from None
     return done.repo_url.url
@@ -73,8 +70,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("run", metavar="RUN", type=Path, help="the folder of a finished run")
     parser.add_argument("repo", metavar="OWNER/NAME", help="the repository, which is made if it is not there")
     args = parser.parse_args(argv)
-    check(args.repo)
-    print(push(args.run, args.repo))
+    check(args.repo, "OWNER/NAME")
+    print(push(args.run, args.repo, "OWNER/NAME"))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from modeling_gpt2flash import GPT2FlashForCausalLM
 from train import nanogpt
 from train.errors import UserError
 from train.growing_cache import growing_cache
-from train.models import build_model, gpt2s_tokenizer, own_tokenizer
+from train.models import build_model, check_shards, gpt2s_tokenizer, own_tokenizer
 
 
 @dataclass(frozen=True)
@@ -122,6 +122,7 @@ def load_model(
         raise UserError(f"{flag} {folder}: there is no such folder")
     if not (path / "config.json").exists():
         raise UserError(f"{flag} {folder}: has no config.json; name a step-N folder or a finished run's folder")
+    check_shards(path)
     try:
         model: Any = GPT2FlashForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
     except Exception as error:  # a foreign or damaged folder fails in many ways

@@ -1,5 +1,6 @@
 """The model a run trains: a named size freshly initialised, or the weights of a folder, a Hub id or nanoGPT's file."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,7 @@ def build_model(name: str, config: GPT2FlashConfig, attn_implementation: str) ->
     source: dict[str, Any] = place(name)
     if nanogpt.is_named(name):
         source = {"pretrained_model_name_or_path": None, "state_dict": nanogpt.read_weights(Path(name), config)}
+    check_shards(Path(name))
     try:
         loaded: Any = GPT2FlashForCausalLM.from_pretrained(
             **source,
@@ -76,6 +78,24 @@ def build_model(name: str, config: GPT2FlashConfig, attn_implementation: str) ->
         missing = sorted(report["missing_keys"])
         raise UserError(f"--model {name}: {len(missing)} weights are missing, {missing[0]} first; is it a GPT-2?")
     return model
+
+
+def check_shards(folder: Path) -> None:
+    """Refuse an index that names weights outside of its folder: transformers would go and read them.
+
+    In a repository of the Hub its own client refuses such names.
+
+    Raises:
+        UserError: naming the index and the file.
+    """
+    for index in folder.glob("*.index.json"):
+        try:
+            shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            outside = [shard for shard in shards if Path(shard).name != shard]
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            continue  # transformers says what is wrong with it
+        if outside:
+            raise UserError(f"{index}: names {outside[0]}, which is not a file beside it; there is no such model")
 
 
 def own_tokenizer(name: str, n_positions: int) -> PreTrainedTokenizerBase | None:
@@ -95,6 +115,12 @@ def own_tokenizer(name: str, n_positions: int) -> PreTrainedTokenizerBase | None
         raise UserError(f"{name}: its tokenizer cannot be read: {_first_line(error)}") from None
     if len(tokenizer) < 2:  # what transformers makes up for a repository without one
         return None
+    templates = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
+    for template in templates:
+        if Path(template).name != template:  # each is saved under its name
+            raise UserError(
+                f"{name}: its tokenizer has a chat template named {template!r}, which is no name of a file"
+            )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.model_max_length = min(tokenizer.model_max_length, n_positions)

@@ -21,6 +21,7 @@ from typing import Any
 from safetensors import SafetensorError
 from tqdm import tqdm
 
+from train import shipped
 from train.errors import UserError, run_command
 from train.files import write_json, write_text
 from train.metrics import hardware, json_safe, versions
@@ -39,8 +40,9 @@ class Layout:
     """A way to share a run among processes: how it is started, and into how many shares the data is divided."""
 
     name: str
-    launcher: str
+    processes: int
     data_parallel: int
+    accelerate: str | None = None  # the file that Accelerate launches with; None: torchrun, or nothing for one process
     deepspeed_config: str | None = None
     stages: int = 1
 
@@ -52,29 +54,32 @@ class Layout:
     def words(self) -> list[str]:
         engine = ["--deepspeed_config", self.deepspeed_config] if self.deepspeed_config else []
         stages = ["--pipeline_stages", str(self.stages)] if self.stages > 1 else []
-        return [*self.launcher.split(), "-m", "train", "--run_type", self.run_type, *engine, *stages]
+        return [*self._launcher, "-m", "train", "--run_type", self.run_type, *engine, *stages]
 
-
-def _torchrun(processes: int) -> str:
-    return f"torchrun --nproc_per_node {processes} --rdzv_backend c10d --rdzv_endpoint localhost:0"
-
-
-def _accelerate(config: str, processes: int) -> str:
-    file = f"accelerate_configs/{config}.yaml"
-    return f"accelerate launch --config_file {file} --num_processes {processes} --main_process_port 0"
+    @property
+    def _launcher(self) -> list[str]:
+        """With this interpreter, so that the package is found where this module was."""
+        if self.processes == 1:
+            return [sys.executable]
+        if self.accelerate is None:
+            launch = [sys.executable, "-m", "torch.distributed.run", "--rdzv_backend", "c10d"]
+            return [*launch, "--rdzv_endpoint", "localhost:0", "--nproc_per_node", str(self.processes)]
+        launch = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
+        file = shipped.accelerate_file(self.accelerate)
+        return [*launch, "--config_file", str(file), "--num_processes", str(self.processes)]
 
 
 LAYOUTS = (
-    Layout("single", "python", 1),
-    Layout("ddp-x2", _torchrun(2), 2),
-    Layout("ddp-x4", _torchrun(4), 4),
-    Layout("zero1-x2", _accelerate("deepspeed", 2), 2, "ds_configs/zero1.json"),
-    Layout("zero2-x2", _accelerate("deepspeed", 2), 2, "ds_configs/zero2.json"),
-    Layout("zero3-x2", _accelerate("deepspeed", 2), 2, "ds_configs/zero3.json"),
-    Layout("fsdp2-x2", _accelerate("fsdp2", 2), 2),
-    Layout("pp2", _accelerate("deepspeed", 2), 1, "ds_configs/pipeline.json", 2),
-    Layout("pp4", _accelerate("deepspeed", 4), 1, "ds_configs/pipeline.json", 4),
-    Layout("pp2-dp2", _accelerate("deepspeed", 4), 2, "ds_configs/pipeline.json", 2),
+    Layout("single", 1, 1),
+    Layout("ddp-x2", 2, 2),
+    Layout("ddp-x4", 4, 4),
+    Layout("zero1-x2", 2, 2, "deepspeed.yaml", "ds_configs/zero1.json"),
+    Layout("zero2-x2", 2, 2, "deepspeed.yaml", "ds_configs/zero2.json"),
+    Layout("zero3-x2", 2, 2, "deepspeed.yaml", "ds_configs/zero3.json"),
+    Layout("fsdp2-x2", 2, 2, "fsdp2.yaml"),
+    Layout("pp2", 2, 1, "deepspeed.yaml", "ds_configs/pipeline.json", 2),
+    Layout("pp4", 4, 1, "deepspeed.yaml", "ds_configs/pipeline.json", 4),
+    Layout("pp2-dp2", 4, 2, "deepspeed.yaml", "ds_configs/pipeline.json", 2),
 )
 
 
@@ -272,7 +277,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         prog="python -m train.parity",
         description=f"Train {STEPS} steps on every layout, with and without activation checkpointing and clipping, "
         "and compare each run with stock GPT-2 in float64. Exit code 1 when a run differs or fails.",
-        epilog=f"example:\n  {EXAMPLE}\n\nRun it in the repository's root; on two cores all of it takes half an hour.",
+        epilog=f"example:\n  {EXAMPLE}\n\nOn two cores all of it takes half an hour.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
@@ -291,18 +296,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def check_files(layouts: Sequence[Layout]) -> None:
-    """Refuse to start where the shipped configurations are not at hand."""
-    for layout in layouts:
-        for word in layout.words:
-            if word.startswith(("accelerate_configs/", "ds_configs/")) and not Path(word).exists():
-                raise UserError(f"{word} is not here ({Path.cwd()}); run this in the repository's root")
-
-
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     layouts = [layout for layout in LAYOUTS if layout.name in arguments.layouts]
-    check_files(layouts)
     if arguments.out is not None:  # now, not when all is done and cannot be written
         if arguments.out.exists() and not arguments.out.is_dir():
             raise UserError(f"--out {arguments.out} is a file: give a folder")

@@ -10,10 +10,12 @@ assumptions.
 
 import argparse
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from modeling_gpt2flash.pipeline import Partition, partition
+from train import shipped
 from train.errors import UserError, run_command
 from train.models import model_config
 from train.plan_memory import Memory, predict
@@ -31,6 +33,7 @@ KEEPS: dict[Recompute, str] = {"none": "all", "selective": "attention", "full": 
 
 @dataclass(frozen=True)
 class Plan:
+    shape: Shape
     layout: Layout
     memory: Memory
     speed: Speed
@@ -84,7 +87,7 @@ def plans(
 
 
 def _plan(shape: Shape, layout: Layout, device: Device, efficiency: float, cut: Partition | None) -> Plan:
-    return Plan(layout, predict(shape, layout), predict_speed(shape, layout, device, efficiency, cut))
+    return Plan(shape, layout, predict(shape, layout), predict_speed(shape, layout, device, efficiency, cut))
 
 
 def _layouts(world_size: int, layers: int, device: Device) -> Iterator[Layout]:
@@ -110,13 +113,14 @@ def _micro_batches(sequences: int, data_parallel: int) -> list[int]:
     return [] if rest else [number for number in range(1, share + 1) if share % number == 0]
 
 
-def command(plan: Plan, model: str, block_size: int) -> str:
-    """What starts it, with this repository's own configurations; data and folders are the flags' defaults."""
+def command(plan: Plan, model: str) -> str:
+    """What starts it here, with a shipped configuration; data and folders are the flags' defaults."""
     layout = plan.layout
     files = {"ddp": "ddp", "fsdp2": "fsdp2", "zero": "deepspeed"}
     words = ["python -m train"]
     if layout.kind != "single":
-        words = [f"accelerate launch --config_file accelerate_configs/{files[layout.kind]}.yaml"]
+        file = shipped.accelerate_file(f"{files[layout.kind]}.yaml")
+        words = [f"accelerate launch --config_file {shlex.quote(str(file))}"]
         words += [f"--num_processes {layout.world_size} -m train"]
     words += [f"--run_type {'optimized' if layout.kind == 'zero' else 'baseline'}"]
     if layout.kind == "zero":
@@ -124,7 +128,7 @@ def command(plan: Plan, model: str, block_size: int) -> str:
         words += [f"--deepspeed_config ds_configs/{name}.json"]
     if layout.stages > 1:
         words += [f"--pipeline_stages {layout.stages}"]
-    words += [f"--model {model} --block_size {block_size}"]
+    words += [f"--model {shlex.quote(model)} --block_size {plan.shape.block_size}"]
     words += [f"--train_micro_batch_size_per_gpu {layout.micro_batch}"]
     words += [f"--gradient_accumulation_steps {layout.accumulation}"]
     if layout.recompute != "none":
@@ -233,8 +237,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "\nat the peak of the first: " + ", ".join(f"{k} {v / 1e9:.2f}" for k, v in best.memory.at_peak.items()), "GB"
     )
     print(f"\nassumed:\n{assumptions(device, args.efficiency, limit, best.layout.bf16)}")
-    block_size = args.block_size or model_config(args.model, dropout=0.0, loss_chunk_size=0).n_positions
-    print(f"\n{command(best, args.model, block_size)}")
+    print(f"\n{command(best, args.model)}")
 
 
 if __name__ == "__main__":

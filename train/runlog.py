@@ -8,7 +8,7 @@ from typing import Any
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from train.errors import UserError
+from train import trackers
 from train.files import write_text
 from train.metrics import json_safe
 
@@ -34,12 +34,13 @@ class RunLog:
         self.total_steps = total_steps
         self.records: list[dict[str, Any]] = []
         known = (bool, int, float, str)
-        accelerator.init_trackers("gpt2flash", {k: v if isinstance(v, known) else str(v) for k, v in config.items()})
+        self.config = {k: v if isinstance(v, known) else str(v) for k, v in config.items()}
 
     def start(self, step: int, earlier: Path) -> None:
         """Open the log at `step`, after the records up to it that the file `earlier` holds (a resumed run's)."""
         if not self.main:
             return
+        trackers.start(self.accelerator, self.file.parent, self.config, step)
         self.records = [record for record in read_records(earlier) if record["step"] <= step]
         write_text(self.file, "".join(json.dumps(record) + "\n" for record in self.records))
         self.stream = self.file.open("a", encoding="utf-8")
@@ -66,17 +67,3 @@ class RunLog:
         if self.main:
             self.bar.close()
             self.stream.close()
-
-
-def check_trackers(report_to: str) -> None:
-    """Refuse a tracker whose package is not installed (Accelerate would only warn)."""
-    if report_to == "none":
-        return
-    from accelerate.tracking import get_available_trackers
-
-    available = {str(tracker) for tracker in get_available_trackers()}
-    for name in report_to.split(","):
-        if name.strip() not in available:
-            raise UserError(
-                f"--report_to {name}: its package is not installed; pip install {name.strip()}, or drop it"
-            )

@@ -20,9 +20,18 @@ def configurations() -> list[Path]:
 
 def deepspeed_json(name: str) -> Path:
     """The file of this name, else the shipped one: `zero2.json` and `ds_configs/zero2.json` are in any folder."""
+    return _here_or_shipped(name, DEEPSPEED)
+
+
+def accelerate_file(name: str) -> Path:
+    """Accelerate's file of this name (`ddp.yaml`): that in `accelerate_configs` here, else the shipped one."""
+    return _here_or_shipped(f"{ACCELERATE}/{name}", ACCELERATE)
+
+
+def _here_or_shipped(name: str, folder: str) -> Path:
     file = Path(name)
-    shipped = PACKAGE / DEEPSPEED / file.name
-    return shipped if not file.exists() and file.parent in (Path(), Path(DEEPSPEED)) and shipped.is_file() else file
+    shipped = PACKAGE / folder / file.name
+    return shipped if not file.exists() and file.parent in (Path(), Path(folder)) and shipped.is_file() else file
 
 
 def find(name: str) -> Path:

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from modeling_gpt2flash import GPT2FlashForCausalLM
 from modeling_gpt2flash.documents import kernel_arguments
 from train.batches import IGNORED_LABEL
-from train.engines.accelerators import launcher_asks
+from train.engines import launcher
 from train.engines.base import Engine, StepResult
 from train.engines.layout import Place
 from train.recompute import checkpoint_arguments, recompute_blocks
@@ -51,7 +51,7 @@ class AcceleratedEngine(Engine):
             zero = self.deepspeed["zero_optimization"]
             offload = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
             return _zero(zero.get("stage", 0), offload)
-        return "plain" if self.world_size == 1 else "FSDP2" if launcher_asks("ACCELERATE_USE_FSDP") else "DDP"
+        return "plain" if self.world_size == 1 else "FSDP2" if launcher.asks("FSDP") else "DDP"
 
     def _place(self) -> Place:
         model: Any = self.model

@@ -17,6 +17,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from train import failure
 from train.config import RunConfig
+from train.engines import launcher
 from train.errors import UserError
 
 
@@ -46,13 +47,13 @@ def set_product_precision(config: RunConfig) -> None:
 
 def plain_accelerator(config: RunConfig) -> Accelerator:
     """One process, DDP or, where the launcher asks for it, FSDP2."""
-    if launcher_asks("ACCELERATE_USE_DEEPSPEED"):
+    if launcher.asks("DEEPSPEED"):
         raise UserError(
             "--run_type baseline: the launcher asks for DeepSpeed, and the baseline is plain PyTorch; "
             "start it with python -m train or torchrun, or use --run_type optimized"
         )
-    _check_launcher(config, {})
-    fsdp = _fsdp_plugin(config) if launcher_asks("ACCELERATE_USE_FSDP") else None
+    launcher.check(config, {})
+    fsdp = _fsdp_plugin(config) if launcher.asks("FSDP") else None
     on_cpu = device_type() == "cpu"
     if fsdp and on_cpu:
         # Accelerate 1.15 shards on accelerators alone; on a CPU it would train unsharded without a word.
@@ -67,12 +68,13 @@ def plain_accelerator(config: RunConfig) -> Accelerator:
 
 
 def deepspeed_accelerator(config: RunConfig, deepspeed: dict[str, Any]) -> Accelerator:
-    if launcher_asks("ACCELERATE_USE_FSDP"):
+    if launcher.asks("FSDP"):
         raise UserError(
             "--run_type optimized: the launcher asks for FSDP, and the optimized run shards through DeepSpeed; launch "
             "with accelerate_configs/deepspeed.yaml, or use --run_type baseline"
         )
-    _check_launcher(config, deepspeed["zero_optimization"])
+    launcher.check(config, deepspeed["zero_optimization"])
+    launcher.forget()
     handlers = []
     if device_type() == "cpu":
         handlers.append(InitProcessGroupKwargs(backend="gloo"))
@@ -97,35 +99,11 @@ def deepspeed_accelerator(config: RunConfig, deepspeed: dict[str, Any]) -> Accel
     return accelerator
 
 
-def launcher_asks(variable: str) -> bool:
-    return os.environ.get(variable, "false").lower() == "true"
-
-
-def _check_launcher(config: RunConfig, zero: dict[str, Any]) -> None:
-    """Refuse settings in Accelerate's file or command line that would be overruled, or would overrule the run's."""
-    nowhere = {"device": "none"}
-    for key, variable, settled in (
-        ("mixed_precision", "MIXED_PRECISION", config.mixed_precision),
-        ("gradient_accumulation_steps", "GRADIENT_ACCUMULATION_STEPS", config.gradient_accumulation_steps),
-        ("gradient_clipping", "GRADIENT_CLIPPING", config.max_grad_norm),
-        ("zero_stage", "DEEPSPEED_ZERO_STAGE", zero.get("stage", 0)),
-        ("offload_optimizer_device", "DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", zero.get("offload_optimizer", nowhere)),
-        ("offload_param_device", "DEEPSPEED_OFFLOAD_PARAM_DEVICE", zero.get("offload_param", nowhere)),
-    ):
-        value = settled.get("device", "none") if isinstance(settled, dict) else settled
-        asked = os.environ.get(f"ACCELERATE_{variable}", "auto")
-        left_open = ("auto", "no", "none")  # Accelerate says "no" also where nothing was said
-        if asked not in (*left_open, str(value)) and not (isinstance(value, float) and float(asked) == value):
-            raise UserError(
-                f"the launcher's {key} is {asked}, but the run's is {value}: remove it there; it is set by the run's "
-                "flags and DeepSpeed JSON"
-            )
-
-
 def _fsdp_plugin(config: RunConfig) -> FullyShardedDataParallelPlugin:
     """FSDP2 as the launcher's YAML has it, sharded block by block, gradients summed in fp32."""
     for variable, wanted, remedy in (
         ("FSDP_VERSION", "2", "write fsdp_version: 2"),
+        ("FSDP_AUTO_WRAP_POLICY", "transformer_based_wrap", "write TRANSFORMER_BASED_WRAP, or leave it out"),
         ("FSDP_ACTIVATION_CHECKPOINTING", "false", "use --activation_checkpointing"),
         ("FSDP_OFFLOAD_PARAMS", "false", "offload with ZeRO, ds_configs/zero3_offload.json"),
     ):

@@ -8,6 +8,7 @@ from typing import Any
 
 from train import shipped
 from train.config import ENGINE_DEFAULTS, RunConfig
+from train.engines import launcher
 from train.errors import UserError
 
 # The blocks that DeepSpeed 0.19 reads at the top level and that this trainer leaves to it.
@@ -42,13 +43,12 @@ def resolve(config: RunConfig, world_size: int, bf16_is_fast: bool) -> tuple[Run
     """Settle an optimized run: the flags with no number left open, and the JSON with no "auto" left in it.
 
     A number stands in the flag, in the JSON, in both when they agree, or in neither (then the flag's default holds).
+    Where no JSON is named, the fields of Accelerate's file stand for one.
 
     Raises:
         UserError: for an unreadable file, an unknown key, or a number that contradicts a flag.
     """
-    assert config.deepspeed_config is not None
-    file = shipped.deepspeed_json(config.deepspeed_config)
-    settings = read(file)
+    file, settings = _named(config.deepspeed_config)
 
     def agree(key: str, flag: str) -> Any:
         asked, written = getattr(config, flag), settings.get(key, "auto")
@@ -97,6 +97,20 @@ def resolve(config: RunConfig, world_size: int, bf16_is_fast: bool) -> tuple[Run
     return config, settings
 
 
+def _named(name: str | None) -> tuple[str, dict[str, Any]]:
+    """Where the settings stand, for messages, and the settings."""
+    if name is not None:
+        file = shipped.deepspeed_json(name)
+        return str(file), read(file)
+    fields = launcher.deepspeed_fields()
+    if fields is None:
+        raise UserError(
+            "--run_type optimized: trains through DeepSpeed; name its JSON, for example --deepspeed_config "
+            "ds_configs/zero2.json"
+        )
+    return launcher.FIELDS, fields
+
+
 def read(file: Path) -> dict[str, Any]:
     """The JSON's top level, every key of it one that is obeyed."""
     try:
@@ -117,7 +131,7 @@ def read(file: Path) -> dict[str, Any]:
     return settings
 
 
-def _pipeline(config: RunConfig, settings: dict[str, Any], file: Path, world_size: int) -> tuple[int, int]:
+def _pipeline(config: RunConfig, settings: dict[str, Any], file: str, world_size: int) -> tuple[int, int]:
     """The number of stages, and of layers that are recomputed together.
 
     With more than one stage, the block is filled in and ZeRO is at the stage that goes with it.
@@ -161,7 +175,7 @@ def _pipeline(config: RunConfig, settings: dict[str, Any], file: Path, world_siz
     return stages, interval
 
 
-def _stages(asked: int | None, block: Any, file: Path) -> int:
+def _stages(asked: int | None, block: Any, file: str) -> int:
     """From --pipeline_stages or the JSON's "pipeline" block, which has to make sense with it."""
     if block is None:
         return asked or 1
@@ -193,7 +207,7 @@ def _stages(asked: int | None, block: Any, file: Path) -> int:
     return stages
 
 
-def _interval(asked: int | None, block: dict[str, Any], file: Path) -> int:
+def _interval(asked: int | None, block: dict[str, Any], file: str) -> int:
     """From --activation_checkpointing or the JSON's "pipeline" block; 0: nothing is recomputed."""
     written = block.get("activation_checkpoint_interval", "auto")
     if written == "auto":
@@ -211,7 +225,7 @@ def _interval(asked: int | None, block: dict[str, Any], file: Path) -> int:
     return written
 
 
-def _bf16(config: RunConfig, settings: dict[str, Any], file: Path, bf16_is_fast: bool) -> bool:
+def _bf16(config: RunConfig, settings: dict[str, Any], file: str, bf16_is_fast: bool) -> bool:
     for block in ("bf16", "fp16"):
         if not isinstance(settings.get(block, {}), dict):
             raise UserError(f'{file}: "{block}" is {settings[block]!r}; write {{"enabled": "auto"}}')
@@ -231,7 +245,7 @@ def _bf16(config: RunConfig, settings: dict[str, Any], file: Path, bf16_is_fast:
     return written
 
 
-def _check_zero(settings: dict[str, Any], file: Path, bf16: bool) -> None:
+def _check_zero(settings: dict[str, Any], file: str, bf16: bool) -> None:
     zero = settings.setdefault("zero_optimization", {"stage": 0})
     if not isinstance(zero, dict) or zero.get("stage", 0) not in (0, 1, 2, 3):
         raise UserError(f'{file}: "zero_optimization" needs a "stage" of 0, 1, 2 or 3')
@@ -243,7 +257,7 @@ def _check_zero(settings: dict[str, Any], file: Path, bf16: bool) -> None:
         raise UserError(f'{file}: "zero_force_ds_cpu_optimizer" freezes the learning rate after resuming; write false')
 
 
-def _check_with_deepspeed(settings: dict[str, Any], file: Path) -> None:
+def _check_with_deepspeed(settings: dict[str, Any], file: str) -> None:
     """Let DeepSpeed judge what is inside its blocks, now instead of when the engine is built."""
     for block, keys in UNCHECKED_BLOCKS.items():
         found = settings.get(block, {})
