@@ -64,6 +64,7 @@ for folder in ("model", "again", "base"):
         base.save_pretrained("base")
 """
     environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
+    environment["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed, imported in saving, prints what it has found
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
