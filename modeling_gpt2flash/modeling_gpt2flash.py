@@ -20,7 +20,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 from transformers.utils.generic import TransformersKwargs, can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
@@ -30,16 +29,9 @@ from .configuration_gpt2flash import GPT2FlashConfig, refuse_unsupported
 from .documents import attention_arguments
 from .loss import causal_lm_loss
 from .positions import check_length, check_positions, count_positions, keep_positions
+from .projection import Projection, ResidualProjection, is_quantized
 
 logger = logging.get_logger(__name__)
-
-
-class ResidualConv1D(Conv1D):
-    """The end of a residual branch, under a name that `_init_weights` can tell from other Conv1Ds.
-
-    Asking for the attention or MLP around it would not do: in code outside its own package transformers initialises
-    no module that has no parameters of its own.
-    """
 
 
 class GPT2FlashAttention(nn.Module):
@@ -58,8 +50,8 @@ class GPT2FlashAttention(nn.Module):
         if config.scale_attn_by_inverse_layer_idx:
             self.scaling /= layer_idx + 1
 
-        self.c_attn = Conv1D(3 * config.n_embd, config.n_embd)
-        self.c_proj = ResidualConv1D(config.n_embd, config.n_embd)
+        self.c_attn = Projection(3 * config.n_embd, config.n_embd)
+        self.c_proj = ResidualProjection(config.n_embd, config.n_embd)
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
     def forward(
@@ -105,8 +97,8 @@ class GPT2FlashMLP(nn.Module):
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__()
         inner = config.n_inner if config.n_inner is not None else 4 * config.n_embd
-        self.c_fc = Conv1D(inner, config.n_embd)
-        self.c_proj = ResidualConv1D(config.n_embd, inner)
+        self.c_fc = Projection(inner, config.n_embd)
+        self.c_proj = ResidualProjection(config.n_embd, inner)
         self.act = ACT2FN[config.activation_function]
         self.dropout = nn.Dropout(config.resid_pdrop)
 
@@ -167,9 +159,9 @@ class GPT2FlashPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, Conv1D):
+        if isinstance(module, Projection):
             std = self.config.initializer_range
-            if isinstance(module, ResidualConv1D):
+            if isinstance(module, ResidualProjection):
                 # 2 * n_layer of these are summed along the residual path: this keeps the sum's variance at one's.
                 std /= math.sqrt(2 * self.config.n_layer)
             init.normal_(module.weight, mean=0.0, std=std)
@@ -369,9 +361,12 @@ class GPT2FlashForCausalLM(GPT2FlashPreTrainedModel, GenerationMixin):
 
     def _loss(self, hidden_states: Tensor, logits: Tensor | None, labels: Tensor | None, **how: Any) -> Tensor:
         """From the logits where all of them are at hand, else from the hidden states in chunks."""
-        # Something may stand in for the head, an adapter say, whose output its weight alone does not tell.
-        if logits is None and type(self.lm_head) is nn.Linear:
-            return causal_lm_loss(hidden_states, self.lm_head.weight, labels, chunk_size=self._chunk_size(), **how)
+        # Something may stand in for the head, an adapter say, whose output its weight alone does not tell; and the
+        # weight may be quantized, or where a device map has put it, on another device or on disk.
+        head = self.lm_head
+        by_weight = type(head) is nn.Linear and not is_quantized(head.weight)
+        if logits is None and by_weight and head.weight.device == hidden_states.device:
+            return causal_lm_loss(hidden_states, head.weight, labels, chunk_size=self._chunk_size(), **how)
         if logits is None:
             logits = self.lm_head(hidden_states)
         return self.loss_function(logits, labels, vocab_size=logits.shape[-1], **how)

@@ -28,12 +28,15 @@ def _caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-def command(*words: object, cwd: Path, check: bool = True, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+def command(
+    *words: object, cwd: Path, check: bool = True, timeout: float = 300, stdin: str | None = None
+) -> subprocess.CompletedProcess[str]:
     """Run a command with this environment's programs first on the path; its output is shown when it fails."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     done = subprocess.run(
         [str(word) for word in words],
         cwd=cwd,
+        input=stdin,
         env={**os.environ, "PATH": path},
         capture_output=True,
         text=True,

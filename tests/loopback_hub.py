@@ -125,10 +125,15 @@ class _Handler(BaseHTTPRequestHandler):
         if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(/revision/[^/]+)?", path):
             if match[1] not in self.server.repositories:
                 return self.refuse(404, "RepoNotFound")
-            files = [{"rfilename": name} for name in self.server.repositories[match[1]]]
-            return self.answer(
-                {"id": match[1], "modelId": match[1], "sha": self.server.commit(match[1]), "siblings": files}
-            )
+            repository = self.server.repositories[match[1]]
+            config = json.loads(repository.get("config.json", b"{}"))
+            return self.answer({
+                "id": match[1],
+                "modelId": match[1],
+                "sha": self.server.commit(match[1]),
+                "siblings": [{"rfilename": name} for name in repository],
+                "config": {key: config[key] for key in ("architectures", "auto_map", "model_type") if key in config},
+            })  # fmt: skip
         if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/[^/]+", path):
             files = self.server.repositories.get(match[1], {})
             return self.answer([

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from modeling_gpt2flash import GPT2FlashConfig, GPT2FlashForCausalLM
 
@@ -60,3 +60,12 @@ def pad(ids: Tensor, amounts: list[int], side: str) -> tuple[Tensor, Tensor]:
 
 def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def save_like_a_run(folder: Path, tokenizer_of: Path, **fields) -> GPT2FlashForCausalLM:
+    """Ours in a folder as runs leave them, weights, code and tokenizer; the tokenizer is that of another folder."""
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_of)
+    ours = make_ours(vocab_size=len(tokenizer), n_positions=64, **fields)
+    ours.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return ours
