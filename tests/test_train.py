@@ -25,7 +25,7 @@ def test_a_finished_run_is_complete(finished: Path) -> None:
     assert {path.name for path in finished.iterdir()} == {
         "attention.py", "config.json", "configuration_gpt2flash.py", "documents.py", "generation_config.json",
         "latest", "loss.py", "metrics.json", "metrics.jsonl", "model.safetensors", "modeling_gpt2flash.py",
-        "positions.py", "step-4", "step-8", "tokenizer.json", "tokenizer_config.json",
+        "positions.py", "projection.py", "step-4", "step-8", "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
     assert (finished / "latest").read_text() == "step-8\n"
     lines = records(finished)
