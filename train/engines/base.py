@@ -5,7 +5,7 @@ layout saves any other layout loads.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from socket import gethostname
@@ -231,8 +231,17 @@ def compile_blocks(model: GPT2FlashForCausalLM, recompute: dict[str, Any] | None
     torch._dynamo.config.optimize_ddp = False
     for block in model.transformer.h:
         # Not `block.compile`, in which would be the hooks with which ZeRO-3 and FSDP2 gather its parameters.
-        forward = block.forward if recompute is None else partial(checkpoint, block.forward, **recompute)
+        forward = block.forward if recompute is None else _recomputing(block.forward, recompute)
         block.forward = torch.compile(forward, **how)
+
+
+def _recomputing(forward: Callable[..., Any], how: dict[str, Any]) -> Callable[..., Any]:
+    def recomputed(*inputs: Any, **more: Any) -> Any:
+        # Not as arguments of `checkpoint`, each of which would be one of what is compiled, used or not: as many
+        # documents as there are in a batch would be part of it, and other numbers of them a compilation more.
+        return checkpoint(partial(forward, **more), *inputs, **how)
+
+    return recomputed
 
 
 def _mix(seed: int, step: int, rank: int) -> int:
