@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset
 from tqdm import tqdm
 
 from train.errors import UserError
@@ -152,6 +151,8 @@ def open_stream(source: Source) -> "IterableDataset":
         # Rows read at once: without the number a whole row group, and an error for a file that has none.
         words["batch_size"] = READ_ROWS
         if source.is_local:
+            import pyarrow.dataset
+
             # Else Arrow keeps what it has read of a file, still compressed, to the file's end.
             words["fragment_scan_options"] = pyarrow.dataset.ParquetFragmentScanOptions(pre_buffer=False)
         if source.text_column in (dataset.column_names or []):
