@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from modeling_gpt2flash import GPT2FlashForCausalLM
 from tests.conftest import command
-from tests.tiny_gpt2 import make_pair
+from tests.tiny_gpt2 import make_pair, sgd_losses
 from train.models import own_tokenizer
 
 pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore")]
@@ -107,15 +107,7 @@ def test_steps_are_those_of_documents_alone(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase, documents: list[list[int]], packing: bool
 ) -> None:
     stock, ours = make_pair(tmp_path, **SIZES)
-    expected = []
-    optimizer = torch.optim.SGD(stock.parameters(), LEARNING_RATE)
-    for _ in range(4):
-        loss = mean_loss(stock, documents)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        expected.append(loss.item())
-    assert expected[-1] < expected[0]
+    expected = sgd_losses(stock, lambda: mean_loss(stock, documents), 4, LEARNING_RATE)
 
     # All documents in each step, so that their order is nothing.
     rows = 2 if packing else len(TEXTS)

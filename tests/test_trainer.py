@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from tests.conftest import torchrun
-from tests.tiny_gpt2 import NO_DROPOUT, make_ours, make_pair, tokens
+from tests.tiny_gpt2 import NO_DROPOUT, make_ours, make_pair, sgd_losses, tokens
 from train.tokens import gpt2_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -65,16 +65,7 @@ def mean_loss(model: nn.Module, data: list[dict[str, list[int]]], smoothing: flo
 
 def plain_steps(model: nn.Module, data: list[dict[str, list[int]]]) -> list[float]:
     """The losses of three steps of SGD."""
-    losses = []
-    optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE)
-    for _ in range(3):
-        loss = mean_loss(model, data)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    assert losses[2] < losses[0]
-    return losses
+    return sgd_losses(model, lambda: mean_loss(model, data), 3, LEARNING_RATE)
 
 
 def settings(folder: Path, **own: Any) -> TrainingArguments:

@@ -1,5 +1,6 @@
 """Small GPT-2s, stock and ours, and inputs for them."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -60,6 +61,22 @@ def pad(ids: Tensor, amounts: list[int], side: str) -> tuple[Tensor, Tensor]:
 
 def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def sgd_losses(
+    model: torch.nn.Module, mean_loss: Callable[[], Tensor], steps: int, learning_rate: float
+) -> list[float]:
+    """The losses of plain steps, the last of which is below the first."""
+    losses = []
+    optimizer = torch.optim.SGD(model.parameters(), learning_rate)
+    for _ in range(steps):
+        loss = mean_loss()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    return losses
 
 
 def save_like_a_run(folder: Path, tokenizer_of: Path, **fields) -> GPT2FlashForCausalLM:
