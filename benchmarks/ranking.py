@@ -74,7 +74,7 @@ def main() -> None:
     name = sides.named(args.side, args.dtype)
     case = Case(args.size, args.block, args.batch, args.device, args.nanogpt)
     side = sides.build(name, case)
-    sides.warm_up({name: side}, case)
+    sides.warm_up(side, case)
     on_gpu = args.device.startswith("cuda")
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with profile(activities=activities, record_shapes=True) as profiler:

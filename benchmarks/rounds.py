@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
@@ -36,10 +37,15 @@ def measure(side: Callable[[], object]) -> Round:
 
 def alternate(sides: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[Round]]:
     """The cost of each side in each round."""
-    taken: dict[str, list[Round]] = {name: [] for name in sides}
+    return take_turns({name: partial(measure, side) for name, side in sides.items()}, rounds)
+
+
+def take_turns(measured: Mapping[str, Callable[[], Round]], rounds: int) -> dict[str, list[Round]]:
+    """The same of sides that measure their rounds themselves, for example in other processes."""
+    taken: dict[str, list[Round]] = {name: [] for name in measured}
     for _ in range(rounds):
-        for name, side in sides.items():
-            taken[name].append(measure(side))
+        for name, side in measured.items():
+            taken[name].append(side())
     return taken
 
 

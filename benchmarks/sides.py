@@ -1,8 +1,8 @@
 """One training step as each tool takes it (forward, backward, clipping, AdamW), from the same weights.
 
     baseline           ours as `--run_type baseline`: eager attention, fp32, full logits, AdamW not fused
-    optimized          ours: attention `auto`, loss in chunks, AdamW and GELU as one kernel each, blocks compiled as by
-                       `--torch_compile`
+    optimized          ours: attention `auto`, loss in chunks, AdamW and GELU as one kernel each, freed memory kept
+                       (`train/allocator.py`), blocks compiled as by `--torch_compile`
     uncompiled         the same without compilation
     checkpointed       optimized, with `--activation_checkpointing`
     lean               the same with `--activation_checkpointing_keeps products`
@@ -20,7 +20,7 @@ import contextlib
 import importlib.util
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,6 +33,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from modeling_gpt2flash import GPT2FlashConfig, GPT2FlashForCausalLM
 from modeling_gpt2flash.attention import choose_attention
 from train.activation import fuse_activations
+from train.allocator import keep_freed_memory
 from train.engines.base import compile_blocks
 from train.errors import UserError
 from train.models import SIZES
@@ -114,6 +115,8 @@ def ours(
     model.to(case.device).train()
     if fused:
         fuse_activations(model)
+        if torch.device(case.device).type == "cpu":
+            keep_freed_memory()
     if compiled:
         compile_blocks(model, checkpoint_arguments(keeps) if keeps == "products" else None)
     if keeps == "nothing":
@@ -210,27 +213,39 @@ def named(side: str, default: str) -> str:
     return f"{name}:{dtype}"
 
 
-def warm_up(sides: dict[str, Side], case: Case) -> str:
-    """Some steps of each side, and what their losses were; ends with a message where they are not the same.
+@dataclass(frozen=True)
+class WarmedUp:
+    """What a side's first steps have shown."""
 
-    The first loss is that of the weights, the others show that gradients, clipping and update agree. A padded
-    vocabulary's words, whose logits are 0 at first, take a share of the probability.
-    """
+    losses: list[float]
+    dtype: torch.dtype
+    padded_words: int
+
+
+def warm_up(side: Side, case: Case) -> WarmedUp:
+    """Some steps: the first loss is that of the weights, the others show gradients, clipping and update."""
     ids, targets = case.tokens()
-    first, *_ = sides
-    expected: list[float] = []
+    return WarmedUp([side.step(ids, targets).item() for _ in range(WARM_UP_STEPS)], side.dtype, side.padded_words)
+
+
+def check_same(found: Mapping[str, WarmedUp]) -> str:
+    """The sides' first losses; ends with a message where one's are not the first one's.
+
+    A padded vocabulary's words, whose logits are 0 at first, take a share of the probability.
+    """
+    first, *_ = found
+    expected = found[first].losses
     lines = []
-    for name, side in sides.items():
-        losses = [side.step(ids, targets).item() for _ in range(WARM_UP_STEPS)]
-        expected = expected or losses
-        excess = [loss / wanted - 1 for loss, wanted in zip(losses, expected, strict=True)]
-        tolerance = max(TOLERANCES[side.dtype], TOLERANCES[sides[first].dtype])
-        padding = max(math.log1p(each.padded_words / VOCABULARY) / min(expected) for each in (side, sides[first]))
+    for name, side in found.items():
+        excess = [loss / wanted - 1 for loss, wanted in zip(side.losses, expected, strict=True)]
+        tolerance = max(TOLERANCES[side.dtype], TOLERANCES[found[first].dtype])
+        padding = max(math.log1p(each.padded_words / VOCABULARY) / min(expected) for each in (side, found[first]))
         if not all(abs(each) <= tolerance + padding for each in excess):
             raise SystemExit(
-                f"{name} does not train as {first} does: its losses are {losses}, not {expected}; nothing was timed"
+                f"{name} does not train as {first} does: its losses are {side.losses}, not {expected}; nothing was "
+                "timed"
             )
-        lines.append(f"{name}: {' '.join(f'{loss:.5f}' for loss in losses)}")
+        lines.append(f"{name}: {' '.join(f'{loss:.5f}' for loss in side.losses)}")
     return "\n".join(["losses of the first steps", *lines])
 
 

@@ -4,7 +4,8 @@
     python -m benchmarks.train_step --dtype bfloat16 --sides hf-sdpa:float32 optimized nanogpt-compiled
 
 `benchmarks/sides.py` says what the sides are. All have to have the same losses in their first steps before anything is
-timed. Then they alternate within each round; the speed-up over the first side is taken round by round, and beside it
+timed. Each is a process of its own, as one keeps memory and another does not. Then they alternate within each round,
+one at work while the others wait; the speed-up over the first side is taken round by round, and beside it
 that of the quickest rounds and that in CPU seconds, which other work on the machine disturbs less. On a GPU whose peak
 is known, MFU is the share of it that the model's arithmetic reaches. `--memory` adds the peak of each side, which
 takes one step in a process of its own.
@@ -13,13 +14,14 @@ takes one step in a process of its own.
 import argparse
 import statistics
 from collections.abc import Sequence
-from functools import partial
+from contextlib import ExitStack
 
 import psutil
 import torch
 
 from benchmarks import memory, sides
-from benchmarks.rounds import Round, alternate, machine, speed_up, spread
+from benchmarks.rounds import Round, machine, speed_up, spread, take_turns
+from benchmarks.side_process import SideProcess
 from benchmarks.sides import VOCABULARY, Case
 from train.errors import UserError, run_command
 from train.flops import count_flops, peak_flops, utilisation
@@ -74,10 +76,10 @@ def main() -> None:
     limit = int(0.9 * psutil.virtual_memory().available)
     peaks = {name: memory.peak(name, case, args.threads, limit) for name in names} if args.memory else {}
 
-    built = {name: sides.build(name, case) for name in names}
-    print(sides.warm_up(built, case), flush=True)
-    ids, targets = case.tokens()
-    taken = alternate({name: partial(side.step, ids, targets) for name, side in built.items()}, args.rounds)
+    with ExitStack() as stack:
+        running = {name: stack.enter_context(SideProcess(name, case, args.threads)) for name in names}
+        print(sides.check_same({name: side.warmed_up for name, side in running.items()}), flush=True)
+        taken = take_turns({name: side.step for name, side in running.items()}, args.rounds)
     header = ["side", "step (s)", "tokens/s", "speed-up", "of the quickest", "in CPU seconds", "MFU"]
     rows = [row(name, case, taken[names[0]], taken[name]) for name in names]
     if peaks:

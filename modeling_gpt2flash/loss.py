@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 CPU_PIECE_ROWS = 32  # x 50,257 x 4 bytes = 6.4 MB
+# Of the vocabulary's gradient, in which a chunk's is added to the sum: torch first makes an fp32 copy of what is bf16.
+CPU_SUM_ROWS = 1024  # x 768 x 4 bytes = 3.1 MB
 # To what the products round GPT-2's odd 50,257 words up: W = 50,304. A GPU's matrix units take rows that begin at
 # multiples of 16 bytes, and lengths in tiles of 128. On a CPU the weight is not copied: in fp32 it is used as it is.
 VOCABULARY_MULTIPLES = {"cpu": 1}
@@ -129,6 +131,16 @@ def _padded(weight_VD: Tensor, dtype: torch.dtype) -> Tensor:
     return weight_WD
 
 
+def _sum_up(total_WD: Tensor, chunk_WD: Tensor, first: bool) -> None:
+    """Add a chunk's gradient to the sum, or make it the sum if it is the first."""
+    if first:
+        total_WD.copy_(chunk_WD)
+        return
+    rows = CPU_SUM_ROWS if total_WD.device.type == "cpu" else len(total_WD)
+    for total_PD, chunk_PD in zip(total_WD.split(rows), chunk_WD.split(rows), strict=True):
+        total_PD += chunk_PD
+
+
 class _ChunkedLoss(torch.autograd.Function):
     """The summed loss, with its gradients taken in the same pass.
 
@@ -156,7 +168,9 @@ class _ChunkedLoss(torch.autograd.Function):
             sum_dtype = torch.promote_types(compute_dtype, torch.float32)
             total = rows_ND.new_zeros((), dtype=sum_dtype)
             d_rows = torch.empty_like(rows_ND) if grad_rows else None
-            d_weight_WD = torch.zeros_like(weight_WD, dtype=sum_dtype) if grad_weight else None
+            d_weight_WD = torch.empty_like(weight_WD, dtype=sum_dtype) if grad_weight else None
+            if d_weight_WD is not None and not rows_ND.shape[0]:
+                d_weight_WD.zero_()  # else the first chunk is written to it and the others are added
             # One chunk's logits, their memory used again by each: fresh pages for every chunk cost a third more time.
             most_rows = min(chunk_size, rows_ND.shape[0])
             # Their rows begin at multiples of 128 numbers, even of an odd vocabulary: in fp32 on a CPU that makes the
@@ -185,11 +199,13 @@ class _ChunkedLoss(torch.autograd.Function):
                 if d_rows is not None:
                     d_rows[start : start + chunk_size] = chunk_CW @ weight_WD
                 if d_weight_WD is not None and d_weight_chunk_WD is not None:
-                    d_weight_WD += torch.mm(chunk_CW.T, rows_CD, out=d_weight_chunk_WD)
+                    _sum_up(d_weight_WD, torch.mm(chunk_CW.T, rows_CD, out=d_weight_chunk_WD), first=start == 0)
                 elif d_weight_WD is not None:
-                    d_weight_WD.addmm_(chunk_CW.T, rows_CD)
+                    d_weight_WD.addmm_(chunk_CW.T, rows_CD, beta=min(start, 1))
 
-        d_weight = None if d_weight_WD is None else d_weight_WD[:vocabulary].to(weight_VD.dtype)
+        d_weight = None if d_weight_WD is None else d_weight_WD.to(weight_VD.dtype)
+        if d_weight is not None and len(d_weight) > vocabulary:  # a view could not have the embedding's added in place
+            d_weight = d_weight[:vocabulary]
         ctx.save_for_backward(d_rows, d_weight)
         return total
 

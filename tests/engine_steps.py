@@ -5,6 +5,7 @@ to OUT/<rank>.json, the main process the weights in the end to OUT/weights.safet
 """
 
 import json
+import resource
 import sys
 import time
 from collections import Counter
@@ -106,6 +107,14 @@ def counted(engine: Engine, run: Run) -> Iterator[dict[str, Any]]:
         yield {**vars(result), "operations": operations.counts}
 
 
+def paged(engine: Engine, run: Run) -> Iterator[dict[str, Any]]:
+    """How many pages of memory the system gives for a step."""
+    for step in range(run.total_steps):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        result = engine.train_step(step, micro_batches(engine, run, step), LEARNING_RATE)
+        yield {**vars(result), "page_faults": resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before}
+
+
 def tracked(engine: Engine, run: Run) -> Iterator[dict[str, Any]]:
     """Where the memory of the last step goes; in the ones before, buckets and gathered parameters find their sizes."""
     for step in range(run.total_steps):
@@ -141,6 +150,7 @@ SCENARIOS = {
     "interrupted": interrupted,
     "watched": watched,
     "counted": counted,
+    "paged": paged,
     "tracked": tracked,
     "alternating": alternating,
 }

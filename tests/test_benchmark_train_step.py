@@ -9,6 +9,7 @@ import torch
 
 from benchmarks import ranking, sides, train_step
 from benchmarks.rounds import Round
+from benchmarks.side_process import SideProcess
 from benchmarks.sides import Case
 from train.errors import UserError
 
@@ -82,6 +83,10 @@ def case(tmp_path: Path) -> Case:
     return Case("tiny", block=16, batch=2, device="cpu", nanogpt=tmp_path)
 
 
+def warm_up(built: dict[str, sides.Side], case: Case) -> str:
+    return sides.check_same({name: sides.warm_up(side, case) for name, side in built.items()})
+
+
 def losses(said: str) -> dict[str, list[float]]:
     return {line.split(": ")[0]: [float(word) for word in line.split()[1:]] for line in said.splitlines()[1:]}
 
@@ -92,7 +97,7 @@ def test_all_sides_train_alike(case: Case, capsys: pytest.CaptureFixture[str]) -
     built = {name: sides.build(f"{name}:float32", case) for name in names}
     assert capsys.readouterr().out == ""
     assert [built[name].padded_words for name in names] == [0, 0, 0, 0, 47]
-    found = losses(sides.warm_up(built, case))
+    found = losses(warm_up(built, case))
     assert found["baseline"] == pytest.approx(found["hf-eager"], rel=1e-5)
     assert found["nanogpt"] == pytest.approx([loss + 47 / 50257 for loss in found["hf-eager"]], abs=5e-4)
     assert found["hf-eager"][0] - found["hf-eager"][-1] > 1.0, "later losses have to show the updates"
@@ -105,7 +110,7 @@ def test_a_side_that_trains_otherwise_is_not_timed(case: Case) -> None:
     for group in built["uncompiled"].optimizer.param_groups:
         group["lr"] *= 1.1
     with pytest.raises(SystemExit, match="uncompiled does not train as hf-sdpa does"):
-        sides.warm_up(built, case)
+        warm_up(built, case)
 
 
 def test_a_side_names_its_precision_or_takes_the_common_one() -> None:
@@ -128,7 +133,7 @@ def test_bf16_is_autocast(case: Case) -> None:
     side = sides.build("uncompiled:bfloat16", case)
     wide = sides.build("uncompiled:float32", case)
     assert {parameter.dtype for parameter in side.model.parameters()} == {torch.float32}
-    found = losses(sides.warm_up({"wide": wide, "half": side}, case))
+    found = losses(warm_up({"wide": wide, "half": side}, case))
     assert found["half"] != found["wide"]
 
 
@@ -143,6 +148,18 @@ def test_the_table_of_a_run(case: Case, monkeypatch: pytest.MonkeyPatch, capsys:
     assert train_step.row("uncompiled:float32", case, own, own)[1:] == [  # 2 x 16 tokens in 3 seconds
         "3.000 (2.000 to 4.000)", "11", "1.00 (1.00 to 1.00)", "1.00", "1.00", "",
     ]  # fmt: skip
+
+
+def test_a_side_that_fails_in_its_process_says_why(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there is no model"):
+        SideProcess("nanogpt:float32", Case("tiny", 16, 1, "cpu", tmp_path), threads=1)
+    with SideProcess("uncompiled:float32", Case("tiny", 16, 1, "cpu", None), threads=1) as side:
+        assert side.step().wall > 0
+        process = side._process
+        process.kill()
+        with pytest.raises(SystemExit, match="ended by itself with code -9"):
+            side.step()
+    assert not process.is_alive()
 
 
 def test_operators_are_ranked_by_their_own_time() -> None:
@@ -166,7 +183,7 @@ def test_operators_are_ranked_by_their_own_time() -> None:
 @pytest.mark.slow
 def test_compiled_sides_train_alike_too(case: Case) -> None:
     names = ["hf-compiled", "optimized", "lean", "checkpointed", "nanogpt-compiled"]
-    found = losses(sides.warm_up({name: sides.build(f"{name}:float32", case) for name in names}, case))
+    found = losses(warm_up({name: sides.build(f"{name}:float32", case) for name in names}, case))
     assert found["optimized"] == pytest.approx(found["hf-compiled"], rel=1e-5)
     assert found["lean"] == pytest.approx(found["optimized"], rel=1e-5)
     assert found["checkpointed"] == pytest.approx(found["optimized"], rel=1e-5)

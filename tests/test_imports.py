@@ -12,7 +12,7 @@ from tests.conftest import ROOT
 FLOORS = [
     "failure", "errors", "files", "tensor_file", "quiet", "sources", "text_files", "streams", "tokens", "splits",
     "words", "encoders", "preparation", "verify_data", "workers", "documents", "batches", "follow", "prefetch",
-    "schedule", "activation", "muon", "optim", "recompute", "flops", "energy", "metrics", "regions",
+    "schedule", "activation", "allocator", "muon", "optim", "recompute", "flops", "energy", "metrics", "regions",
     "evaluate_metrics", "config", "preprocess_data", "nanogpt", "models", "memory", "shipped",
     "engines.launcher", "engines.deepspeed_json", "engines.rendezvous", "engines.accelerators", "engines.layout",
     "engines.state", "engines.base", "engines.accelerated", "engines.pipelined", "checkpoint", "compare_runs",

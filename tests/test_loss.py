@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.profiler import profile
 from torch.utils.checkpoint import checkpoint
 from transformers.loss.loss_utils import ForCausalLMLoss
 
@@ -207,6 +208,23 @@ def test_the_gradient_is_not_copied() -> None:
     taken = loss.grad_fn.next_functions[0][0].saved_tensors[1].data_ptr()  # below the division
     loss.backward()
     assert weight.grad.data_ptr() == taken
+
+
+def test_the_embeddings_share_is_added_in_place(multiple: int) -> None:
+    hidden, weight, labels = make()
+    loss = causal_lm_loss(hidden + F.embedding(labels.clamp(min=0), weight), weight, labels, chunk_size=21)
+    with profile(record_shapes=True) as profiler:
+        loss.backward()
+    shapes = [list(weight.shape)] * 2
+    added = [event.name for event in profiler.events() if event.input_shapes[:2] == shapes and "add" in event.name]
+    assert added == ["aten::add_" if multiple == 1 else "aten::add"]
+
+
+def test_no_rows_at_all() -> None:
+    hidden, weight, labels = make()
+    loss = causal_lm_loss(hidden[:0], weight, labels[:0], num_items_in_batch=5, chunk_size=4)
+    d_hidden, d_weight = grads(loss, hidden, weight)
+    assert (loss, d_hidden.abs().sum(), d_weight.abs().sum()) == (0, 0, 0)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

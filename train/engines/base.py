@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from modeling_gpt2flash import GPT2FlashForCausalLM
 from train import failure
 from train.activation import fuse_activations
+from train.allocator import keep_freed_memory
 from train.config import RunConfig
 from train.engines.accelerators import (
     deepspeed_accelerator,
@@ -100,6 +101,8 @@ class Engine(ABC):
         assert config.learning_rate is not None
         if config.optimized:
             fuse_activations(model)
+            if self.device.type == "cpu":
+                keep_freed_memory()
         if config.torch_compile:
             compile_blocks(model, checkpoint_arguments("products") if self.compiler_recomputes else None)
         module = self._take(model)
