@@ -11,22 +11,23 @@ from tests.conftest import ROOT, engine_steps
 
 pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator is not glibc's")
 
-FILL_TWICE = """
+FILL_OFTEN = """
 import resource, sys, torch
 from train.allocator import keep_freed_memory
 
 if sys.argv[1] == "kept":
     keep_freed_memory()
-for _ in range(2):
+for _ in range(40):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.ones(2**24)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-def test_the_second_tensor_gets_the_pages_of_the_first() -> None:
+def test_a_tensor_gets_the_pages_of_those_before() -> None:
+    """The fortieth does: glibc keeps up to seven small pieces a size, which part the first ones."""
     given_back, kept = (
-        int(subprocess.run([sys.executable, "-c", FILL_TWICE, which], check=True, capture_output=True).stdout)
+        int(subprocess.run([sys.executable, "-c", FILL_OFTEN, which], check=True, capture_output=True).stdout)
         for which in ("given back", "kept")
     )
     assert given_back >= 2**26 // 2**21, "at least one page of 2 MB each"
@@ -36,7 +37,7 @@ def test_the_second_tensor_gets_the_pages_of_the_first() -> None:
 def test_steps_of_an_optimized_run_need_no_fresh_pages(flags: list[str], tmp_path: Path) -> None:
     faults = {}
     for run_type, more in (("baseline", []), ("optimized", [f"--deepspeed_config={ROOT}/ds_configs/zero2.json"])):
-        words = [*flags, f"--run_type={run_type}", *more]
-        ((*_, last), *_) = engine_steps("paged", tmp_path / run_type, *words, processes=1)
-        faults[run_type] = last["page_faults"]
+        words = [*flags, f"--run_type={run_type}", "--max_steps=20", *more]
+        (steps, *_) = engine_steps("paged", tmp_path / run_type, *words, processes=1)
+        faults[run_type] = sum(step["page_faults"] for step in steps[2:])
     assert faults["optimized"] < faults["baseline"] / 10
