@@ -19,7 +19,7 @@ from train.config import parse
 from train.engines.base import compile_blocks
 from train.errors import UserError
 from train.flops import count_flops
-from train.kernels_account import Account, account
+from train.kernels_account import OUTSIDE, WAITING, Account, account
 from train.kernels_timeline import timeline
 from train.kernels_trace import Recording, read_recording
 from train.plan_memory import predict
@@ -100,8 +100,7 @@ def test_the_account_is_whole_and_its_flops_are_those_of_the_formula(profiled: P
     found = account(recording)
     assert recording.facts["first_step"] == 3
     assert recording.facts["steps"] == len(found.steps) == 2
-    assert sum(row.seconds for row in found.rows.values()) == pytest.approx(found.seconds)
-    assert found.unaccounted <= 0.02 * found.seconds
+    assert_closed(found)
     trained = sum(row.flops for key, row in found.rows.items() if key.phase in ("forward", "backward"))
     assert trained == pytest.approx(count_flops(2, 16, None, 50257, 64).model * 8 * 64, rel=0.01)
 
@@ -244,8 +243,12 @@ def test_compiled_blocks_and_resumed_runs(flags: list[str], tmp_path: Path) -> N
 
 
 def assert_closed(found: Account) -> None:
+    """Every microsecond is in a row, and no operator runs outside of the named phases.
+
+    How large a share is left outside says more of the machine than of the code, in steps of milliseconds.
+    """
     assert sum(row.seconds for row in found.rows.values()) == pytest.approx(found.seconds)
-    assert found.unaccounted <= 0.05 * found.seconds, "steps of milliseconds, in which a log line is a large part"
+    assert {key.operator for key in found.rows if not key.phase} <= {OUTSIDE, WAITING}
 
 
 @pytest.mark.gpu

@@ -77,6 +77,7 @@ class AcceleratedEngine(Engine):
                     inputs = self._inputs(micro_batch)
                 with region("forward"):
                     loss = self.model(**inputs, use_cache=False, skip_logits=True).loss
+                    losses.append(loss.detach().float())
                 with region("backward"):
                     self.accelerator.backward(loss)
                 with region("optimizer"):
@@ -85,12 +86,11 @@ class AcceleratedEngine(Engine):
                         grad_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
                     self.optimizer.step()
                     self.optimizer.zero_grad()
-            losses.append(loss.detach().float())
         with region("communication"):
             mean = self.accelerator.reduce(torch.stack(losses).mean(), "mean").item()
-        if isinstance(grad_norm, DTensor):
-            grad_norm = grad_norm.full_tensor()
-        return StepResult(mean, None if grad_norm is None else float(grad_norm))
+            if isinstance(grad_norm, DTensor):
+                grad_norm = grad_norm.full_tensor()
+            return StepResult(mean, None if grad_norm is None else float(grad_norm))
 
     @torch.no_grad()
     def eval_step(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -111,6 +111,7 @@ class PipelinedEngine(Engine):
             instruction: region(PHASES.get(instruction.__name__, "communication"))(self._naming_its_stage(execute))
             for instruction, execute in self.model._INSTRUCTION_MAP.items()
         }
+        self.model._aggregate_total_loss = region("communication")(self.model._aggregate_total_loss)
 
     def _naming_its_stage(self, execute: Callable[..., None]) -> Callable[..., None]:
         """The same instruction; on its way back (DualPipeV's phase 1) it is of this pipeline rank's second stage."""
@@ -146,7 +147,8 @@ class PipelinedEngine(Engine):
         self._expect(first)
         loss = self.model.train_batch(map(_both_ends, chain([first], micro_batches)))
         grad_norm = self.model.get_global_grad_norm()
-        return StepResult(float(loss), None if grad_norm is None else float(grad_norm))
+        with region("communication"):
+            return StepResult(float(loss), None if grad_norm is None else float(grad_norm))
 
     def eval_step(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         # DualPipeV goes no shorter way; what fills it up has no label that counts.
