@@ -23,9 +23,9 @@ from benchmarks.rounds import alternate, machine, speed_up, spread
 from modeling_gpt2flash import GPT2FlashConfig
 from modeling_gpt2flash.attention import FLASH_KERNELS, choose_attention, eager_attention_forward
 from modeling_gpt2flash.modeling_gpt2flash import GPT2FlashAttention
-from train.errors import UserError, run_command
-from train.models import SIZES
-from train.report_parts import markdown_table
+from train.checkpoints.loading import SIZES
+from train.utils.errors import UserError, run_command
+from train.utils.tables import markdown_table
 
 BACKENDS = {
     "sdpa-flash": SDPBackend.FLASH_ATTENTION,

@@ -29,8 +29,8 @@ from unittest.mock import patch
 import numpy as np
 
 from benchmarks import commands
-from train.batches import TrainBatches
-from train.tokens import END_OF_TEXT, TokenFile, open_tokens
+from train.data.batches import TrainBatches
+from train.data.token_file import END_OF_TEXT, TokenFile, open_tokens
 
 SHAPES = ((128, 10), (1024, 4), (1024, 32), (1024, 512))  # tokens in a sequence, sequences in a step of one process
 TRAINED = (("tiny", 128, 10), ("gpt2", 1024, 1))

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from train.tokens import END_OF_TEXT, write_token_file
+from train.data.token_file import END_OF_TEXT, write_token_file
 
 
 def write_tokens(path: Path, count: int) -> None:

@@ -20,10 +20,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from benchmarks.rounds import machine, speed_up, spread
 from modeling_gpt2flash import GPT2FlashConfig, GPT2FlashForCausalLM
-from train.cpu_layers import laid_out, quantized
-from train.inference import Decoding, timed
-from train.models import SIZES
-from train.quiet import quiet_libraries
+from train.checkpoints.loading import SIZES
+from train.generate.cpu_layers import laid_out, quantized
+from train.generate.inference import Decoding, timed
+from train.utils.quiet import quiet_libraries
 
 INT8_TOLERANCE = 0.1  # of the logits' norm, for random weights; trained ones are an order better
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from benchmarks.rounds import alternate, machine, speed_up, spread
 from modeling_gpt2flash.loss import causal_lm_loss
-from train.report_parts import markdown_table
+from train.utils.tables import markdown_table
 
 VOCABULARY = 50257
 Side = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -19,10 +19,10 @@ import torch
 from benchmarks import sides
 from benchmarks.rounds import machine
 from benchmarks.sides import Case
-from train.errors import run_command
-from train.metrics import peak_memory
-from train.quiet import quiet_libraries
-from train.report_parts import markdown_table
+from train.metrics.summary import peak_memory
+from train.utils.errors import run_command
+from train.utils.quiet import quiet_libraries
+from train.utils.tables import markdown_table
 
 GIB = 2**30
 # How torch, C++ and Python say that memory was refused.

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow.parquet
 
 from benchmarks.nanogpt_procedure import SEED, TEST_SIZE
-from train.tokens import END_OF_TEXT, gpt2_encoding
+from train.data.token_file import END_OF_TEXT, gpt2_encoding
 
 
 def prepare(files: list[Path], out_dir: Path) -> None:

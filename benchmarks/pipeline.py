@@ -30,11 +30,12 @@ import torch
 from accelerate.state import AcceleratorState
 
 from modeling_gpt2flash import GPT2FlashConfig, GPT2FlashForCausalLM
-from modeling_gpt2flash.pipeline import HeadLayer, Partition, partition
-from train.config import RunConfig
-from train.engines import deepspeed_json
-from train.engines.pipelined import PipelinedEngine
-from train.models import model_config
+from modeling_gpt2flash.pipeline import HeadLayer
+from train.checkpoints.loading import model_config
+from train.config import deepspeed_config as deepspeed_json
+from train.config.run_config import RunConfig
+from train.engines.pipeline.engine import PipelinedEngine
+from train.engines.pipeline.partition import Partition, partition
 
 SHAPES = ("gpt2", "gpt2-medium")
 METHODS = ("uniform", "cost")

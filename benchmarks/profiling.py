@@ -20,9 +20,9 @@ from torch.profiler import ProfilerActivity, profile, schedule
 
 from benchmarks import commands, processes
 from benchmarks.rounds import machine, spread
-from train.errors import UserError, run_command
-from train.models import SIZES
-from train.report_parts import markdown_table
+from train.checkpoints.loading import SIZES
+from train.utils.errors import UserError, run_command
+from train.utils.tables import markdown_table
 
 WARM_UP_STEPS = 4  # among them the one that is recorded before
 LAST_STEPS = 3  # among them the one that is recorded after

@@ -16,9 +16,9 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks import sides
 from benchmarks.rounds import machine
 from benchmarks.sides import VOCABULARY, Case
-from train.errors import run_command
-from train.quiet import quiet_libraries
-from train.report_parts import markdown_table
+from train.utils.errors import run_command
+from train.utils.quiet import quiet_libraries
+from train.utils.tables import markdown_table
 
 PRODUCTS = (
     "aten::mm",

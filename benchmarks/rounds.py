@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from train.metrics import hardware, versions
+from train.metrics.summary import hardware, versions
 
 
 class Cost(Protocol):

@@ -23,9 +23,9 @@ import torch
 
 from benchmarks import commands, processes
 from benchmarks.rounds import machine, spread
-from train.errors import UserError, run_command
-from train.models import SIZES
-from train.report_parts import markdown_table
+from train.checkpoints.loading import SIZES
+from train.utils.errors import UserError, run_command
+from train.utils.tables import markdown_table
 
 ROOT = Path(__file__).parent.parent
 KINDS = ("ddp", "zero1", "zero2", "zero3")

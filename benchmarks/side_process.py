@@ -11,7 +11,7 @@ import torch
 from benchmarks import sides
 from benchmarks.rounds import Round, measure
 from benchmarks.sides import Case, WarmedUp
-from train.quiet import quiet_libraries
+from train.utils.quiet import quiet_libraries
 
 
 class SideProcess:

@@ -32,13 +32,13 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from modeling_gpt2flash import GPT2FlashConfig, GPT2FlashForCausalLM
 from modeling_gpt2flash.attention import choose_attention
-from train.activation import fuse_activations
-from train.allocator import keep_freed_memory
+from train.checkpoints.loading import SIZES
+from train.engines.activation_checkpointing import checkpoint_arguments, recompute_blocks
+from train.engines.allocator import keep_freed_memory
 from train.engines.base import compile_blocks
-from train.errors import UserError
-from train.models import SIZES
-from train.optim import build_optimizer
-from train.recompute import checkpoint_arguments, recompute_blocks
+from train.engines.fused_activation import fuse_activations
+from train.optim.parameter_groups import build_optimizer
+from train.utils.errors import UserError
 
 SHAPES = SIZES | {"small": (4, 4, 256, 0.035)}  # 16M parameters, of which 12.9M are the vocabulary's
 VOCABULARY = 50257

@@ -18,8 +18,8 @@ from pathlib import Path
 
 from benchmarks import commands, processes
 from benchmarks.rounds import alternate, machine, spread
-from train.errors import run_command
-from train.models import SIZES
+from train.checkpoints.loading import SIZES
+from train.utils.errors import run_command
 
 IMPORTS = {
     "torch": "import torch",

@@ -36,8 +36,8 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from benchmarks.processes import Timed, Watched, measure, watch
-from train.preprocess_data import available_cores
-from train.tokens import END_OF_TEXT
+from train.data.token_file import END_OF_TEXT
+from train.preprocess_data.__main__ import available_cores
 
 MB = 1_000_000
 DOCUMENT_CHARACTERS = 4_000  # OpenWebText's documents have 4,900 bytes on average

@@ -23,10 +23,10 @@ from benchmarks import memory, sides
 from benchmarks.rounds import Round, machine, speed_up, spread, take_turns
 from benchmarks.side_process import SideProcess
 from benchmarks.sides import VOCABULARY, Case
-from train.errors import UserError, run_command
-from train.flops import count_flops, peak_flops, utilisation
-from train.quiet import quiet_libraries
-from train.report_parts import markdown_table
+from train.metrics.flops import count_flops, peak_flops, utilisation
+from train.utils.errors import UserError, run_command
+from train.utils.quiet import quiet_libraries
+from train.utils.tables import markdown_table
 
 DEFAULT_SIDES = ("baseline", "optimized", "hf-eager", "hf-sdpa", "hf-compiled")
 NANOGPT_SIDES = ("nanogpt", "nanogpt-compiled")

@@ -19,14 +19,14 @@ import torch._dynamo
 from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from train.build import Run, build, settle
-from train.config import parse
+from train.config.run_config import parse
 from train.engines.base import Engine
-from train.engines.pipelined import PipelinedEngine
-from train.inference import complete, load_model, load_tokenizer
-from train.loop import save
-from train.memory import MemoryTracker
-from train.validate import validate
+from train.engines.pipeline.engine import PipelinedEngine
+from train.generate.inference import complete, load_model, load_tokenizer
+from train.metrics.memory_tracker import MemoryTracker
+from train.run import validate
+from train.run.loop import save
+from train.run.setup import Run, build, settle
 
 Batch = dict[str, torch.Tensor]
 LEARNING_RATE = 1e-3

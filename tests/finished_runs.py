@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from train.metrics import summarise
+from train.metrics.summary import summarise
 
 
 def write_run(

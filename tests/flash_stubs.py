@@ -129,9 +129,9 @@ def make_flash(implementation: str, **fields: Any) -> GPT2FlashForCausalLM:
 
 
 def main(implementation: str, *flags: str) -> None:
-    from train.build import settle
-    from train.config import parse
-    from train.loop import train
+    from train.config.run_config import parse
+    from train.run.loop import train
+    from train.run.setup import settle
 
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:

@@ -100,7 +100,7 @@ def write_parquet(path: Path, texts: Sequence[str | None], **options: Any) -> Pa
 
 def pieces_of_the_standard_library(lines: int = 60) -> list[str]:
     """Its modules in documents of so many lines: some 4,700 documents, 11 MB."""
-    from train.sources import stdlib_modules
+    from train.preprocess_data.sources import stdlib_modules
 
     pieces = []
     for module in stdlib_modules():
@@ -121,7 +121,7 @@ def fork_prepare(
     `error`, this one and all that follow fail with that errno, but for removals.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["datasets", "torch", "train.preprocess_data", "tests.preparations"])
+    context.set_forkserver_preload(["datasets", "torch", "train.preprocess_data.__main__", "tests.preparations"])
     log = cwd.with_name(f"{cwd.name}.log")
     process = context.Process(target=_forked, args=(list(map(str, words)), str(cwd), str(log), change, error))
     process.start()
@@ -135,9 +135,9 @@ def fork_prepare(
 
 
 def _forked(words: list[str], cwd: str, log: str, change: int | None, error: int | None) -> NoReturn:
-    from train import preparation
-    from train.errors import run_command
-    from train.preprocess_data import main
+    from train.preprocess_data import preparation
+    from train.preprocess_data.__main__ import main
+    from train.utils.errors import run_command
 
     preparation.COMMIT_SECONDS = 0.0
     multiprocessing.set_start_method("fork", force=True)  # whose semaphores (tqdm's) have no name to be left behind

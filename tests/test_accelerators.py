@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from tests.conftest import ROOT
-from train.build import settle
-from train.config import parse
-from train.engines import accelerators
-from train.engines.accelerators import deepspeed_accelerator, plain_accelerator
-from train.errors import UserError
+from train.config.run_config import parse
+from train.engines import accelerator as accelerators
+from train.engines.accelerator import deepspeed_accelerator, plain_accelerator
+from train.run.setup import settle
+from train.utils.errors import UserError
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from train.batches import EvalBatches, TrainBatches
-from train.errors import UserError
-from train.tokens import TokenFile, open_tokens
+from train.data.batches import EvalBatches, TrainBatches
+from train.data.token_file import TokenFile, open_tokens
+from train.utils.errors import UserError
 
 BLOCK = 4
 

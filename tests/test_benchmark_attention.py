@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks.attention import check_same, compare, make_side
-from train.errors import UserError
+from train.utils.errors import UserError
 
 
 @pytest.fixture

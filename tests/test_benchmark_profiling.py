@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import commands, profiling
-from train.config import parse
-from train.errors import UserError
+from train.config.run_config import parse
+from train.utils.errors import UserError
 
 
 def test_the_recorded_steps_lie_outside_of_the_timed_ones() -> None:

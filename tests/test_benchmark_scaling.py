@@ -8,8 +8,8 @@ import pytest
 from benchmarks import commands, scaling, startup
 from benchmarks.scaling import Finished, Layout
 from tests.conftest import ROOT
-from train.config import parse
-from train.errors import UserError
+from train.config.run_config import parse
+from train.utils.errors import UserError
 
 
 def test_layouts_are_started_as_people_start_them() -> None:

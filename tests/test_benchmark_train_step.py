@@ -11,7 +11,7 @@ from benchmarks import ranking, sides, train_step
 from benchmarks.rounds import Round
 from benchmarks.side_process import SideProcess
 from benchmarks.sides import Case
-from train.errors import UserError
+from train.utils.errors import UserError
 
 # The names, layouts and methods of nanoGPT's model.py, as far as the benchmark knows of them.
 STAND_IN = """

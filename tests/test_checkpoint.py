@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 
 from modeling_gpt2flash import GPT2FlashConfig, GPT2FlashForCausalLM
 from tests.conftest import SMALL, losses
-from train import checkpoint as checkpoints
-from train.errors import UserError
-from train.optim import moments_of
+from train.checkpoints import step_folder as checkpoints
+from train.optim.parameter_groups import moments_of
+from train.utils.errors import UserError
 
 
 @pytest.fixture(scope="module")

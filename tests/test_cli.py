@@ -20,8 +20,8 @@ def test_help_names_every_tool_and_imports_none(tmp_path: Path) -> None:
 
 def test_every_command_of_the_package_is_a_tool() -> None:
     commands = {
-        f"train.{path.stem}"
-        for path in (ROOT / "train").glob("*.py")
+        ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for path in (ROOT / "train").rglob("*.py")
         if "\n    run_command(main)\n" in path.read_text()
     }
     assert commands == {module for module, _ in cli.TOOLS.values()}

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 
 from tests.finished_runs import write_run
-from train import compare, compare_plots, compare_runs
-from train.errors import UserError
+from train.checkpoints import run_folder as compare_runs
+from train.compare import __main__ as compare
+from train.compare import plots as compare_plots
+from train.utils.errors import UserError
 
 REPOSITORY = Path(__file__).parent.parent
 PNGS = ["peak_memory.png", "throughput.png", "time_per_epoch.png", "training_loss.png", "validation_loss.png"]
@@ -367,7 +369,7 @@ def test_command_line(two: list[Path], tmp_path: Path) -> None:
 
 
 def test_compare_needs_no_torch() -> None:
-    code = "import sys, train.compare; print('torch' in sys.modules, 'matplotlib' in sys.modules)"
+    code = "import sys, train.compare.__main__; print('torch' in sys.modules, 'matplotlib' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]
 

@@ -6,11 +6,11 @@ import pytest
 
 from tests.conftest import ROOT, python
 from tests.finished_runs import write_run
-from train import compare
-from train.compare_figures import differences
-from train.compare_gate import EXAMPLE, check, parse_gate
-from train.compare_runs import read_runs
-from train.errors import UserError
+from train.checkpoints.run_folder import read_runs
+from train.compare import __main__ as compare
+from train.compare.figures import differences
+from train.compare.gate import EXAMPLE, check, parse_gate
+from train.utils.errors import UserError
 
 
 @pytest.fixture(autouse=True)

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from tests.finished_runs import write_run
-from train.compare_figures import UNKNOWN, figure_rows
-from train.compare_runs import read_run
-from train.energy import Energy
-from train.errors import UserError
+from train.checkpoints.run_folder import read_run
+from train.compare.figures import UNKNOWN, figure_rows
+from train.metrics.energy import Energy
+from train.utils.errors import UserError
 
 
 def refusal(folder: Path) -> str:

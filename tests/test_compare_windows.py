@@ -4,9 +4,9 @@ from pathlib import Path
 import pytest
 
 from tests.finished_runs import write_run
-from train.compare_figures import within_spread
-from train.compare_runs import Run, read_run
-from train.compare_windows import spreads
+from train.checkpoints.run_folder import Run, read_run
+from train.compare.figures import within_spread
+from train.compare.intervals import spreads
 
 
 def timed_run(step_times: list[float | None], label: str = "run") -> Run:

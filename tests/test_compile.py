@@ -15,8 +15,8 @@ from modeling_gpt2flash.documents import document_bounds, kernel_arguments
 from tests.conftest import ROOT, engine_steps
 from tests.flash_stubs import FLASH, attend, attend_varlen, install, make_flash
 from tests.tiny_gpt2 import gradients, make_ours, tokens
+from train.engines.activation_checkpointing import checkpoint_arguments, recompute_blocks
 from train.engines.base import compile_blocks
-from train.recompute import checkpoint_arguments, recompute_blocks
 
 PACKS = [[5, 7], [3, 4, 5], [2] * 6, [12]]
 

@@ -3,9 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import python
-from train.config import RunConfig, parse
-from train.errors import UserError
+from tests.conftest import ROOT, python
+from train.config.run_config import RunConfig, parse
+from train.utils.errors import UserError
 
 
 def from_yaml(folder: Path, text: str, *argv: str) -> RunConfig:
@@ -125,8 +125,6 @@ def test_a_mistake_is_exit_code_2_and_no_traceback(tmp_path: Path, argv: list[st
 
 
 def test_every_flag_is_read_somewhere() -> None:
-    source = "".join(
-        path.read_text() for path in (Path(__file__).parent.parent / "train").rglob("*.py") if path.name != "config.py"
-    )
+    source = "".join(path.read_text() for path in (ROOT / "train").rglob("*.py") if path.name != "run_config.py")
     unread = [f.name for f in dataclasses.fields(RunConfig) if f"config.{f.name}" not in source]
     assert set(unread) <= {"run_type", "checkpoint_path", "pipeline_stages"}, "flags that nothing reads"

@@ -12,7 +12,8 @@ from transformers import GPT2LMHeadModel
 
 from modeling_gpt2flash import GPT2FlashForCausalLM
 from tests.tiny_gpt2 import make_ours, make_pair, pad, tokens
-from train.cpu_layers import (
+from train.data.token_file import VOCABULARY_SIZE
+from train.generate.cpu_layers import (
     LARGE_PAGE,
     MOST_THREADS_ALONE,
     PackedLinear,
@@ -21,7 +22,6 @@ from train.cpu_layers import (
     laid_out,
     quantized,
 )
-from train.tokens import VOCABULARY_SIZE
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from tests.conftest import ROOT
-from train.config import RunConfig
-from train.engines import deepspeed_json
-from train.errors import UserError
+from train.config import deepspeed_config as deepspeed_json
+from train.config.run_config import RunConfig
+from train.utils.errors import UserError
 
 
 def resolve(folder: Path, settings: dict, world_size: int = 2, bf16_is_fast: bool = False, **flags: object) -> tuple:

@@ -12,9 +12,9 @@ from torch.nn import functional as F
 from modeling_gpt2flash import GPT2FlashForCausalLM
 from modeling_gpt2flash.documents import document_bounds
 from tests.conftest import ROOT, accelerate, check_parity, losses, python, torchrun
-from train.batches import EvalBatches, TrainBatches
-from train.documents import document_positions
-from train.tokens import END_OF_TEXT, open_tokens
+from train.data.batches import EvalBatches, TrainBatches
+from train.data.documents import document_positions
+from train.data.token_file import END_OF_TEXT, open_tokens
 
 E = END_OF_TEXT
 BLOCK = 32

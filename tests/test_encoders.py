@@ -6,12 +6,12 @@ import pyarrow as pa
 import pytest
 
 from tests.test_tokens import NASTY, random_strings
-from train import encoders
-from train.encoders import GigatokenEncoder, choose_encoder, encode_with_tiktoken, joined
-from train.errors import UserError
-from train.sources import stdlib_modules
-from train.tokens import gpt2_encoding
-from train.words import SEPARATOR, Encoded
+from train.data.token_file import gpt2_encoding
+from train.preprocess_data import encoders
+from train.preprocess_data.encoders import GigatokenEncoder, choose_encoder, encode_with_tiktoken, joined
+from train.preprocess_data.sources import stdlib_modules
+from train.preprocess_data.words import SEPARATOR, Encoded
+from train.utils.errors import UserError
 
 BLANKS_BEFORE_WORDS = [
     " " * 300_000 + "word",

@@ -8,7 +8,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from train.energy import CPUS, Energy, EnergyMeter, energy_reader, rapl_reader
+from train.metrics.energy import CPUS, Energy, EnergyMeter, energy_reader, rapl_reader
 
 CPU = torch.device("cpu")
 RANGE = 1_000_000  # microjoules at which these counters begin anew

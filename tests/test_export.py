@@ -8,9 +8,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 
 from tests.tiny_gpt2 import make_ours
-from train import export
-from train.errors import UserError
-from train.inference import load_model
+from train.export import __main__ as export
+from train.generate.inference import load_model
+from train.utils.errors import UserError
 
 IDS = torch.arange(1, 31)[None]
 
@@ -106,7 +106,7 @@ def test_what_is_no_checkpoint_is_a_sentence(tmp_path: Path, monkeypatch, checkp
 def test_onnx_runtime_computes_the_same(finished: Path, tmp_path: Path, capsys) -> None:
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package)
-    from train.export_onnx import run
+    from train.export.onnx_graph import run
 
     export.main([str(finished), str(tmp_path / "out"), "--format", "onnx"])
     ours = load_model(finished, "float32", device="cpu")
@@ -125,9 +125,9 @@ def test_onnx_without_its_packages_or_in_another_dtype_is_a_sentence(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = [str(finished), str(tmp_path / "out"), "--format", "onnx"]
-    monkeypatch.setattr("train.export_onnx.PACKAGES", ("onyx",))
+    monkeypatch.setattr("train.export.onnx_graph.PACKAGES", ("onyx",))
     with pytest.raises(UserError, match=r"needs onyx; pip install 'gpt2flash\[onnx\]'"):
         export.main(words)
-    monkeypatch.setattr("train.export_onnx.PACKAGES", ())
+    monkeypatch.setattr("train.export.onnx_graph.PACKAGES", ())
     with pytest.raises(UserError, match="--dtype float16: the graph is fp32"):
         export.main([*words, "--dtype", "float16"])

@@ -8,15 +8,16 @@ import pytest
 
 from tests.conftest import command, free_port
 from tests.jobs import END_SECONDS, Job, job, launcher, layout
-from train.checkpoint import find
+from train.checkpoints.step_folder import find
 
 CONSEQUENCES = ("closing signal", "Killing subprocess", "Traceback", "failed (exitcode")
 ENDLESS = ["--max_steps=100000", "--warmup_steps=0", "--save_interval=4"]
 # The command as it is, but for one rank whose seventh step fails.
 FAILING = """
 import os
-from train import __main__ as command, batches
-from train.errors import run_command
+from train.data import batches
+from train import __main__ as command
+from train.utils.errors import run_command
 
 original = batches.TrainBatches.micro_batch
 

@@ -7,8 +7,8 @@ import torch
 from torch.utils import flop_counter
 
 from tests.tiny_gpt2 import make_ours, tokens
-from train.flops import count_flops, peak_bandwidth, peak_flops, utilisation
-from train.recompute import checkpoint_arguments, recompute_blocks
+from train.engines.activation_checkpointing import checkpoint_arguments, recompute_blocks
+from train.metrics.flops import count_flops, peak_bandwidth, peak_flops, utilisation
 
 aten = torch.ops.aten
 SIZES = {"n_layer": 3, "n_embd": 48, "n_head": 3, "vocab_size": 101, "n_positions": 64}

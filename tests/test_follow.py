@@ -14,11 +14,11 @@ import pytest
 
 from tests.conftest import LOSS_TOLERANCE, ROOT, losses, python, records
 from tests.jobs import Job, job, launcher
-from train import follow
-from train.errors import UserError
-from train.follow import FollowingBatches, GrowingTokens, segment_order
-from train.preparation import Chunk, Preparation, locked, read_journal
-from train.streams import BEGINNING
+from train.preprocess_data import follow
+from train.preprocess_data.follow import FollowingBatches, GrowingTokens, segment_order
+from train.preprocess_data.preparation import Chunk, Preparation, locked, read_journal
+from train.preprocess_data.streams import BEGINNING
+from train.utils.errors import UserError
 
 BLOCK, SEGMENT, BATCH = 4, 8, 6  # a batch is no part of a segment: some lie across a border
 WAIT_SECONDS = 60
@@ -356,8 +356,9 @@ def test_two_processes_follow_together(flags: list[str], preprocess: list[str], 
 LATE = """
 import os, time
 from pathlib import Path
-from train import __main__ as command, follow
-from train.errors import run_command
+from train.preprocess_data import follow
+from train import __main__ as command
+from train.utils.errors import run_command
 
 if os.environ["RANK"] == "1":
     read_now, exists_now, seen = follow.read_journal, Path.exists, {}

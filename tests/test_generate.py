@@ -8,10 +8,18 @@ from transformers import CompileConfig, GPT2Config, GPT2LMHeadModel
 
 from tests.conftest import SMALL, python
 from tests.tiny_gpt2 import TINY, make_ours, pad, tokens
-from train.cpu_layers import laid_out
-from train.errors import UserError
-from train.generate import SEPARATOR, main
-from train.inference import Decoding, complete, load_model, load_tokenizer, measure_latency, measure_speed, write
+from train.generate.__main__ import SEPARATOR, main
+from train.generate.cpu_layers import laid_out
+from train.generate.inference import (
+    Decoding,
+    complete,
+    load_model,
+    load_tokenizer,
+    measure_latency,
+    measure_speed,
+    write,
+)
+from train.utils.errors import UserError
 
 PROMPTS = ["import os", "class A:", "", "def f(self, x):\n    return"]
 GREEDY = Decoding(12, temperature=0)

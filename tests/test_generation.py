@@ -20,7 +20,7 @@ from transformers import (
 from modeling_gpt2flash import GPT2FlashForCausalLM
 from tests.conftest import command
 from tests.tiny_gpt2 import make_pair, pad, tokens
-from train.models import own_tokenizer
+from train.checkpoints.loading import own_tokenizer
 
 Pair = tuple[GPT2LMHeadModel, GPT2FlashForCausalLM]
 

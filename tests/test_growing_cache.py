@@ -8,7 +8,7 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from tests.tiny_gpt2 import make_ours, pad, tokens
-from train.growing_cache import GrowingLayer, growing_cache
+from train.generate.growing_cache import GrowingLayer, growing_cache
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

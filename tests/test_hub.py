@@ -15,11 +15,11 @@ from transformers import GPT2LMHeadModel
 from modeling_gpt2flash import GPT2FlashForCausalLM
 from tests.conftest import ROOT, accelerate, python
 from tests.loopback_hub import LoopbackHub, loopback_hub
-from train import export
-from train.card import card
-from train.compare_runs import read_run
-from train.errors import UserError
-from train.hub import check, main
+from train.checkpoints.run_folder import read_run
+from train.export import __main__ as export
+from train.hub.__main__ import check, main
+from train.hub.card import card
+from train.utils.errors import UserError
 
 
 @pytest.fixture

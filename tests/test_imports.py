@@ -1,6 +1,7 @@
-"""The directions of imports: lower floors never import higher ones."""
+"""The directions of imports: a package imports its own modules and those of the packages on lower floors."""
 
 import ast
+import graphlib
 import sys
 from pathlib import Path
 
@@ -8,33 +9,22 @@ import pytest
 
 from tests.conftest import ROOT
 
-# From the ground up; a module may import those listed before it.
+# From the ground up. Packages on one floor may import each other, as long as no two modules import each other.
 FLOORS = [
-    "failure", "errors", "files", "tensor_file", "quiet", "sources", "text_files", "streams", "tokens", "splits",
-    "words", "encoders", "preparation", "verify_data", "workers", "documents", "batches", "follow", "prefetch",
-    "schedule", "activation", "allocator", "muon", "optim", "recompute", "flops", "energy", "metrics", "regions",
-    "evaluate_metrics", "config", "preprocess_data", "nanogpt", "models", "memory", "shipped",
-    "engines.launcher", "engines.deepspeed_json", "engines.rendezvous", "engines.accelerators", "engines.layout",
-    "engines.state", "engines.base", "engines.accelerated", "engines.pipelined", "checkpoint", "compare_runs",
-    "compare_plots", "report_parts", "card", "hub", "trackers", "runlog", "growing_cache", "inference", "build",
-    "validate", "summary", "profiling", "loop", "__main__", "cpu_layers", "generate", "export_onnx", "export",
-    "report_style", "kernels_shapes",
-    "kernels_trace", "kernels_places", "kernels_account", "kernels_timeline", "kernels", "compare_windows",
-    "compare_figures", "compare_gate", "report_svg", "report_pipeline", "report_kernels", "report_memory",
-    "report_html", "compare", "parity_oracle", "parity_check", "parity", "plan_shapes", "plan_memory", "plan_speed",
-    "plan", "cli",
-]  # fmt: skip
-# What comes after training never touches its live objects.
-READ_FILES_ONLY = [
-    "generate", "export", "export_onnx", "compare", "parity", "parity_check", "parity_oracle", "kernels",
-    "kernels_account", "kernels_places", "kernels_trace", "kernels_shapes", "kernels_timeline",
-    "plan", "plan_memory", "plan_shapes", "plan_speed",
-]  # fmt: skip
+    {"utils", "optim", "evaluate_metrics"},
+    {"config", "data", "metrics"},
+    {"preprocess_data", "checkpoints", "kernels", "engines"},
+    {"plan", "generate", "parity", "export", "compare"},
+    {"hub"},
+    {"run"},
+    {"__main__", "cli"},
+]
+AFTER_TRAINING = ["compare", "export", "generate", "kernels", "parity", "plan"]
 TRAIN_MODULES = sorted((ROOT / "train").rglob("*.py"))
 
 
 def name_of(path: Path) -> str:
-    return ".".join(path.relative_to(ROOT / "train").with_suffix("").parts)
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
 def imported(path: Path) -> set[str]:
@@ -49,28 +39,31 @@ def imported(path: Path) -> set[str]:
     return names
 
 
-def of_train(path: Path) -> set[str]:
-    stripped = {name.removeprefix("train.") for name in imported(path) if name.startswith("train.")}
-    return {module for module in FLOORS for name in stripped if name == module or name.startswith(f"{module}.")}
+def packages_imported(package: str) -> set[str]:
+    """The packages and modules directly below `train` that a package's modules import."""
+    files = [path for path in TRAIN_MODULES if name_of(path).split(".")[1:2] == [package]]
+    assert files, f"there is no train.{package}"
+    return {name.split(".")[1] for path in files for name in imported(path) if name.startswith("train.")} - {package}
 
 
-def test_every_module_has_a_floor() -> None:
-    modules = {name_of(path) for path in TRAIN_MODULES if path.name != "__init__.py"}
-    assert {name for name in modules if not name.startswith("evaluate_metrics")} == set(FLOORS) - {"evaluate_metrics"}
+def test_every_package_has_a_floor() -> None:
+    assert {name_of(path).split(".")[1] for path in TRAIN_MODULES if name_of(path) != "train"} == set.union(*FLOORS)
 
 
-@pytest.mark.parametrize("floor", FLOORS)
-def test_imports_point_down(floor: str) -> None:
-    path = ROOT / "train" / f"{floor.replace('.', '/')}.py"
-    path = path if path.exists() else path.with_suffix("") / "__init__.py"
-    assert of_train(path) <= set(FLOORS[: FLOORS.index(floor)])
+@pytest.mark.parametrize("package", sorted(set.union(*FLOORS)))
+def test_imports_point_down(package: str) -> None:
+    floor = next(number for number, packages in enumerate(FLOORS) if package in packages)
+    assert packages_imported(package) <= set.union(*FLOORS[: floor + 1])
 
 
-@pytest.mark.parametrize("tool", READ_FILES_ONLY)
-def test_tools_after_training_read_files(tool: str) -> None:
-    assert not of_train(ROOT / "train" / f"{tool}.py") & {
-        "loop", "build", "profiling", "engines.base", "engines.accelerated", "engines.pipelined", "runlog",
-    }  # fmt: skip
+def test_no_two_modules_import_each_other() -> None:
+    graph = {name_of(path): imported(path) for path in TRAIN_MODULES}
+    graphlib.TopologicalSorter({name: names & set(graph) for name, names in graph.items()}).prepare()
+
+
+@pytest.mark.parametrize("package", AFTER_TRAINING)
+def test_tools_after_training_read_files(package: str) -> None:
+    assert "run" not in packages_imported(package)
 
 
 def test_the_model_package_knows_neither_the_trainer_nor_its_engines() -> None:
@@ -79,17 +72,19 @@ def test_the_model_package_knows_neither_the_trainer_nor_its_engines() -> None:
         assert not roots & {"train", "accelerate", "deepspeed", "datasets"}, path.name
 
 
-def test_deepspeed_is_imported_in_one_folder() -> None:
-    users = {path for path in TRAIN_MODULES if any(name.split(".")[0] == "deepspeed" for name in imported(path))}
-    assert {path.parent.name for path in users} == {"engines"}
+def test_deepspeed_is_imported_where_its_engines_and_its_json_are() -> None:
+    users = {
+        name_of(path) for path in TRAIN_MODULES if {name.split(".")[0] for name in imported(path)} & {"deepspeed"}
+    }
+    assert {name.split(".")[1] for name in users} == {"engines", "config"}
 
 
-def test_no_module_of_train_has_the_name_of_another_module() -> None:
+def test_no_package_of_train_has_the_name_of_another_module() -> None:
     # In script mode the folder `train` comes first on sys.path, and such a name would hide the other.
     taken = set(sys.stdlib_module_names) | {"accelerate", "datasets", "deepspeed", "evaluate", "numpy", "torch"}
-    assert not {path.stem for path in TRAIN_MODULES if path.name != "__init__.py"} & (taken - {"__main__"})
+    assert not set.union(*FLOORS) & (taken - {"__main__"})
 
 
-@pytest.mark.parametrize("package", ["train", "train.engines"])
-def test_packages_of_the_trainer_run_nothing_on_import(package: str) -> None:
-    assert (ROOT / package.replace(".", "/") / "__init__.py").read_text() == ""
+def test_packages_of_the_trainer_run_nothing_on_import() -> None:
+    initializers = {path for path in TRAIN_MODULES if path.name == "__init__.py"}
+    assert {name_of(path) for path in initializers if path.read_text()} == {"train.evaluate_metrics"}

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from modeling_gpt2flash import GPT2FlashForCausalLM
 from tests.conftest import command
 from tests.tiny_gpt2 import save_like_a_run
-from train import export
+from train.export import __main__ as export
 
 pytestmark = pytest.mark.integration
 TEXT = json.__doc__ or ""

@@ -15,7 +15,7 @@ from modeling_gpt2flash import GPT2FlashForCausalLM
 from tests.conftest import command, free_port
 from tests.jobs import job
 from tests.tiny_gpt2 import save_like_a_run
-from train import export
+from train.export import __main__ as export
 
 pytestmark = pytest.mark.integration
 PROMPT = "def decode"

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from modeling_gpt2flash import GPT2FlashForCausalLM
 from tests.conftest import command
 from tests.tiny_gpt2 import make_pair, sgd_losses
-from train.models import own_tokenizer
+from train.checkpoints.loading import own_tokenizer
 
 pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore")]
 

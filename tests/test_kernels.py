@@ -12,15 +12,15 @@ from torch.profiler import ProfilerActivity, profile, schedule
 
 from tests.conftest import python
 from tests.tiny_gpt2 import make_ours, tokens
-from train import kernels
-from train.errors import UserError
-from train.kernels_account import OUTSIDE, account, by
-from train.kernels_places import CATEGORIES
-from train.kernels_shapes import flops, moved_bytes
-from train.kernels_trace import read_recording
-from train.profiling import Names
-from train.recompute import checkpoint_arguments, recompute_blocks
-from train.regions import region
+from train.engines.activation_checkpointing import checkpoint_arguments, recompute_blocks
+from train.kernels import __main__ as kernels
+from train.kernels.attribution import CATEGORIES
+from train.kernels.breakdown import OUTSIDE, account, by
+from train.kernels.op_costs import flops, moved_bytes
+from train.kernels.traces import read_recording
+from train.metrics.annotations import region
+from train.run.profiling import Names
+from train.utils.errors import UserError
 
 FACTS: dict[str, Any] = {
     "schema": 1, "run_type": "baseline", "rank": 0, "world_size": 1, "first_step": 3, "steps": 2,

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from tests.test_kernels import FACTS, write_trace
-from train import kernels
-from train.errors import UserError
-from train.kernels_timeline import timeline
-from train.kernels_trace import read_recording
+from train.kernels import __main__ as kernels
+from train.kernels.pipeline_timeline import timeline
+from train.kernels.traces import read_recording
+from train.utils.errors import UserError
 
 WORK = (
     (("forward", 0, 10), ("forward", 10, 20), ("backward", 40, 60), ("backward", 70, 90)),

@@ -5,9 +5,10 @@ import json
 
 import pytest
 
-from train.config import RunConfig
-from train.engines import deepspeed_json, launcher
-from train.errors import UserError
+from train.config import deepspeed_config as deepspeed_json
+from train.config import launcher_env as launcher
+from train.config.run_config import RunConfig
+from train.utils.errors import UserError
 
 OPTIMIZED = RunConfig(run_type="optimized")
 STAGE = "DEEPSPEED_ZERO_STAGE"

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import command, python
-from train.engines.layout import Place, check_launch, check_places
-from train.errors import UserError
+from train.engines.placement import Place, check_launch, check_places
+from train.utils.errors import UserError
 
 
 def places(stages: int, data_parallel: int, hosts: int = 1) -> list[Place]:

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode
 
-from train.memory import CATEGORIES, SCHEMA, MemoryTracker
-from train.regions import region
+from train.metrics.annotations import region
+from train.metrics.memory_tracker import CATEGORIES, SCHEMA, MemoryTracker
 
 KB = 1024
 

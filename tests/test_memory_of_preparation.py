@@ -15,7 +15,7 @@ GIGABYTE_KB = 1_000_000_000 // 1024
 MEASURED = """
 import sys
 from pathlib import Path
-from train.preprocess_data import main
+from train.preprocess_data.__main__ import main
 main(sys.argv[1:])
 print(Path("/proc/self/status").read_text())
 """

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from train import metrics
-from train.energy import Energy
+from train.metrics import summary as metrics
+from train.metrics.energy import Energy
 
 MODEL = {"n_layer": 12, "n_head": 12, "n_embd": 768, "n_positions": 1024, "vocab_size": 50257}
 
@@ -162,7 +162,7 @@ def test_peak_memory_is_not_the_launchers() -> None:
     code = (
         "import subprocess, sys; held = b'x' * 700_000_000; "
         "print(subprocess.run([sys.executable, '-c', "
-        '\'from train.metrics import peak_memory; print(peak_memory("cpu")["peak_memory_bytes"])\'],'
+        '\'from train.metrics.summary import peak_memory; print(peak_memory("cpu")["peak_memory_bytes"])\'],'
         " capture_output=True, text=True, check=True).stdout)"
     )
     done = subprocess.run(

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from modeling_gpt2flash import GPT2FlashConfig, GPT2FlashForCausalLM, GPT2FlashModel
 from tests.tiny_gpt2 import TINY, gradients, make_ours, make_pair, pad, tokens
-from train.recompute import recompute_blocks
+from train.engines.activation_checkpointing import recompute_blocks
 
 VARIANTS = {
     "plain": {},

@@ -10,11 +10,11 @@ import torch
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
 from tests.conftest import losses, python
-from train.build import Run, settle
-from train.config import parse
-from train.errors import UserError
-from train.models import own_tokenizer, place
-from train.tokens import gpt2_tokenizer, write_token_file
+from train.checkpoints.loading import own_tokenizer, place
+from train.config.run_config import parse
+from train.data.token_file import gpt2_tokenizer, write_token_file
+from train.run.setup import Run, settle
+from train.utils.errors import UserError
 
 
 def settled(flags: list[str], *more: str) -> Run:

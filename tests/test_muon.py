@@ -14,8 +14,8 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from modeling_gpt2flash import GPT2FlashForCausalLM
 from tests.conftest import LOSS_TOLERANCE, accelerate, losses, python, records, torchrun
 from tests.test_optim import small
-from train.muon import Muon, MuonAndAdamW
-from train.optim import build_optimizer, is_hidden_matrix, moments_of
+from train.optim.muon import Muon, MuonAndAdamW
+from train.optim.parameter_groups import build_optimizer, is_hidden_matrix, moments_of
 
 SLOW = pytest.mark.slow
 # Newton-Schulz rounds each of its fifteen products to bf16: two steps end 0.03 of a step off those in float64. Without

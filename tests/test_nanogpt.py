@@ -14,10 +14,11 @@ import torch
 
 from tests.conftest import losses, python
 from tests.test_benchmark_train_step import STAND_IN
-from train import export, nanogpt
-from train.errors import UserError
-from train.inference import load_model
-from train.tokens import gpt2_vocab_and_merges
+from train.checkpoints import nanogpt
+from train.data.token_file import gpt2_vocab_and_merges
+from train.export import __main__ as export
+from train.generate.inference import load_model
+from train.utils.errors import UserError
 
 CHECKOUT = os.environ.get("NANOGPT")
 
@@ -105,8 +106,8 @@ def test_there_and_back(exported: Path, finished: Path, tmp_path: Path, bias: bo
 
 @pytest.mark.slow
 def test_training_starts_from_a_checkpoint(exported: Path, flags: list[str], stand_in: dict, tmp_path: Path) -> None:
-    from train.batches import TrainBatches
-    from train.tokens import open_tokens
+    from train.data.batches import TrainBatches
+    from train.data.token_file import open_tokens
 
     data = next(flag.split("=")[1] for flag in flags if flag.startswith("--train_data_path"))
     start = [*flags, f"--model={exported}", "--max_steps=2", f"--checkpoint_path={tmp_path}"]

@@ -13,8 +13,8 @@ import pyarrow.parquet
 import pytest
 
 from tests.conftest import command
-from train.sources import stdlib_modules
-from train.tokens import END_OF_TEXT
+from train.data.token_file import END_OF_TEXT
+from train.preprocess_data.sources import stdlib_modules
 
 FILES = 3
 

@@ -1,7 +1,7 @@
 import torch
 
 from modeling_gpt2flash import GPT2FlashConfig, GPT2FlashForCausalLM
-from train.optim import build_optimizer, parameter_groups
+from train.optim.parameter_groups import build_optimizer, parameter_groups
 
 
 def small() -> GPT2FlashForCausalLM:

@@ -12,11 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from tests.conftest import ROOT
-from train import parity
-from train.errors import UserError
-from train.parity import LAYOUTS, Case, Row, certify, error_line, launch
-from train.parity_check import TOLERANCES, Difference, differences, is_green, relative
-from train.parity_oracle import (
+from train.parity import __main__ as parity
+from train.parity.__main__ import LAYOUTS, Case, Row, certify, error_line, launch
+from train.parity.differences import TOLERANCES, Difference, differences, is_green, relative
+from train.parity.reference import (
     BETA1,
     CLIP,
     LEARNING_RATE,
@@ -28,6 +27,7 @@ from train.parity_oracle import (
     train_oracle,
     write_problem,
 )
+from train.utils.errors import UserError
 
 LAYOUT = {layout.name: layout for layout in LAYOUTS}
 SMALL_DIFFERENCE = {kind: Difference(tolerance / 2, "step 1") for kind, tolerance in TOLERANCES.items()}

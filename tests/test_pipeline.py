@@ -11,7 +11,8 @@ from torch import nn
 from modeling_gpt2flash import GPT2FlashConfig, GPT2FlashForCausalLM
 from modeling_gpt2flash import pipeline as pp
 from tests.tiny_gpt2 import gradients, make_ours, tokens
-from train.recompute import checkpoint_arguments, recompute_blocks
+from train.engines.activation_checkpointing import checkpoint_arguments, recompute_blocks
+from train.engines.pipeline import partition as partitioning
 
 GPT2 = GPT2FlashConfig()
 
@@ -172,11 +173,11 @@ def test_names_of_another_model_are_refused(name: str) -> None:
 def test_counted_parameters_are_the_layers_own(n_inner: int | None) -> None:
     model = make_ours(n_inner=n_inner)
     counts = [sum(p.numel() for p in layer.parameters()) for layer in pp.model_layers(model)]
-    assert pp.parameter_counts(model.config) == counts
+    assert partitioning.parameter_counts(model.config) == counts
 
 
 def test_flops_are_twice_the_products_numbers_and_attention() -> None:
-    flops = pp.forward_flops(GPT2, 1024)
+    flops = partitioning.forward_flops(GPT2, 1024)
     assert flops[1] == 24 * 768**2 + 4 * 1024 * 768
     assert flops[-1] == 2 * 50257 * 768
     assert 4 < flops[-1] / flops[1] < 5  # GPT-2's head is worth several blocks
@@ -193,17 +194,19 @@ def test_balance_finds_the_smallest_largest_part(parts: int) -> None:
             sums = [sum(sizes[start:stop]) for start, stop in itertools.pairwise(bounds)]
             return max(sums), sum(part**2 for part in sums)
 
-        assert judge(pp.balance(sizes, parts)) == min(map(judge, every))
+        assert judge(partitioning.balance(sizes, parts)) == min(map(judge, every))
 
 
 def test_methods_differ_where_they_should() -> None:
-    uniform, parameters, cost = (pp.partition(GPT2, 4, method) for method in ("uniform", "parameters", "cost"))
+    uniform, parameters, cost = (
+        partitioning.partition(GPT2, 4, method) for method in ("uniform", "parameters", "cost")
+    )
     assert sorted(len(uniform.layers(stage)) for stage in range(4)) == [3, 4, 4, 4]
     assert sorted(parameters.bounds) == list(parameters.bounds)
     # Of 12 + 4.6 blocks' worth the head has 4.6, so it gets a stage for itself.
     assert [*cost.layers(3)] in ([14], [13, 14])
 
-    def largest(partition: pp.Partition, sizes: tuple[int, ...]) -> int:
+    def largest(partition: partitioning.Partition, sizes: tuple[int, ...]) -> int:
         return max(sum(sizes[layer] for layer in partition.layers(stage)) for stage in range(4))
 
     assert largest(cost, cost.flops) < largest(uniform, cost.flops)
@@ -213,7 +216,7 @@ def test_methods_differ_where_they_should() -> None:
 @pytest.mark.parametrize("method", ["uniform", "parameters", "cost"])
 @pytest.mark.parametrize("stages", [1, 2, 5, 15])
 def test_every_layer_is_in_one_stage(method: str, stages: int) -> None:
-    shared = pp.partition(GPT2, stages, method)
+    shared = partitioning.partition(GPT2, stages, method)
     assert shared.stages == stages
     assert [layer for stage in range(stages) for layer in shared.layers(stage)] == list(range(15))
     assert all(layer in shared.layers(shared.stage_of(layer)) for layer in range(15))
@@ -221,7 +224,7 @@ def test_every_layer_is_in_one_stage(method: str, stages: int) -> None:
 
 
 def test_an_explicit_list_is_taken_as_it_is() -> None:
-    shared = pp.partition(GPT2, 3, [5, 7, 3])
+    shared = partitioning.partition(GPT2, 3, [5, 7, 3])
     assert (shared.bounds, shared.method) == ((0, 5, 12, 15), "[5, 7, 3]")
 
 
@@ -239,12 +242,12 @@ def test_an_explicit_list_is_taken_as_it_is() -> None:
 )
 def test_what_cannot_be_shared_out_is_refused_with_numbers(stages: int, method: str | list, words: list[str]) -> None:
     with pytest.raises(ValueError) as error:  # noqa: PT011  # the words are checked below
-        pp.partition(GPT2, stages, method)
+        partitioning.partition(GPT2, stages, method)
     assert all(word in str(error.value) for word in words), str(error.value)
 
 
 def test_the_table_has_a_line_a_stage() -> None:
-    title, header, *lines = pp.partition(GPT2, 3, [5, 9, 1]).table().splitlines()
+    title, header, *lines = partitioning.partition(GPT2, 3, [5, 9, 1]).table().splitlines()
     assert title == "pipeline of 3 stages, partition [5, 9, 1]"
     assert header.split() == ["stage", "layers", "parameters", "FLOPs"]
     assert [line.split()[0] for line in lines] == ["0", "1", "2"]

@@ -24,9 +24,9 @@ from tests.conftest import (
     python,
     torchrun,
 )
-from train.build import settle
-from train.config import parse
-from train.errors import UserError
+from train.config.run_config import parse
+from train.run.setup import settle
+from train.utils.errors import UserError
 
 
 def layout(folder: Path, stages: int, processes: int, partition: Any = "uniform") -> list[str]:

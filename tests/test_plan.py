@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import command, losses, python
-from train import plan
-from train.errors import UserError
-from train.plan import Plan, best_of_each, plans
-from train.plan_shapes import Layout, Shape
-from train.plan_speed import DEVICES, predict_speed, traffic
+from train.plan import __main__ as plan
+from train.plan.__main__ import Plan, best_of_each, plans
+from train.plan.shapes import Layout, Shape
+from train.plan.speed import DEVICES, predict_speed, traffic
+from train.utils.errors import UserError
 
 H100 = DEVICES["H100"]
 XL = Shape(48, 25, 1600, 6400, 50257, 1024, 1024)

@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from modeling_gpt2flash import GPT2FlashConfig, GPT2FlashForCausalLM
-from modeling_gpt2flash.pipeline import partition
 from tests.conftest import engine_steps
-from train.memory import CATEGORIES, MemoryTracker
-from train.optim import build_optimizer
-from train.plan_memory import predict, predict_stage
-from train.plan_shapes import Buckets, Layout, Shape
-from train.recompute import checkpoint_arguments, recompute_blocks
-from train.regions import region
+from train.engines.activation_checkpointing import checkpoint_arguments, recompute_blocks
+from train.engines.pipeline.partition import partition
+from train.metrics.annotations import region
+from train.metrics.memory_tracker import CATEGORIES, MemoryTracker
+from train.optim.parameter_groups import build_optimizer
+from train.plan.memory import predict, predict_stage
+from train.plan.shapes import Buckets, Layout, Shape
 
 WITHIN = 0.10
 # Layers, heads, width, width of the MLP, vocabulary, positions, tokens of a sequence: narrow, long, odd, wide.

@@ -4,7 +4,7 @@ from contextlib import closing
 import pytest
 import torch
 
-from train.prefetch import Batch, read_ahead
+from train.data.prefetch import Batch, read_ahead
 
 CPU = torch.device("cpu")
 WAIT_SECONDS = 60

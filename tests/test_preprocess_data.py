@@ -15,12 +15,13 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from train import preprocess_data, streams
-from train.errors import UserError
-from train.preprocess_data import main
-from train.sources import stdlib_modules
-from train.splits import hash_rule, nanogpt_rule
-from train.tokens import END_OF_TEXT, RANKS_SHA256, VOCABULARY_SIZE, TokenAppender, gpt2_encoding, open_tokens
+from tests.conftest import ROOT
+from train.data.token_file import END_OF_TEXT, RANKS_SHA256, VOCABULARY_SIZE, TokenAppender, gpt2_encoding, open_tokens
+from train.preprocess_data import streams
+from train.preprocess_data.__main__ import main
+from train.preprocess_data.sources import stdlib_modules
+from train.preprocess_data.splits import hash_rule, nanogpt_rule
+from train.utils.errors import UserError
 
 WORDS = [
     "the",
@@ -108,7 +109,7 @@ def assert_prepared(folder: Path, texts: list[str], validation: list[int]) -> No
 
 
 def run(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    root = Path(preprocess_data.__file__).parent.parent
+    root = ROOT
     paths = [str(root), os.environ.get("PYTHONPATH", "")]
     command = [sys.executable, "-m", "train.preprocess_data", *map(str, arguments)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}

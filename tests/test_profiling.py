@@ -14,18 +14,18 @@ from torch._dynamo.utils import counters
 from modeling_gpt2flash import GPT2FlashConfig
 from tests.conftest import ROOT, accelerate, losses, python, records, torchrun
 from tests.tiny_gpt2 import make_ours, tokens
-from train import profiling
-from train.config import parse
+from train.config.run_config import parse
 from train.engines.base import compile_blocks
-from train.errors import UserError
-from train.flops import count_flops
-from train.kernels_account import OUTSIDE, WAITING, Account, account
-from train.kernels_timeline import timeline
-from train.kernels_trace import Recording, read_recording
-from train.plan_memory import predict
-from train.plan_shapes import Layout, Shape
-from train.profiling import Names, Profiler
-from train.regions import PHASES, module_of
+from train.kernels.breakdown import OUTSIDE, WAITING, Account, account
+from train.kernels.pipeline_timeline import timeline
+from train.kernels.traces import Recording, read_recording
+from train.metrics.annotations import PHASES, module_of
+from train.metrics.flops import count_flops
+from train.plan.memory import predict
+from train.plan.shapes import Layout, Shape
+from train.run import profiling
+from train.run.profiling import Names, Profiler
+from train.utils.errors import UserError
 
 SHORT = ["--max_steps=6", "--max_new_tokens=0", "--eval_steps=1"]
 PROFILE = ["--profile", "--profile_steps=3:5"]
@@ -137,7 +137,7 @@ def test_impossible_profiles_are_refused_in_a_sentence(flags: list[str], words: 
 def test_what_does_not_fit_the_run_is_refused_before_it_begins(
     flags: list[str], more: list[str], words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from train.build import settle
+    from train.run.setup import settle
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError) as refusal:

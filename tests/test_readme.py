@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT, command, free_port
-from train.config import RunConfig
+from train.config.run_config import RunConfig
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = [block.replace("\\\n", " ") for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)]

@@ -15,10 +15,10 @@ from tests.engine_steps import Operations
 from tests.flash_stubs import attend, attend_varlen, install, make_flash
 from tests.test_packed_documents import packed_positions
 from tests.tiny_gpt2 import gradients, make_ours, tokens
-from train.build import settle
-from train.config import parse
-from train.errors import UserError
-from train.recompute import ATTENTION_OPERATIONS, checkpoint_arguments, recompute_blocks
+from train.config.run_config import parse
+from train.engines.activation_checkpointing import ATTENTION_OPERATIONS, checkpoint_arguments, recompute_blocks
+from train.run.setup import settle
+from train.utils.errors import UserError
 
 SDPA = "aten::_scaled_dot_product_flash_attention_for_cpu"
 

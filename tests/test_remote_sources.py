@@ -21,9 +21,9 @@ from tests.preparations import contents, pieces_of_the_standard_library, sentenc
 # What a person would do to wait less: the retries' constants, the time without a byte after which a read is given up.
 IMPATIENT = """
 import sys
-from train import streams
-from train.errors import run_command
-from train.preprocess_data import main
+from train.preprocess_data import streams
+from train.utils.errors import run_command
+from train.preprocess_data.__main__ import main
 streams.RETRY_SECONDS, streams.RETRIES, streams.SILENCE_SECONDS = 0.01, {retries}, 3.0
 run_command(lambda: main(sys.argv[1:]))
 """

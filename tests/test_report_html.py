@@ -16,9 +16,11 @@ from tests.finished_runs import write_run
 from tests.html_page import Page
 from tests.test_report_kernels import PIPELINE, kernels
 from tests.test_report_memory import memory
-from train import compare, compare_figures, report_svg
-from train.compare_runs import read_runs
-from train.report_html import POLICY
+from train.checkpoints.run_folder import read_runs
+from train.compare import __main__ as compare
+from train.compare import figures as compare_figures
+from train.compare.report import svg as report_svg
+from train.compare.report.page import POLICY
 
 HOSTILE = "</pre></script><script>alert(1)</script><img src=x onerror=alert(2)>&lt;\"'\x00\x1b[31m\u2028"
 BROWSERS = [found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))]

@@ -9,11 +9,11 @@ import pytest
 from tests.finished_runs import write_run
 from tests.html_page import Page
 from tests.test_kernels import gpu_trace, write_trace
-from train import compare
-from train.compare_figures import UNKNOWN
-from train.compare_runs import read_run
-from train.errors import UserError
-from train.report_kernels import decades, read_kernels
+from train.checkpoints.run_folder import read_run
+from train.compare import __main__ as compare
+from train.compare.figures import UNKNOWN
+from train.compare.report.kernels import decades, read_kernels
+from train.utils.errors import UserError
 
 
 def piece(phase: str, stage: int | None, micro_batch: int | None, start: float, end: float) -> dict[str, Any]:

@@ -6,9 +6,9 @@ import pytest
 
 from tests.finished_runs import write_run
 from tests.html_page import Page
-from train import compare
-from train.errors import UserError
-from train.report_memory import CATEGORIES, read_memory
+from train.compare import __main__ as compare
+from train.compare.report.memory import CATEGORIES, read_memory
+from train.utils.errors import UserError
 
 MIB = 2**20
 

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from train.schedule import learning_rate
+from train.optim.schedule import learning_rate
 
 
 def rates(schedule: str, total: int = 100, warmup: int = 10, min_ratio: float = 0.1) -> list[float]:

@@ -10,11 +10,12 @@ import torch
 from transformers import AutoConfig, GPT2LMHeadModel
 
 from tests.conftest import ROOT
-from train import checkpoint, nanogpt
-from train.config import read_yaml
-from train.errors import UserError
-from train.inference import load_model
-from train.models import build_model, model_config, own_tokenizer
+from train.checkpoints import nanogpt
+from train.checkpoints import step_folder as checkpoint
+from train.checkpoints.loading import build_model, model_config, own_tokenizer
+from train.config.run_config import read_yaml
+from train.generate.inference import load_model
+from train.utils.errors import UserError
 
 SOURCES = sorted(
     path for folder in ("modeling_gpt2flash", "train", "benchmarks") for path in (ROOT / folder).rglob("*.py")

@@ -3,8 +3,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
-from train import shipped
-from train.errors import UserError
+from train.config import packaged as shipped
+from train.utils.errors import UserError
 
 
 def test_everything_in_the_repositorys_folders_is_shipped() -> None:

@@ -11,11 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from train import streams
-from train.errors import UserError
-from train.preprocess_data import main
-from train.sources import OPENWEBTEXT_ID, PARQUET_REVISION, Source, resolve_source, stdlib_modules
-from train.streams import Position
+from train.preprocess_data import streams
+from train.preprocess_data.__main__ import main
+from train.preprocess_data.sources import OPENWEBTEXT_ID, PARQUET_REVISION, Source, resolve_source, stdlib_modules
+from train.preprocess_data.streams import Position
+from train.utils.errors import UserError
 
 
 def test_stdlib_modules() -> None:

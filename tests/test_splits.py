@@ -3,9 +3,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from train import splits
-from train.splits import document_ends, in_order, nanogpt_rows
-from train.tokens import END_OF_TEXT
+from train.data.token_file import END_OF_TEXT
+from train.preprocess_data import splits
+from train.preprocess_data.splits import document_ends, in_order, nanogpt_rows
 
 
 def test_the_parts_are_disjoint_and_whole() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from train.tensor_file import TensorFile
+from train.checkpoints.safetensors_writer import TensorFile
 
 TENSORS = {
     "transformer.wte.weight": torch.randn(7, 3),

@@ -8,8 +8,8 @@ import pyarrow.parquet
 import pytest
 
 from benchmarks.tokenize import NANOGPT, NANOGPTS_ORDER, ONE_BY_ONE, OURS, check_files, compare, make_corpus
-from train.sources import stdlib_modules
-from train.tokens import END_OF_TEXT
+from train.data.token_file import END_OF_TEXT
+from train.preprocess_data.sources import stdlib_modules
 
 
 @pytest.fixture

@@ -9,9 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from train import tokens
-from train.errors import UserError
-from train.tokens import (
+from train.data import token_file as tokens
+from train.data.token_file import (
     END_OF_TEXT,
     VOCABULARY_SIZE,
     TokenAppender,
@@ -23,6 +22,7 @@ from train.tokens import (
     sidecar_path,
     write_token_file,
 )
+from train.utils.errors import UserError
 
 NASTY = [
     "",
@@ -96,7 +96,7 @@ def test_a_changed_vocabulary_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_importing_is_light() -> None:
-    check = "import sys, train.tokens; assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)"
+    check = "import sys, train.data.token_file; assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", check], check=True)
 
 

@@ -12,9 +12,9 @@ from transformers import AutoTokenizer, GPT2LMHeadModel
 
 from modeling_gpt2flash import GPT2FlashForCausalLM
 from tests.conftest import ROOT, losses, python, records
-from train.build import settle
-from train.config import parse
-from train.errors import UserError
+from train.config.run_config import parse
+from train.run.setup import settle
+from train.utils.errors import UserError
 
 
 def run(flags: list[str], folder: Path, *more: str, check: bool = True):
@@ -93,8 +93,8 @@ def test_the_run_folder_holds_the_latest_weights(finished: Path) -> None:
 def test_the_first_loss_is_that_of_stock_gpt2_on_the_same_windows(
     finished: Path, small_model: Path, corpus: Path
 ) -> None:
-    from train.batches import TrainBatches
-    from train.tokens import open_tokens
+    from train.data.batches import TrainBatches
+    from train.data.token_file import open_tokens
 
     batch = TrainBatches(open_tokens(corpus / "train.bin", 50257), 32, 4, 1337).micro_batch(0, 0, 0, 1, 4)
     logits = GPT2LMHeadModel.from_pretrained(small_model).eval()(batch["input_ids"]).logits

@@ -6,9 +6,9 @@ from itertools import product
 import numpy as np
 import pytest
 
-from train import words
-from train.tokens import gpt2_encoding
-from train.words import encode_by_words
+from train.data.token_file import gpt2_encoding
+from train.preprocess_data import words
+from train.preprocess_data.words import encode_by_words
 
 LENGTH = 5
 # A character of each part that the rule tells apart: the blank that goes with a word and one that does not, the

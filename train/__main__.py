@@ -2,8 +2,8 @@
 
 import gc
 
-from train.config import parse
-from train.errors import run_command
+from train.config.run_config import parse
+from train.utils.errors import run_command
 
 
 def main() -> None:
@@ -11,11 +11,11 @@ def main() -> None:
     # Imported when the flags are known to be right, so that --help and a typo are answered at once. All of it stays,
     # so that looking for garbage in it is a fifth of the time here, and of that of every compilation later.
     gc.disable()
-    from train.quiet import quiet_libraries
+    from train.utils.quiet import quiet_libraries
 
     quiet_libraries()
-    from train.build import settle
-    from train.loop import train
+    from train.run.loop import train
+    from train.run.setup import settle
 
     gc.freeze()
     gc.enable()

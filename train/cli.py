@@ -4,20 +4,20 @@ import importlib
 import sys
 from collections.abc import Callable
 
-from train.errors import UserError, run_command
+from train.utils.errors import UserError, run_command
 
 # What one types, the module that `python -m` takes for the same, and what it does.
 TOOLS = {
-    "preprocess": ("train.preprocess_data", "cut text into tokens: train.bin and val.bin"),
+    "preprocess": ("train.preprocess_data.__main__", "cut text into tokens: train.bin and val.bin"),
     "train": ("train.__main__", "train GPT-2 on them, plain or through DeepSpeed"),
-    "generate": ("train.generate", "write text with a trained model"),
-    "compare": ("train.compare", "hold finished runs against each other: a report, a gate"),
-    "kernels": ("train.kernels", "say where the time of profiled steps went"),
-    "plan": ("train.plan", "find the fastest layout that fits, before a run"),
-    "export": ("train.export", "write a checkpoint for other tools"),
-    "hub": ("train.hub", "put a finished run on the Hugging Face Hub"),
-    "parity": ("train.parity", "check that every layout computes the same"),
-    "config": ("train.shipped", "print where a shipped configuration is"),
+    "generate": ("train.generate.__main__", "write text with a trained model"),
+    "compare": ("train.compare.__main__", "hold finished runs against each other: a report, a gate"),
+    "kernels": ("train.kernels.__main__", "say where the time of profiled steps went"),
+    "plan": ("train.plan.__main__", "find the fastest layout that fits, before a run"),
+    "export": ("train.export.__main__", "write a checkpoint for other tools"),
+    "hub": ("train.hub.__main__", "put a finished run on the Hugging Face Hub"),
+    "parity": ("train.parity.__main__", "check that every layout computes the same"),
+    "config": ("train.config.packaged", "print where a shipped configuration is"),
 }
 HELP = f"""\
 usage: gpt2flash TOOL [ARGUMENTS ...]

@@ -12,12 +12,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from modeling_gpt2flash import GPT2FlashForCausalLM
 from modeling_gpt2flash.documents import kernel_arguments
-from train.batches import IGNORED_LABEL
-from train.engines import launcher
+from train.config import launcher_env as launcher
+from train.data.batches import IGNORED_LABEL
+from train.engines.activation_checkpointing import checkpoint_arguments, recompute_blocks
 from train.engines.base import Engine, StepResult
-from train.engines.layout import Place
-from train.recompute import checkpoint_arguments, recompute_blocks
-from train.regions import region
+from train.engines.placement import Place
+from train.metrics.annotations import region
 
 
 class AcceleratedEngine(Engine):

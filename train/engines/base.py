@@ -17,23 +17,23 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from modeling_gpt2flash import GPT2FlashForCausalLM
-from train import failure
-from train.activation import fuse_activations
-from train.allocator import keep_freed_memory
-from train.config import RunConfig
-from train.engines.accelerators import (
+from train.config.run_config import RunConfig
+from train.engines.accelerator import (
     deepspeed_accelerator,
     device_type,
     plain_accelerator,
     set_product_precision,
     world_size,
 )
-from train.engines.layout import Place, check_launch, check_places
+from train.engines.activation_checkpointing import checkpoint_arguments
+from train.engines.allocator import keep_freed_memory
+from train.engines.fused_activation import fuse_activations
+from train.engines.placement import Place, check_launch, check_places
 from train.engines.state import create_moments, held_by_training, set_whole, torch_optimizer, whole
-from train.errors import UserError
-from train.metrics import peak_memory
-from train.optim import build_optimizer, moments_of
-from train.recompute import checkpoint_arguments
+from train.metrics.summary import peak_memory
+from train.optim.parameter_groups import build_optimizer, moments_of
+from train.utils import failure
+from train.utils.errors import UserError
 
 
 @dataclass(frozen=True)

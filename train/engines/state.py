@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from train.muon import MuonAndAdamW
-from train.optim import ADAMW_MOMENTS, MUON_MOMENTS
+from train.optim.muon import MuonAndAdamW
+from train.optim.parameter_groups import ADAMW_MOMENTS, MUON_MOMENTS
 
 
 def torch_optimizer(prepared: Any) -> torch.optim.Optimizer:

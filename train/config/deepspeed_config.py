@@ -1,0 +1,284 @@
+"""The DeepSpeed JSON of an optimized run: read, checked against the flags, and every "auto" in it filled in."""
+
+import copy
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from train.config import launcher_env as launcher
+from train.config import packaged as shipped
+from train.config.run_config import ENGINE_DEFAULTS, RunConfig
+from train.utils.errors import UserError
+
+# The blocks that DeepSpeed 0.19 reads at the top level and that this trainer leaves to it.
+ENGINE_KEYS = frozenset({
+    "aio", "bf16", "comms_logger", "communication_data_type", "csv_monitor",
+    "disable_allgather", "disable_python_gc", "dump_state", "flops_profiler", "fp16", "gradient_accumulation_steps",
+    "gradient_clipping", "gradient_predivide_factor", "log_level", "memory_breakdown", "pipeline",
+    "prescale_gradients", "steps_per_print", "tensorboard", "timers",
+    "train_batch_size", "train_micro_batch_size_per_gpu", "wall_clock_breakdown", "wandb",
+    "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "zero_optimization",
+})  # fmt: skip
+UNCHECKED_BLOCKS = {  # DeepSpeed reads these key by key and does not see the others
+    "flops_profiler": {"enabled", "recompute_fwd_factor", "profile_step", "module_depth", "top_modules", "detailed",
+                       "output_file"},
+    "aio": {"block_size", "queue_depth", "intra_op_parallelism", "thread_count", "single_submit", "overlap_events",
+            "use_gds"},
+}  # fmt: skip
+PIPELINE_KEYS = ("stages", "partition", "activation_checkpoint_interval")
+ELSEWHERE = {
+    "optimizer": "the optimizer is set by --optimizer, --learning_rate, --weight_decay, --adam_beta1 and --adam_beta2",
+    "scheduler": "the schedule is set by --learning_rate, --lr_schedule and --warmup_steps",
+    "activation_checkpointing": "use --activation_checkpointing",
+    "amp": "apex is not supported; use bf16",
+    "torch_autocast": "the precision is set by bf16",
+    "data_types": "weights, moments and sums are fp32",
+    "checkpoint": "checkpoints are written by the trainer",
+    "compile": "use --torch_compile",
+}
+
+
+def resolve(config: RunConfig, world_size: int, bf16_is_fast: bool) -> tuple[RunConfig, dict[str, Any]]:
+    """Settle an optimized run: the flags with no number left open, and the JSON with no "auto" left in it.
+
+    A number stands in the flag, in the JSON, in both when they agree, or in neither (then the flag's default holds).
+    Where no JSON is named, the fields of Accelerate's file stand for one.
+
+    Raises:
+        UserError: for an unreadable file, an unknown key, or a number that contradicts a flag.
+    """
+    file, settings = _named(config.deepspeed_config)
+
+    def agree(key: str, flag: str) -> Any:
+        asked, written = getattr(config, flag), settings.get(key, "auto")
+        if written == "auto":
+            return ENGINE_DEFAULTS[flag] if asked is None else asked
+        if asked is not None and asked != written:
+            raise UserError(f'{file}: "{key}" is {written} and --{flag} is {asked}; make them agree or write "auto"')
+        return written
+
+    micro_batch = agree("train_micro_batch_size_per_gpu", "train_micro_batch_size_per_gpu")
+    accumulation = agree("gradient_accumulation_steps", "gradient_accumulation_steps")
+    clipping = agree("gradient_clipping", "max_grad_norm")
+    for key, value in (("train_micro_batch_size_per_gpu", micro_batch), ("gradient_accumulation_steps", accumulation)):
+        if type(value) is not int or value < 1:
+            raise UserError(f'{file}: "{key}" is {value!r}; write a whole number of at least 1, or "auto"')
+    if type(clipping) not in (int, float) or not 0 <= clipping < float("inf"):
+        raise UserError(f'{file}: "gradient_clipping" is {clipping!r}; write a number of at least 0, or "auto"')
+    bf16 = _bf16(config, settings, file, bf16_is_fast)
+    stages, interval = _pipeline(config, settings, file, world_size)
+    product = micro_batch * accumulation * (world_size // stages)
+    if settings.get("train_batch_size", "auto") not in ("auto", product):
+        raise UserError(
+            f'{file}: "train_batch_size" is {settings["train_batch_size"]}, but {micro_batch} per process x '
+            f"{accumulation} accumulated x {world_size // stages} {'data-parallel ' if stages > 1 else ''}processes = "
+            f'{product}; make them agree or write "auto"'
+        )
+    settings |= {
+        "train_batch_size": product,
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": float(clipping),
+        "bf16": {**settings.get("bf16", {}), "enabled": bf16},
+        "fp16": {"enabled": False},
+    }
+    _check_zero(settings, file, bf16)
+    _check_with_deepspeed(settings, file)
+    config = replace(
+        config,
+        train_micro_batch_size_per_gpu=micro_batch,
+        gradient_accumulation_steps=accumulation,
+        max_grad_norm=float(clipping),
+        pipeline_stages=stages,
+        activation_checkpointing=interval,
+        mixed_precision="bf16" if bf16 else "no",
+    )
+    return config, settings
+
+
+def _named(name: str | None) -> tuple[str, dict[str, Any]]:
+    """Where the settings stand, for messages, and the settings."""
+    if name is not None:
+        file = shipped.deepspeed_json(name)
+        return str(file), read(file)
+    fields = launcher.deepspeed_fields()
+    if fields is None:
+        raise UserError(
+            "--run_type optimized: trains through DeepSpeed; name its JSON, for example --deepspeed_config "
+            "ds_configs/zero2.json"
+        )
+    return launcher.FIELDS, fields
+
+
+def read(file: Path) -> dict[str, Any]:
+    """The JSON's top level, every key of it one that is obeyed."""
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"--deepspeed_config {file}: there is no such file") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file}: line {error.lineno} is not JSON: {error.msg}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--deepspeed_config {file}: cannot be read: {error}") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"{file}: holds a {type(settings).__name__}; a DeepSpeed configuration is an object")
+    for key in settings:
+        if key in ELSEWHERE:
+            raise UserError(f'{file}: "{key}" is not obeyed; {ELSEWHERE[key]}, and remove the block')
+        if key not in ENGINE_KEYS:
+            raise UserError(f'{file}: nothing reads the key "{key}"; correct its spelling or remove it')
+    return settings
+
+
+def _pipeline(config: RunConfig, settings: dict[str, Any], file: str, world_size: int) -> tuple[int, int]:
+    """The number of stages, and of layers that are recomputed together.
+
+    With more than one stage, the block is filled in and ZeRO is at the stage that goes with it.
+    """
+    block = settings.pop("pipeline", None)
+    stages = _stages(config.pipeline_stages, block, file)
+    interval = _interval(config.activation_checkpointing, block or {}, file)
+    if stages == 1:
+        return 1, interval
+    if world_size % stages != 0:
+        raise UserError(
+            f"{stages} pipeline stages need {stages}, {2 * stages}, {3 * stages}, ... processes, but there are "
+            f"{world_size}; start so many, or ask for a number of stages that divides {world_size}"
+        )
+    method = (block or {}).get("partition", "auto")
+    settings["pipeline"] = {
+        "stages": stages,
+        "partition": "cost" if method == "auto" else method,
+        "activation_checkpoint_interval": interval,
+    }
+
+    def written(block: str, key: str) -> Any:
+        return settings[block].get(key) if isinstance(settings.get(block), dict) else None
+
+    for key, asked_for in (
+        ("wall_clock_breakdown", settings.get("wall_clock_breakdown")),
+        ("flops_profiler", written("flops_profiler", "enabled")),
+    ):
+        if asked_for:
+            raise UserError(f'{file}: "{key}" crashes DeepSpeed\'s pipeline of several stages; remove it')
+    settings.setdefault("zero_optimization", {})
+    if written("zero_optimization", "stage") in (None, "auto") and isinstance(settings["zero_optimization"], dict):
+        settings["zero_optimization"]["stage"] = 1
+    for stage, reason in (
+        (0, "without ZeRO, DeepSpeed clips by the norm of the first stage's gradients alone"),
+        (2, "a stage adds up the gradients of many micro-batches, and ZeRO-2 would shard them at each"),
+        (3, "a stage holds its layers whole, and ZeRO-3 would shard them again"),
+    ):
+        if written("zero_optimization", "stage") == stage:
+            raise UserError(f'{file}: ZeRO stage {stage} with {stages} pipeline stages: {reason}; write "stage": 1')
+    return stages, interval
+
+
+def _stages(asked: int | None, block: Any, file: str) -> int:
+    """From --pipeline_stages or the JSON's "pipeline" block, which has to make sense with it."""
+    if block is None:
+        return asked or 1
+    if not isinstance(block, dict):
+        raise UserError(f'{file}: "pipeline" is {block!r}; write {{"stages": "auto", "partition": "cost"}}')
+    for key in block:
+        if key not in PIPELINE_KEYS:
+            raise UserError(
+                f'{file}: "pipeline.{key}" is not obeyed; {", ".join(PIPELINE_KEYS)} are, remove the others'
+            )
+    stages, method = block.get("stages", "auto"), block.get("partition", "auto")
+    if stages == "auto":
+        if asked is None:
+            raise UserError(
+                f'{file}: has a "pipeline" block, but nothing says how many stages; give --pipeline_stages, or write '
+                '"stages"'
+            )
+        stages = asked
+    elif type(stages) is not int or stages < 1:
+        raise UserError(f'{file}: "pipeline.stages" is {stages!r}; write a whole number of at least 1, or "auto"')
+    elif asked not in (None, stages):
+        raise UserError(
+            f'{file}: "pipeline.stages" is {stages} and --pipeline_stages is {asked}; make them agree or write "auto"'
+        )
+    if not isinstance(method, str | list):
+        raise UserError(f'{file}: "pipeline.partition" is {method!r}; write "cost" or a list of layers for each stage')
+    if stages == 1 and isinstance(method, list):
+        raise UserError(f'{file}: "pipeline.partition" is {method}, but there is one stage; give --pipeline_stages')
+    return stages
+
+
+def _interval(asked: int | None, block: dict[str, Any], file: str) -> int:
+    """From --activation_checkpointing or the JSON's "pipeline" block; 0: nothing is recomputed."""
+    written = block.get("activation_checkpoint_interval", "auto")
+    if written == "auto":
+        return asked or 0
+    if type(written) is not int or written < 0:
+        raise UserError(
+            f'{file}: "pipeline.activation_checkpoint_interval" is {written!r}; write a whole number of at least 0, '
+            'or "auto"'
+        )
+    if asked not in (None, written):
+        raise UserError(
+            f'{file}: "pipeline.activation_checkpoint_interval" is {written} and --activation_checkpointing is '
+            f'{asked}; make them agree or write "auto"'
+        )
+    return written
+
+
+def _bf16(config: RunConfig, settings: dict[str, Any], file: str, bf16_is_fast: bool) -> bool:
+    for block in ("bf16", "fp16"):
+        if not isinstance(settings.get(block, {}), dict):
+            raise UserError(f'{file}: "{block}" is {settings[block]!r}; write {{"enabled": "auto"}}')
+    if settings.get("fp16", {}).get("enabled", False) not in (False, "auto"):
+        raise UserError(f'{file}: "fp16" is not supported, its loss scale would break exact resuming; use "bf16"')
+    written = settings.get("bf16", {}).get("enabled", "auto")
+    asked = {"bf16": True, "no": False}.get(config.mixed_precision or "auto")
+    if written == "auto":
+        return bf16_is_fast if asked is None else asked
+    if type(written) is not bool:
+        raise UserError(f'{file}: "bf16.enabled" is {written!r}; write true, false or "auto"')
+    if asked is not None and asked != written:
+        raise UserError(
+            f'{file}: "bf16.enabled" is {str(written).lower()} and --mixed_precision is {config.mixed_precision}; '
+            'make them agree or write "auto"'
+        )
+    return written
+
+
+def _check_zero(settings: dict[str, Any], file: str, bf16: bool) -> None:
+    zero = settings.setdefault("zero_optimization", {"stage": 0})
+    if not isinstance(zero, dict) or zero.get("stage", 0) not in (0, 1, 2, 3):
+        raise UserError(f'{file}: "zero_optimization" needs a "stage" of 0, 1, 2 or 3')
+    if zero.get("stage", 0) == 0 and bf16:
+        raise UserError(f"{file}: ZeRO stage 0 with bf16 starts with a false AdamW step in DeepSpeed; use stage 1")
+    # Else Accelerate puts DeepSpeed's own CPU optimizer in place of ours, whose learning rate no longer moves after
+    # resuming.
+    if zero.get("offload_optimizer") and settings.setdefault("zero_force_ds_cpu_optimizer", False):
+        raise UserError(f'{file}: "zero_force_ds_cpu_optimizer" freezes the learning rate after resuming; write false')
+
+
+def _check_with_deepspeed(settings: dict[str, Any], file: str) -> None:
+    """Let DeepSpeed judge what is inside its blocks, now instead of when the engine is built."""
+    for block, keys in UNCHECKED_BLOCKS.items():
+        found = settings.get(block, {})
+        if not isinstance(found, dict):
+            raise UserError(f'{file}: "{block}" is {found!r}; it is an object')
+        for key in found:
+            if key not in keys:
+                raise UserError(f'{file}: nothing reads the key "{block}.{key}"; correct its spelling or remove it')
+    # Imported here because importing it takes seconds.
+    from deepspeed.runtime.config import DeepSpeedConfig
+    from pydantic import ValidationError
+
+    trial = copy.deepcopy({key: value for key, value in settings.items() if key != "pipeline"})
+    trial["train_batch_size"] = trial["train_micro_batch_size_per_gpu"] * trial["gradient_accumulation_steps"]
+    trial["zero_optimization"] = {key: v for key, v in trial["zero_optimization"].items() if v != "auto"}
+    try:
+        DeepSpeedConfig(trial)
+    except ValidationError as error:
+        first = error.errors()[0]
+        block = next((f"{name}." for name, v in settings.items() if isinstance(v, dict) and first["loc"][0] in v), "")
+        key = block + ".".join(map(str, first["loc"]))
+        raise UserError(f'{file}: DeepSpeed refuses "{key}", {first["input"]!r}: {first["msg"]}') from None
+    except Exception as error:  # each block has its own way to fail
+        raise UserError(f"{file}: DeepSpeed refuses it: {' '.join(str(error).split())[:200]}") from None

@@ -1,0 +1,65 @@
+"""The configurations that are part of the package, for Accelerate and for DeepSpeed: named from any folder.
+
+`train/accelerate_configs` and `train/ds_configs` are links to the repository's folders of these names; an installed
+package has copies in their place.
+"""
+
+import argparse
+from pathlib import Path
+
+from train.utils.errors import UserError, run_command
+
+PACKAGE = Path(__file__).parent.parent
+ACCELERATE, DEEPSPEED = "accelerate_configs", "ds_configs"
+
+
+def configurations() -> list[Path]:
+    """Every file that is shipped, Accelerate's first."""
+    return [file for folder in (ACCELERATE, DEEPSPEED) for file in sorted((PACKAGE / folder).iterdir())]
+
+
+def deepspeed_json(name: str) -> Path:
+    """The file of this name, else the shipped one: `zero2.json` and `ds_configs/zero2.json` are in any folder."""
+    return _here_or_shipped(name, DEEPSPEED)
+
+
+def accelerate_file(name: str) -> Path:
+    """Accelerate's file of this name (`ddp.yaml`): that in `accelerate_configs` here, else the shipped one."""
+    return _here_or_shipped(f"{ACCELERATE}/{name}", ACCELERATE)
+
+
+def _here_or_shipped(name: str, folder: str) -> Path:
+    file = Path(name)
+    shipped = PACKAGE / folder / file.name
+    return shipped if not file.exists() and file.parent in (Path(), Path(folder)) and shipped.is_file() else file
+
+
+def find(name: str) -> Path:
+    """The shipped file of this name, with or without its ending.
+
+    Raises:
+        UserError: for a name that none has.
+    """
+    for file in configurations():
+        if name in (file.name, file.stem):
+            return file
+    names = ", ".join(file.stem for file in configurations())
+    raise UserError(f"gpt2flash config {name}: there is no such configuration; choose from {names}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="gpt2flash config",
+        description="Print the path of a configuration that is shipped with this package; without a name, of all.",
+        epilog='example:\n  accelerate launch --config_file "$(gpt2flash config ddp)" -m train ...',
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("name", nargs="?", metavar="NAME", help="for example ddp, deepspeed or zero2")
+    name = parser.parse_args(argv).name
+    for file in configurations() if name is None else [find(name)]:
+        print(file)
+
+
+if __name__ == "__main__":
+    run_command(main)

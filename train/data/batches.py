@@ -1,0 +1,167 @@
+"""(seed, epoch, index) → batch: the order of the data is a function, so there is no sampler state to save.
+
+1. A file of N tokens is cut into n = (N - 1) // T windows; window i is ids[i·T : i·T + T + 1], T inputs and the T
+   tokens that follow them. Neighbours share one token, so every token but the first is predicted by one window (the
+   last (N - 1) mod T tokens are left out in training; evaluation pads and takes them too).
+2. Sample g, counted from the beginning of training, is entry g mod n of the permutation that belongs to (seed,
+   epoch g // n). So each epoch predicts each token once, in an order of its own, and nothing repeats inside it.
+3. Optimizer step s takes the samples s·G … s·G + G - 1. When n is no multiple of the global batch G, a batch at the
+   border takes the rest of one epoch and the beginning of the next.
+4. Micro-step j of data-parallel rank r takes entries (j·D + r)·B … + B - 1 of the global batch, where D is how many
+   such ranks there are (the stages of a pipeline share one). Which ranks there are, and how they accumulate, changes
+   who computes a sample and never which samples a step sees.
+
+A file that is still being prepared is read in another order, which needs no later tokens: train/follow.py.
+
+With `document_mask` a batch also has `position_ids`, (B, T) int64, which restart in each document (train/documents.py)
+and so keep attention inside it, and `cu_seq_lens`, (documents + 1,) int32, which says the same to flash kernels: found
+here, on the CPU and ahead of time, no device is waited for. The labels are the same: every token but the first is
+predicted, whatever the mask.
+"""
+
+import math
+from fractions import Fraction
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+
+from modeling_gpt2flash.documents import document_bounds
+from train.data.documents import document_positions
+from train.data.token_file import TokenFile
+from train.utils.errors import UserError
+
+IGNORED_LABEL = -100  # what transformers' losses and torch's cross_entropy leave out
+
+
+@lru_cache(maxsize=2)  # two, for a batch at the border of an epoch needs both sides; each has 8 bytes a window
+def epoch_order(seed: int, epoch: int, windows: int) -> np.ndarray:
+    """(windows,) int64: the order of one epoch."""
+    order = np.random.default_rng([seed, epoch]).permutation(windows)
+    order.flags.writeable = False  # it is shared by everyone who asks
+    return order
+
+
+class TrainBatches:
+    """Training data by optimizer step; see the module's docstring for the guarantee."""
+
+    def __init__(
+        self, tokens: TokenFile, block_size: int, global_batch_size: int, seed: int, document_mask: bool = False
+    ) -> None:
+        if len(tokens) - 1 < block_size:
+            raise UserError(
+                f"{tokens.path} has {len(tokens)} tokens, too few for one block of {block_size} tokens and the one "
+                "that follows: prepare more text, or make the block size smaller"
+            )
+        self.tokens = tokens
+        self.block_size = block_size
+        self.global_batch_size = global_batch_size
+        self.seed = seed
+        self.document_mask = document_mask
+
+    @property
+    def windows(self) -> int:
+        return (len(self.tokens) - 1) // self.block_size
+
+    @property
+    def steps_per_epoch(self) -> float | None:
+        """None where it is not known yet."""
+        return self.windows / self.global_batch_size
+
+    def epochs(self, steps: int) -> float | None:
+        """How many `steps` are; None where it is not known yet."""
+        steps_per_epoch = self.steps_per_epoch
+        return None if steps_per_epoch is None else steps / steps_per_epoch
+
+    def updates(self, epochs: float) -> int:
+        """Optimizer steps that cover `epochs`: ⌈epochs · n / G⌉, so the last one borrows from the next epoch."""
+        # In decimals as they were written: in floats, 0.1 · 30 windows might round up to one step too many.
+        return math.ceil(Fraction(str(epochs)) * self.windows / self.global_batch_size)
+
+    def window_indices(self, step: int) -> np.ndarray:
+        """(G,) int64: the windows of the global batch at optimizer step `step`, counted from 0."""
+        position = step * self.global_batch_size
+        missing = self.global_batch_size
+        parts = []
+        while missing:  # one turn, two at a border, more only when a batch is larger than what lies between two
+            parts.append(self.order_from(position)[:missing])
+            position += len(parts[-1])
+            missing -= len(parts[-1])
+        return np.concatenate(parts)
+
+    def order_from(self, position: int) -> np.ndarray:
+        """The windows of sample `position` and of those behind it, up to a border of the order."""
+        epoch, start = divmod(position, self.windows)
+        return epoch_order(self.seed, epoch, self.windows)[start:]
+
+    def micro_batch(
+        self, step: int, micro_step: int, rank: int, world_size: int, micro_batch_size: int
+    ) -> dict[str, torch.Tensor]:
+        """`input_ids` and `shift_labels`, both (B, T) int64: shift_labels[b, t] is the token after input_ids[b, t].
+
+        With `document_mask`, `position_ids` and `cu_seq_lens` too.
+        """
+        start = (micro_step * world_size + rank) * micro_batch_size
+        assert start + micro_batch_size <= self.global_batch_size, "micro-step, rank and size exceed the global batch"
+        offsets = self.window_indices(step)[start : start + micro_batch_size] * self.block_size
+        self.tokens.will_need(offsets, self.block_size + 1)
+        rows = np.stack([self.tokens.ids[offset : offset + self.block_size + 1] for offset in offsets])
+        return as_tensors(rows[:, :-1].astype(np.int64), rows[:, 1:].astype(np.int64), self.document_mask)
+
+    def identity(self, step: int) -> dict[str, Any]:
+        """What a checkpoint after `step` steps says of its data, and a run that goes on from it has to say as well."""
+        return describe(self.tokens)
+
+    def stop(self) -> None:
+        """Nobody needs another `micro_batch`: one that waits in another thread may fail. Here none waits."""
+
+
+def describe(tokens: TokenFile) -> dict[str, Any]:
+    """What tells one token file from another; a bare file has no digest."""
+    return {"tokens": len(tokens), "sha256": tokens.sidecar["sha256"] if tokens.sidecar else None}
+
+
+class EvalBatches:
+    """A whole file in its order: every token but the first is predicted exactly once, whatever the layout.
+
+    The last window may be shorter than a block and is padded: labels with -100, inputs with the file's own last
+    token (`<|endoftext|>` in all that `preprocess_data` writes, and in the vocabulary whatever wrote it). Every rank
+    takes the same number of steps, for a collective must be reached by all: a rank without a window gets rows with
+    nothing but -100, over which a mean is NaN, so sum the losses and divide by the labels counted.
+    """
+
+    def __init__(self, tokens: TokenFile, block_size: int, document_mask: bool = False) -> None:
+        if len(tokens) < 2:
+            raise UserError(f"{tokens.path} has {len(tokens)} token, none of which follows another: prepare more text")
+        self.tokens = tokens
+        self.block_size = block_size
+        self.document_mask = document_mask
+        self.windows = math.ceil((len(tokens) - 1) / block_size)
+
+    def steps(self, world_size: int, micro_batch_size: int) -> int:
+        """Steps on each of the ranks."""
+        return math.ceil(self.windows / (world_size * micro_batch_size))
+
+    def micro_batch(self, step: int, rank: int, world_size: int, micro_batch_size: int) -> dict[str, torch.Tensor]:
+        """`input_ids` and `shift_labels`, both (B, T) int64; labels are -100 beyond the end of the file.
+
+        With `document_mask`, `position_ids` and `cu_seq_lens` too.
+        """
+        input_ids = np.full((micro_batch_size, self.block_size), self.tokens.ids[-1], dtype=np.int64)
+        shift_labels = np.full((micro_batch_size, self.block_size), IGNORED_LABEL, dtype=np.int64)
+        first = (step * world_size + rank) * micro_batch_size
+        for row, window in enumerate(range(first, min(first + micro_batch_size, self.windows))):
+            offset = window * self.block_size
+            ids = self.tokens.ids[offset : offset + self.block_size + 1]
+            input_ids[row, : len(ids) - 1] = ids[:-1]
+            shift_labels[row, : len(ids) - 1] = ids[1:]
+        return as_tensors(input_ids, shift_labels, self.document_mask)
+
+
+def as_tensors(input_ids: np.ndarray, shift_labels: np.ndarray, document_mask: bool) -> dict[str, torch.Tensor]:
+    batch = {"input_ids": torch.from_numpy(input_ids), "shift_labels": torch.from_numpy(shift_labels)}
+    if document_mask:
+        position_ids = torch.from_numpy(document_positions(input_ids))
+        batch |= {"position_ids": position_ids, "cu_seq_lens": document_bounds(position_ids == 0)}
+    return batch

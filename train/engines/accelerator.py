@@ -1,0 +1,128 @@
+"""The Accelerator of a run: plain PyTorch (one process, DDP, FSDP2) or DeepSpeed, as flags and launcher ask for it."""
+
+import os
+from typing import Any
+
+import torch
+from accelerate import (
+    Accelerator,
+    DeepSpeedPlugin,
+    FullyShardedDataParallelPlugin,
+    InitProcessGroupKwargs,
+    PartialState,
+)
+from accelerate.utils import DistributedType, ProjectConfiguration
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from train.config import launcher_env as launcher
+from train.config.run_config import RunConfig
+from train.utils import failure
+from train.utils.errors import UserError
+
+
+def world_size() -> int:
+    """Processes that the launcher started, by its own word."""
+    return failure.job()[1]
+
+
+def device_type() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def product_precision(config: RunConfig) -> str:
+    """What matrix products run in: "bf16", "fp32", or "tf32", GPUs' products of fp32 numbers rounded to 10 bits.
+
+    The baseline's fp32 is fp32.
+    """
+    if config.mixed_precision == "bf16":
+        return "bf16"
+    return "tf32" if config.optimized and device_type() == "cuda" else "fp32"
+
+
+def set_product_precision(config: RunConfig) -> None:
+    """Here and nowhere else; mixed precision comes with the Accelerator. On a CPU fp32 stays what it is."""
+    torch.set_float32_matmul_precision("high" if config.optimized and device_type() == "cuda" else "highest")
+
+
+def plain_accelerator(config: RunConfig) -> Accelerator:
+    """One process, DDP or, where the launcher asks for it, FSDP2."""
+    if launcher.asks("DEEPSPEED"):
+        raise UserError(
+            "--run_type baseline: the launcher asks for DeepSpeed, and the baseline is plain PyTorch; "
+            "start it with python -m train or torchrun, or use --run_type optimized"
+        )
+    launcher.check(config, {})
+    fsdp = _fsdp_plugin(config) if launcher.asks("FSDP") else None
+    on_cpu = device_type() == "cpu"
+    if fsdp and on_cpu:
+        # Accelerate 1.15 shards on accelerators alone; on a CPU it would train unsharded without a word.
+        PartialState(cpu=True).distributed_type = DistributedType.MULTI_GPU
+    return Accelerator(
+        cpu=on_cpu and not fsdp,
+        mixed_precision=config.mixed_precision,
+        gradient_accumulation_steps=config.gradient_accumulation_steps or 1,
+        fsdp_plugin=fsdp,
+        **_tracking(config),
+    )
+
+
+def deepspeed_accelerator(config: RunConfig, deepspeed: dict[str, Any]) -> Accelerator:
+    if launcher.asks("FSDP"):
+        raise UserError(
+            "--run_type optimized: the launcher asks for FSDP, and the optimized run shards through DeepSpeed; launch "
+            "with accelerate_configs/deepspeed.yaml, or use --run_type baseline"
+        )
+    launcher.check(config, deepspeed["zero_optimization"])
+    launcher.forget()
+    handlers = []
+    if device_type() == "cpu":
+        handlers.append(InitProcessGroupKwargs(backend="gloo"))
+        # Without this DeepSpeed would build its shared-memory collectives with a C++ compiler at every first start.
+        import deepspeed.ops as deepspeed_ops
+
+        deepspeed_ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if "LOCAL_RANK" not in os.environ:  # a single process without a launcher
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+        os.environ.update(alone)
+    accelerator = Accelerator(
+        deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=deepspeed),
+        mixed_precision=config.mixed_precision,
+        gradient_accumulation_steps=config.gradient_accumulation_steps or 1,
+        step_scheduler_with_optimizer=False,
+        kwargs_handlers=handlers,
+        **_tracking(config),
+    )
+    # Else transformers would build every model under ZeRO-3's `zero.Init`, where the initial weights are other draws
+    # than in any other layout, and the model that is loaded to write the sample would be sharded as well.
+    unset_hf_deepspeed_config()
+    return accelerator
+
+
+def _fsdp_plugin(config: RunConfig) -> FullyShardedDataParallelPlugin:
+    """FSDP2 as the launcher's YAML has it, sharded block by block, gradients summed in fp32."""
+    for variable, wanted, remedy in (
+        ("FSDP_VERSION", "2", "write fsdp_version: 2"),
+        ("FSDP_AUTO_WRAP_POLICY", "transformer_based_wrap", "write TRANSFORMER_BASED_WRAP, or leave it out"),
+        ("FSDP_ACTIVATION_CHECKPOINTING", "false", "use --activation_checkpointing"),
+        ("FSDP_OFFLOAD_PARAMS", "false", "offload with ZeRO, ds_configs/zero3_offload.json"),
+    ):
+        found = os.environ.get(variable, wanted)
+        if found.lower() != wanted:
+            raise UserError(f"the launcher's {variable.lower()} is {found}; {remedy}")
+    bf16 = config.mixed_precision == "bf16"
+    return FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        cpu_ram_efficient_loading=False,  # every process draws or reads the same weights
+        mixed_precision_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else None,
+    )
+
+
+def _tracking(config: RunConfig) -> dict[str, Any]:
+    return {
+        "log_with": None if config.report_to == "none" else [name.strip() for name in config.report_to.split(",")],
+        "project_config": ProjectConfiguration(
+            project_dir=str(config.run_folder), logging_dir=str(config.run_folder / "tensorboard")
+        ),
+    }

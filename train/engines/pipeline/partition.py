@@ -1,0 +1,150 @@
+"""How a model's layers are shared out among the stages of a pipeline."""
+
+import math
+from typing import NamedTuple
+
+from transformers.configuration_utils import PreTrainedConfig
+
+from modeling_gpt2flash.pipeline import layer_names
+
+PARTITION_METHODS = ("uniform", "parameters", "cost")
+
+
+def forward_flops(config: PreTrainedConfig, block_size: int) -> list[int]:
+    """Floating-point operations of each layer for one token in a sequence of `block_size`, forward only.
+
+    A product with a matrix of P numbers costs 2P. Backward is twice that for every layer, so the shares are the same.
+    """
+    width, vocabulary = config.n_embd, config.vocab_size
+    inner = config.n_inner if config.n_inner is not None else 4 * width
+    # c_attn and c_proj 2 * (3 + 1) * D**2, the MLP 2 * 2 * D * I (24 * D**2 in all for I = 4D), and scores and
+    # weighted values 2 * T * D each.
+    block = 8 * width**2 + 4 * width * inner + 4 * block_size * width
+    return [2 * width, *[block] * config.n_layer, 8 * width, 2 * vocabulary * width]
+
+
+def parameter_counts(config: PreTrainedConfig) -> list[int]:
+    """Numbers that each layer holds; a tied weight is counted in both layers, for both stages hold it."""
+    width, vocabulary = config.n_embd, config.vocab_size
+    inner = config.n_inner if config.n_inner is not None else 4 * width
+    block = 4 * width**2 + 4 * width + 2 * width * inner + inner + width + 4 * width
+    return [(vocabulary + config.n_positions) * width, *[block] * config.n_layer, 2 * width, vocabulary * width]
+
+
+class Partition(NamedTuple):
+    """Which stage has which layers, with what that share was judged by."""
+
+    method: str
+    bounds: tuple[int, ...]  # stage s has the layers bounds[s] ... bounds[s + 1] - 1
+    names: tuple[str, ...]
+    parameters: tuple[int, ...]
+    flops: tuple[int, ...]
+
+    @property
+    def stages(self) -> int:
+        return len(self.bounds) - 1
+
+    def layers(self, stage: int) -> range:
+        return range(self.bounds[stage], self.bounds[stage + 1])
+
+    def stage_of(self, layer: int) -> int:
+        return next(stage for stage in range(self.stages) if layer in self.layers(stage))
+
+    def table(self) -> str:
+        """A line a stage: its layers, its parameters, and its share of the arithmetic."""
+        rows = [("stage", "layers", "parameters", "FLOPs")]
+        for stage in range(self.stages):
+            own = self.layers(stage)
+            first, last = self.names[own[0]], self.names[own[-1]]
+            rows.append((
+                str(stage),
+                first if len(own) == 1 else f"{first} ... {last}",
+                f"{sum(self.parameters[layer] for layer in own):,}",
+                f"{sum(self.flops[layer] for layer in own) / sum(self.flops):.1%}",
+            ))  # fmt: skip
+        widths = [max(len(row[column]) for row in rows) for column in range(4)]
+        lines = [f"{a:>{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}  {d:>{widths[3]}}" for a, b, c, d in rows]
+        return "\n".join([f"pipeline of {self.stages} stages, partition {self.method}", *lines])
+
+
+def partition(
+    config: PreTrainedConfig, stages: int, method: str | list[int] = "cost", *, block_size: int | None = None
+) -> Partition:
+    """Share the layers out over `stages` so that the largest stage is as small as can be.
+
+    Args:
+        config: of the model.
+        stages: how many there are; each gets at least one layer.
+        method: what makes a stage large. "uniform": its number of layers; "parameters": what it holds; "cost": the
+            modelled arithmetic, in which GPT-2's head is worth several blocks. Or the number of layers of each stage.
+        block_size: tokens in a sequence, for the cost of attention; None: the model's positions.
+
+    Raises:
+        ValueError: naming the numbers that do not fit, and the remedy.
+    """
+    names = layer_names(config.n_layer)
+    parameters = parameter_counts(config)
+    flops = forward_flops(config, config.n_positions if block_size is None else block_size)
+    if stages < 1:
+        raise ValueError(f"{stages} pipeline stages: ask for at least 1.")
+    if stages > len(names):
+        raise ValueError(
+            f"{stages} pipeline stages for {len(names)} layers ({config.n_layer} blocks, embeddings, final norm, "
+            f"head): ask for {len(names)} stages or fewer."
+        )
+    if isinstance(method, str):
+        if method not in PARTITION_METHODS:
+            raise ValueError(
+                f"Unknown partition {method!r}: choose {', '.join(PARTITION_METHODS)}, or list each stage's layers."
+            )
+        sizes = {"uniform": [1] * len(names), "parameters": parameters, "cost": flops}[method]
+        bounds = balance(sizes, stages)
+    else:
+        bounds = _explicit_bounds(method, stages, len(names))
+        method = str(method)
+    return Partition(method, bounds, tuple(names), tuple(parameters), tuple(flops))
+
+
+def _explicit_bounds(counts: list[int], stages: int, layers: int) -> tuple[int, ...]:
+    if len(counts) != stages:
+        raise ValueError(f"The partition {counts} lists {len(counts)} stages, but there are {stages}: list each once.")
+    if any(type(count) is not int or count < 1 for count in counts):
+        raise ValueError(f"The partition {counts} has to give every stage a whole number of layers, at least 1.")
+    if sum(counts) != layers:
+        raise ValueError(
+            f"The partition {counts} sums to {sum(counts)}, but there are {layers} layers: embeddings, "
+            f"{layers - 3} blocks, final norm and head."
+        )
+    return tuple(sum(counts[:stage]) for stage in range(stages + 1))
+
+
+def balance(sizes: list[int], parts: int) -> tuple[int, ...]:
+    """Bounds of the contiguous split into non-empty parts whose largest part is smallest, by dynamic programming.
+
+    Of the splits that share the smallest maximum, the one with the smallest sum of squares: the evenest.
+    """
+    sums = [0]
+    for size in sizes:
+        sums.append(sums[-1] + size)
+
+    def solve(limit: float) -> tuple[float, tuple[int, ...]]:
+        """The best objective and its bounds: the maximum itself without a limit, else the squares within it."""
+        # best[stop]: over the splits of sizes[:stop] into as many parts as there have been rounds.
+        best: list[tuple[float, tuple[int, ...]]] = [(0, (0,))] + [(math.inf, ())] * len(sizes)
+        for _ in range(parts):
+            grown: list[tuple[float, tuple[int, ...]]] = [(math.inf, ())] * (len(sizes) + 1)
+            for stop in range(1, len(sizes) + 1):
+                for start in range(stop):
+                    objective, bounds = best[start]
+                    part = sums[stop] - sums[start]
+                    if objective == math.inf or part > limit:
+                        continue
+                    objective = max(objective, part) if limit == math.inf else objective + part**2
+                    if objective < grown[stop][0]:
+                        grown[stop] = objective, (*bounds, stop)
+            best = grown
+        return best[-1]
+
+    assert 1 <= parts <= len(sizes)
+    smallest_maximum, _ = solve(math.inf)
+    return solve(smallest_maximum)[1]

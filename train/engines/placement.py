@@ -1,0 +1,131 @@
+"""The layout that was asked for against the one that came: no run is ever silently another than was meant.
+
+Launchers start fewer processes than they were told, or each alone, and say nothing: `accelerate launch --cpu
+--num_processes 2` starts one; with `--num_machines 2` and DeepSpeed each machine trains alone unless the launcher is
+`standard`; `srun -n 8 python` starts eight strangers. What was asked is read from the launcher's own command line and
+from the cluster's variables.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+from accelerate.commands.config.config_args import default_config_file, load_config_from_file
+from accelerate.commands.launch import launch_command_parser
+
+from train.utils.errors import UserError
+
+TASKS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # started by srun, Open MPI, MPICH
+NODES = "SLURM_STEP_NUM_NODES"
+
+
+class Place(NamedTuple):
+    """Where one process is and what it does there."""
+
+    rank: int
+    host: str
+    device: str
+    wrapping: str  # of the model: plain, DDP, FSDP2, ZeRO-2, ...
+    stage: int  # of the pipeline; 0 without one
+    data_rank: int
+
+
+def check_launch(world_size: int) -> None:
+    """Refuse to train with fewer processes than the launcher or the cluster was asked for.
+
+    Raises:
+        UserError: naming who asked for how many, and the cure.
+    """
+    for name in TASKS:
+        tasks = int(os.environ.get(name, "1"))
+        if tasks > world_size:
+            raise UserError(
+                f"{name} is {tasks}, but this process is one of {world_size}: each would train alone; start one "
+                "launcher a machine (torchrun or accelerate launch), as accelerate_configs/slurm.sh does"
+            )
+    for command, folder in _ancestors():
+        asked, machines = _asked_of_accelerate(command, folder)
+        if asked not in (None, world_size):
+            cure = (
+                "add --deepspeed_multinode_launcher standard"
+                if machines > 1
+                else "launch with --config_file accelerate_configs/ddp.yaml, fsdp2.yaml or deepspeed.yaml"
+            )
+            raise UserError(
+                f"accelerate launch was asked for {asked} processes and started {world_size}, which would train "
+                f"alone; {cure}"
+            )
+
+
+def _ancestors() -> Iterator[tuple[list[str], str]]:
+    """(command line, working directory) of the processes above this one."""
+    for process in psutil.Process().parents():
+        try:
+            yield process.cmdline(), process.cwd()
+        except psutil.Error:  # gone, or another user's
+            continue
+
+
+def _asked_of_accelerate(command: list[str], folder: str) -> tuple[int | None, int]:
+    """(processes, machines) that `accelerate launch` was told, by flag or file; (None, 1) for any other command."""
+    names = [Path(word).name for word in command]
+    starts = [
+        index + 1
+        for index, name in enumerate(names)
+        if name in ("accelerate-launch", "accelerate.commands.launch")
+        or (name == "launch" and index > 0 and names[index - 1] == "accelerate")
+    ]
+    if not starts:
+        return None, 1
+    args = launch_command_parser().parse_known_args(command[starts[0] :])[0]
+    file = Path(folder, args.config_file or default_config_file)
+    written = load_config_from_file(str(file)) if file.exists() else None
+    return (
+        args.num_processes or getattr(written, "num_processes", None),
+        args.num_machines or getattr(written, "num_machines", 1),
+    )
+
+
+def check_places(found: Sequence[Place], asked: Sequence[Place]) -> str:
+    """Refuse a layout that is not what was asked; else a small table of it, a line for each host and stage.
+
+    Raises:
+        UserError: naming the rank, what it is and what it should be.
+    """
+    for place, wanted in zip(found, asked, strict=True):
+        for field, is_, should in zip(Place._fields, place, wanted, strict=True):
+            if is_ != should:
+                raise UserError(
+                    f"rank {wanted.rank} of {len(asked)}: {field} is {is_}, not {should} as asked; compare the "
+                    "launcher's configuration with the flags"
+                )
+    if len({(place.stage, place.data_rank) for place in found}) != len(found):
+        raise UserError(f"two processes have the same share of the work: {[tuple(place) for place in found]}")
+    hosts = len({place.host for place in found})
+    if hosts < int(os.environ.get(NODES, "1")):
+        raise UserError(
+            f"{NODES} is {os.environ[NODES]}, but the processes of this job are on {hosts}: each machine would train "
+            "alone; give the launcher the number of machines and the first one's address"
+        )
+    rows = [("host", "device", "stage", "ranks", "data-parallel ranks")]
+    groups = sorted({(place.stage, place.host, place.device) for place in found})
+    for stage, host, device in groups:
+        here = [place for place in found if (place.stage, place.host, place.device) == (stage, host, device)]
+        ranks, data_ranks = ([getattr(place, name) for place in here] for name in ("rank", "data_rank"))
+        rows.append((host, device, str(stage), _span(ranks), _span(data_ranks)))
+    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+    lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([f"{found[0].wrapping} on {len(found)} process{'es' * (len(found) > 1)}", *lines])
+
+
+def _span(numbers: list[int]) -> str:
+    """1, 2, 3, 7 -> "1-3, 7"."""
+    spans: list[list[int]] = []
+    for number in sorted(numbers):
+        if spans and spans[-1][-1] == number - 1:
+            spans[-1].append(number)
+        else:
+            spans.append([number])
+    return ", ".join(str(span[0]) if len(span) == 1 else f"{span[0]}-{span[-1]}" for span in spans)

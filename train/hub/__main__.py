@@ -1,0 +1,78 @@
+"""A finished run on the Hugging Face Hub: `python -m train.hub RUN OWNER/NAME`, or `--push_to_hub` of a run."""
+
+import argparse
+from pathlib import Path
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from train.checkpoints.run_folder import read_run
+from train.checkpoints.step_folder import latest
+from train.compare.plots import draw_training_loss, picture
+from train.hub.card import CHART, card
+from train.utils.errors import UserError, run_command
+from train.utils.files import write_text
+
+
+def check(repo: str, flag: str = "--push_to_hub") -> None:
+    """Refuse what could not be pushed to, before a run begins; `flag` is how it was named.
+
+    Raises:
+        UserError: when `repo` is no owner/name, or nobody is logged in.
+    """
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise UserError(f"{flag} {repo}: {error}") from None
+    if "/" not in repo:
+        raise UserError(f"{flag} {repo}: write owner/name")
+    try:
+        HfApi().whoami()
+    except Exception as error:  # no token, a wrong one, no network: each its own class
+        raise UserError(f"{flag} {repo}: the Hub does not know who you are ({_brief(error)}); hf auth login") from None
+
+
+def push(run_folder: Path, repo: str, flag: str = "--push_to_hub") -> str:
+    """Write the card and its chart into the run folder, and upload them with the latest model; its address.
+
+    Raises:
+        UserError: when the run is not finished, or the Hub refuses.
+    """
+    run = read_run(run_folder, repo.rpartition("/")[2])
+    write_text(run_folder / "README.md", str(card(run, repo)))
+    (run_folder / CHART).write_bytes(picture([run], draw_training_loss))
+    # Not what else is there: metrics and traces name the folders of this machine.
+    model_files = [path.name for path in latest(run_folder).iterdir() if (run_folder / path.name).exists()]
+    try:
+        api = HfApi()
+        api.create_repo(repo, exist_ok=True)
+        done = api.upload_folder(
+            repo_id=repo,
+            folder_path=run_folder,
+            allow_patterns=[*model_files, "README.md", CHART],
+            commit_message=f"{run.summary['steps']} steps",
+        )
+    except Exception as error:  # as above
+        raise UserError(
+            f"{flag} {repo}: {_brief(error)}; the run in {run_folder} is whole: "
+            f"python -m train.hub {run_folder} {repo} tries again"
+        ) from None
+    return done.repo_url.url
+
+
+def _brief(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m train.hub", description=__doc__, allow_abbrev=False)
+    parser.add_argument("run", metavar="RUN", type=Path, help="the folder of a finished run")
+    parser.add_argument("repo", metavar="OWNER/NAME", help="the repository, which is made if it is not there")
+    args = parser.parse_args(argv)
+    check(args.repo, "OWNER/NAME")
+    print(push(args.run, args.repo, "OWNER/NAME"))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,59 @@
+"""AdamW over GPT-2's parameters, or Muon for the blocks' matrices and AdamW for the rest; which of them decay."""
+
+import torch
+from torch import nn
+
+from train.optim.muon import Muon, MuonAndAdamW
+
+# What an optimizer keeps of a parameter between steps, as torch.optim names it.
+ADAMW_MOMENTS = ("exp_avg", "exp_avg_sq")
+MUON_MOMENTS = ("momentum_buffer",)
+
+
+def is_hidden_matrix(name: str) -> bool:
+    """Whether a parameter is a matrix of a block: of attention or of the MLP, not an embedding or the head."""
+    return name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+
+
+def moments_of(optimizer: str, name: str) -> tuple[str, ...]:
+    """What `optimizer` ("adamw" or "muon") keeps of the parameter `name`; each has the parameter's shape."""
+    return MUON_MOMENTS if optimizer == "muon" and is_hidden_matrix(name) else ADAMW_MOMENTS
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Two groups for an optimizer: tensors of two or more dimensions decay, vectors do not (GPT-3, arXiv:2005.14165).
+
+    Tied parameters are listed once, under their first name.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        # `ds_shape` is a ZeRO-3 parameter's whole shape; its own is that of an empty placeholder.
+        {"params": [p for p in parameters if len(getattr(p, "ds_shape", p.shape)) >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if len(getattr(p, "ds_shape", p.shape)) < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(
+    model: nn.Module,
+    optimizer: str,
+    *,
+    learning_rate: float,
+    weight_decay: float,
+    betas: tuple[float, float],
+    fused: bool,
+) -> torch.optim.AdamW | MuonAndAdamW:
+    """AdamW (arXiv:1711.05101) over `parameter_groups`, or "muon": it for the blocks' matrices, AdamW for the others.
+
+    `fused` takes PyTorch's one-kernel step of AdamW.
+    """
+    groups = parameter_groups(model, weight_decay)
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    matrices = [p for name, p in named if optimizer == "muon" and is_hidden_matrix(name)]
+    for group in groups:
+        group["params"] = [p for p in group["params"] if not any(p is matrix for matrix in matrices)]
+    adamw = torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=1e-8, fused=fused or None)
+    if not matrices:
+        return adamw
+    muon = Muon(matrices, lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+    return MuonAndAdamW(muon, adamw)

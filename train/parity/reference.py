@@ -1,0 +1,168 @@
+"""The independent witness of `train.parity`: stock GPT-2 trained in float64, in one process, a whole batch at once.
+
+It shares with the trainer the order of the data (`train.data.batches`) and nothing else: the model is transformers'
+own, the loss is written out from its logits, clipping likewise, and the optimizer is torch's AdamW on float64 tensors.
+Every number that the compared runs are given stands here, once.
+"""
+
+import argparse
+import inspect
+import json
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from train.data.batches import TrainBatches
+from train.data.token_file import open_tokens, write_token_file
+
+STEPS = 5
+SEQUENCES = 32  # in a global batch
+VOCABULARY = 256  # a token is a byte
+POSITIONS = 64
+SEED = 1337
+LEARNING_RATE = 3e-5  # one update moves a norm's weight, which is about 1, by three times what is tolerated
+WEIGHT_DECAY = 0.1
+BETA1, BETA2 = 0.9, 0.95
+CLIP = 0.5  # below the gradient's norm at each of the steps
+PROBES = 2  # sequences on which the effect of weights without a gradient is looked at
+SPREAD = 0.02  # standard deviation of what is added to every initial weight, biases and norms included
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step in float64, tensors under GPT-2's names: what it computed, and the weights it left."""
+
+    loss: float  # mean nats per token of the global batch
+    grad_norm: float  # before clipping
+    gradients: dict[str, torch.Tensor]  # after clipping
+    weights: dict[str, torch.Tensor]
+    logits: torch.Tensor  # (PROBES, positions, vocabulary), of the probes under the weights it left
+
+
+@dataclass(frozen=True)
+class Oracle:
+    """The right answer, with `max_grad_norm` as the threshold of clipping (0: none)."""
+
+    max_grad_norm: float
+    model: GPT2LMHeadModel
+    probes: torch.Tensor  # (PROBES, positions), token ids
+    steps: list[Step]
+
+    @torch.no_grad()
+    def logits_with(self, step: int, replaced: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """What `steps[step].logits` would be with some of the weights `replaced`."""
+        self.model.load_state_dict({**self.steps[step].weights, **replaced}, strict=False)
+        return self.model(self.probes, use_cache=False).logits
+
+
+def write_problem(folder: Path) -> None:
+    """`model/`, a small stock GPT-2, and the token files `train.bin` and `val.bin`: bytes of Python's own source."""
+    config = GPT2Config(
+        n_layer=4,
+        n_head=4,
+        n_embd=64,
+        n_positions=POSITIONS,
+        vocab_size=VOCABULARY,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    torch.manual_seed(SEED)
+    model = GPT2LMHeadModel(config)
+    with torch.no_grad():
+        # What begins at 0 or small would be of the learning rate's size, and so would be differences relative to it.
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=SPREAD)
+    model.save_pretrained(folder / "model")
+    text = "".join(map(inspect.getsource, (argparse, subprocess, json))).encode()
+    ids = np.frombuffer(text, dtype=np.uint8)
+    # Less than the steps take, so that they cross the border of an epoch.
+    cut = (STEPS - 1) * SEQUENCES * POSITIONS + 1
+    for name, part in (("train.bin", ids[:cut]), ("val.bin", ids[cut : cut + 4 * POSITIONS])):
+        write_token_file(folder / name, [(part, 1)], VOCABULARY, {})
+
+
+def flags(folder: Path, max_grad_norm: float) -> list[str]:
+    """The flags with which `python -m train` computes what `train_oracle` does, without those of its layout."""
+    return [
+        f"--model={folder}/model",
+        f"--train_data_path={folder}/train.bin",
+        f"--val_data_path={folder}/val.bin",
+        f"--max_steps={STEPS}",
+        f"--seed={SEED}",
+        f"--learning_rate={LEARNING_RATE}",
+        "--lr_schedule=constant",
+        "--warmup_steps=0",
+        f"--weight_decay={WEIGHT_DECAY}",
+        f"--adam_beta1={BETA1}",
+        f"--adam_beta2={BETA2}",
+        f"--max_grad_norm={max_grad_norm}",
+        "--mixed_precision=no",
+        "--save_interval=1",
+        "--eval_steps=1",
+        "--report_to=none",
+        "--max_new_tokens=0",
+    ]
+
+
+def train_oracle(folder: Path, max_grad_norm: float) -> Oracle:
+    """Train the model of `write_problem` in float64."""
+    model = GPT2LMHeadModel.from_pretrained(folder / "model", dtype=torch.float64, attn_implementation="eager")
+    model.eval()  # no dropout
+    named = dict(model.named_parameters())
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in named.values() if p.ndim >= 2], "weight_decay": WEIGHT_DECAY},
+            {"params": [p for p in named.values() if p.ndim < 2], "weight_decay": 0.0},
+        ],
+        lr=LEARNING_RATE,
+        betas=(BETA1, BETA2),
+        eps=1e-8,
+    )
+    tokens = open_tokens(folder / "train.bin", VOCABULARY)
+    batches = TrainBatches(tokens, POSITIONS, SEQUENCES, SEED)
+    probes = batches.micro_batch(0, 0, 0, 1, PROBES)["input_ids"]
+    steps = []
+    for index in range(STEPS):
+        batch = batches.micro_batch(index, 0, 0, 1, SEQUENCES)
+        loss = mean_loss(model, batch["input_ids"], batch["shift_labels"])
+        model.zero_grad()
+        loss.backward()
+        gradients = {name: p.grad for name, p in named.items() if p.grad is not None}
+        assert gradients.keys() == named.keys()
+        norm = clip(gradients, max_grad_norm)
+        assert max_grad_norm == 0 or norm > max_grad_norm, f"clipping at {max_grad_norm} does not bite at {norm}"
+        optimizer.step()
+        with torch.no_grad():
+            logits = model(probes, use_cache=False).logits
+        steps.append(Step(loss.item(), norm, _copied(gradients), _copied(named), logits))
+    return Oracle(max_grad_norm, model, probes, steps)
+
+
+def mean_loss(model: GPT2LMHeadModel, input_ids: torch.Tensor, shift_labels: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy in nats, from its definition: transformers' own would go through float32."""
+    logits = model(input_ids, use_cache=False).logits
+    assert logits.dtype == torch.float64
+    right = logits.gather(-1, shift_labels[..., None]).squeeze(-1)
+    return (logits.logsumexp(-1) - right).mean()
+
+
+@torch.no_grad()
+def clip(gradients: Mapping[str, torch.Tensor], max_norm: float) -> float:
+    """Scale `gradients` in place to a global norm of `max_norm` (0: not at all); return the norm that they had.
+
+    The divisor is the norm + 1e-6, as in torch and DeepSpeed.
+    """
+    norm = sum(float(gradient.square().sum()) for gradient in gradients.values()) ** 0.5
+    if max_norm > 0:
+        for gradient in gradients.values():
+            gradient *= min(1.0, max_norm / (norm + 1e-6))
+    return norm
+
+
+def _copied(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}

@@ -1,0 +1,244 @@
+"""Plan a run before it is started: what fits into memory, what is fastest, and the command.
+
+  python -m train.plan --model gpt2-xl --block_size 1024 --world_size 8 --device_memory 80GB
+
+Every layout of this trainer is tried (one process, DDP, FSDP2, ZeRO-1/2/3 with and without offload, 1F1B pipelines),
+with all activations kept, attention's output alone kept, or none, and with micro-batches that make the asked step.
+The memory is arithmetic that the tests hold to measured steps; the speed is an estimate that ranks, on stated
+assumptions.
+"""
+
+import argparse
+import re
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from train.checkpoints.loading import model_config
+from train.config import packaged as shipped
+from train.engines.pipeline.partition import Partition, partition
+from train.plan.memory import Memory, predict
+from train.plan.shapes import Layout, Recompute, Shape
+from train.plan.speed import DEVICES, Device, Speed, predict_speed
+from train.utils.errors import UserError, run_command
+from train.utils.quiet import quiet_libraries
+from train.utils.tables import markdown_table
+
+USABLE = 0.9  # of the device's memory; the rest is for the driver, libraries and an allocator's gaps
+LOSS_CHUNK_SIZE = 512
+GIB = 2**30
+UNITS = {"": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": GIB, "TIB": 2**40}
+KEEPS: dict[Recompute, str] = {"none": "all", "selective": "attention", "full": "nothing"}
+
+
+@dataclass(frozen=True)
+class Plan:
+    shape: Shape
+    layout: Layout
+    memory: Memory
+    speed: Speed
+
+    @property
+    def name(self) -> str:
+        layout = self.layout
+        if layout.stages > 1:
+            return f"pipeline of {layout.stages}" + (f" x {layout.data_parallel}" if layout.data_parallel > 1 else "")
+        names = {"single": "one process", "ddp": "DDP", "fsdp2": "FSDP2", "zero": f"ZeRO-{layout.zero_stage}"}
+        return names[layout.kind] + " offload" * layout.offload
+
+
+def plans(
+    model: str, block_size: int | None, world_size: int, sequences: int, device: Device, efficiency: float
+) -> list[Plan]:
+    """Every layout that makes a step of `sequences`, fitting or not, the fastest first.
+
+    Raises:
+        UserError: for a model that is not known, or numbers that no layout fits.
+    """
+    config = model_config(model, dropout=0.0, loss_chunk_size=LOSS_CHUNK_SIZE)
+    block_size = block_size or config.n_positions
+    if block_size > config.n_positions:
+        raise UserError(f"--block_size {block_size}: {model} has {config.n_positions} positions; ask for fewer")
+    shape = Shape.of(config, block_size)
+    bf16 = device.has_bf16
+    found = []
+    for base in _layouts(world_size, shape.n_layer + 3, device):
+        cut = partition(config, base.stages, block_size=block_size) if base.stages > 1 else None
+        for micro_batch in _micro_batches(sequences, base.data_parallel):
+            accumulation = sequences // base.data_parallel // micro_batch
+            for recompute in KEEPS:
+                layout = replace(
+                    base,
+                    micro_batch=micro_batch,
+                    accumulation=accumulation,
+                    recompute=recompute,
+                    bf16=bf16,
+                    device=device.kind,
+                    loss_chunk_size=LOSS_CHUNK_SIZE,
+                    bounds=cut.bounds if cut else (),
+                )
+                found.append(_plan(shape, layout, device, efficiency, cut))
+    if not found:
+        raise UserError(
+            f"--sequences_per_step {sequences}: cannot be shared by {world_size} processes; ask for a multiple of it"
+        )
+    # Of equals the one that recomputes less and holds less.
+    return sorted(found, key=lambda plan: (-plan.speed.tokens_per_second, plan.memory.peak))
+
+
+def _plan(shape: Shape, layout: Layout, device: Device, efficiency: float, cut: Partition | None) -> Plan:
+    return Plan(shape, layout, predict(shape, layout), predict_speed(shape, layout, device, efficiency, cut))
+
+
+def _layouts(world_size: int, layers: int, device: Device) -> Iterator[Layout]:
+    """`layers`: what a pipeline can be cut into: embeddings, blocks, final norm, head."""
+    if world_size == 1:
+        yield Layout("single", 1, 1)
+    else:
+        yield Layout("ddp", world_size, 1)
+        yield Layout("fsdp2", world_size, 1)
+    for stage in (1, 2, 3):
+        for offload in (False, True):
+            # Alone there is nothing to share out, and a CPU is its own host.
+            if (not offload or device.kind == "cuda") and (offload or world_size > 1):
+                yield Layout("zero", world_size, 1, zero_stage=stage, offload=offload)
+    for stages in range(2, min(world_size, layers) + 1):
+        if world_size % stages == 0:
+            yield Layout("zero", world_size, 1, zero_stage=1, stages=stages)
+
+
+def _micro_batches(sequences: int, data_parallel: int) -> list[int]:
+    """The divisors of a process's share of a step; none where the step cannot be shared."""
+    share, rest = divmod(sequences, data_parallel)
+    return [] if rest else [number for number in range(1, share + 1) if share % number == 0]
+
+
+def command(plan: Plan, model: str) -> str:
+    """What starts it here, with a shipped configuration; data and folders are the flags' defaults."""
+    layout = plan.layout
+    files = {"ddp": "ddp", "fsdp2": "fsdp2", "zero": "deepspeed"}
+    words = ["python -m train"]
+    if layout.kind != "single":
+        file = shipped.accelerate_file(f"{files[layout.kind]}.yaml")
+        words = [f"accelerate launch --config_file {shlex.quote(str(file))}"]
+        words += [f"--num_processes {layout.world_size} -m train"]
+    words += [f"--run_type {'optimized' if layout.kind == 'zero' else 'baseline'}"]
+    if layout.kind == "zero":
+        name = "pipeline" if layout.stages > 1 else f"zero{layout.zero_stage}{'_offload' * layout.offload}"
+        words += [f"--deepspeed_config ds_configs/{name}.json"]
+    if layout.stages > 1:
+        words += [f"--pipeline_stages {layout.stages}"]
+    words += [f"--model {shlex.quote(model)} --block_size {plan.shape.block_size}"]
+    words += [f"--train_micro_batch_size_per_gpu {layout.micro_batch}"]
+    words += [f"--gradient_accumulation_steps {layout.accumulation}"]
+    if layout.recompute != "none":
+        words += ["--activation_checkpointing 1"]
+    if layout.recompute == "selective":  # which only some kernels can be told apart for
+        words += ["--activation_checkpointing_keeps attention"]
+    words += [f"--attn_implementation {'sdpa' if layout.recompute == 'selective' else 'auto'}"]
+    words += [f"--loss_chunk_size {layout.loss_chunk_size} --mixed_precision {'bf16' if layout.bf16 else 'no'}"]
+    lines = [""]
+    for word in words:
+        if len(lines[-1]) + len(word) > 100:
+            lines[-1] += " \\"
+            lines.append("   ")
+        lines[-1] += " " * bool(lines[-1]) + word
+    return "\n".join(lines)
+
+
+def best_of_each(found: Sequence[Plan], limit: float) -> list[Plan]:
+    """Of each layout the fastest that fits, the fastest first."""
+    best: dict[str, Plan] = {}
+    for plan in found:
+        if plan.memory.peak <= limit:
+            best.setdefault(plan.name, plan)
+    return list(best.values())
+
+
+def table(chosen: Sequence[Plan]) -> str:
+    header = ["layout", "micro-batch", "accumulation", "kept", "GB a process", "tokens/s", "idle", "communication"]
+    rows = []
+    for plan in chosen:
+        layout, speed = plan.layout, plan.speed
+        seconds = speed.arithmetic + speed.bubble + speed.communication + speed.update
+        rows.append([
+            plan.name,
+            str(layout.micro_batch),
+            str(layout.accumulation),
+            KEEPS[layout.recompute],
+            f"{plan.memory.peak / 1e9:.3g}",
+            f"{speed.tokens_per_second:,.0f}",
+            f"{speed.bubble / seconds:.1%}",
+            f"{speed.communication / seconds:.1%}",
+        ])  # fmt: skip
+    return markdown_table(header, rows)
+
+
+def assumptions(device: Device, efficiency: float, limit: float, bf16: bool) -> str:
+    return "\n".join([
+        f"- {'bf16' if bf16 else 'fp32'}, fused attention, loss in chunks of {LOSS_CHUNK_SIZE} rows, not compiled, "
+        "no dropout, AdamW",
+        f"- memory: tensors up to {limit / 1e9:.1f} GB, {USABLE:.0%} of a device's; in buckets of the sizes that "
+        "ds_configs has",
+        f"- arithmetic: {efficiency:.0%} of {device.flops(bf16) / 1e12:g} TFLOP/s ({device.name}), and what is "
+        "recomputed",
+        "- offloaded state needs 16 to 18 bytes a parameter of the hosts' memory, which is not looked at",
+        f"- links: {device.link / 1e9:g} GB/s between processes, {device.host_link / 1e9:g} GB/s to the host",
+    ])  # fmt: skip
+
+
+def size(text: str) -> float:
+    """ "80GB" -> 80e9 bytes; "40GiB", "512MB" and plain numbers as well."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if match is None or match[2].upper() not in UNITS or float(match[1]) == 0:
+        raise UserError(f"{text!r} is no amount of bytes; write, for example, 80GB or 24GiB")
+    return float(match[1]) * UNITS[match[2].upper()]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m train.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="gpt2", help="gpt2, gpt2-medium, ...; or a folder (default: gpt2)")
+    parser.add_argument("--block_size", type=int, help="tokens in a sequence (default: the model's positions)")
+    parser.add_argument("--world_size", type=int, default=1, help="processes, one a device (default: 1)")
+    parser.add_argument("--device", choices=DEVICES, default="H100", help="default: H100")
+    parser.add_argument("--device_memory", default="80GB", help="of one device, for example 24GB (default: 80GB)")
+    parser.add_argument(
+        "--sequences_per_step", type=int, default=512, help="of all processes together (default: 512, as GPT-2's)"
+    )
+    parser.add_argument(
+        "--efficiency", type=float, default=0.4, help="share of its peak that a device reaches (default: 0.4)"
+    )
+    parser.add_argument("--link", help="bytes/s between processes, for example 25GB (default: the device's own links)")
+    args = parser.parse_args(argv)
+    quiet_libraries()
+    for key in ("block_size", "world_size", "sequences_per_step"):
+        if (value := getattr(args, key)) is not None and value < 1:
+            raise UserError(f"--{key} {value}: must be at least 1")
+    if not 0 < args.efficiency <= 1:
+        raise UserError(f"--efficiency {args.efficiency}: is a share of the peak; write a number up to 1, such as 0.4")
+    device = DEVICES[args.device]
+    if args.link:
+        device = replace(device, link=size(args.link))
+    limit = USABLE * size(args.device_memory)
+    found = plans(args.model, args.block_size, args.world_size, args.sequences_per_step, device, args.efficiency)
+    chosen = best_of_each(found, limit)
+    if not chosen:
+        nearest = min(found, key=lambda plan: plan.memory.peak)
+        raise UserError(
+            f"nothing fits into {args.device_memory} x {USABLE:.0%}; nearest comes {nearest.name} with micro-batches "
+            f"of {nearest.layout.micro_batch}, keeping {KEEPS[nearest.layout.recompute]}, with "
+            f"{nearest.memory.peak / 1e9:.3g} GB; take more processes, a smaller model or a smaller --block_size"
+        )
+    print(table(chosen))
+    best = chosen[0]
+    print(
+        "\nat the peak of the first: " + ", ".join(f"{k} {v / 1e9:.2f}" for k, v in best.memory.at_peak.items()), "GB"
+    )
+    print(f"\nassumed:\n{assumptions(device, args.efficiency, limit, best.layout.bf16)}")
+    print(f"\n{command(best, args.model)}")
+
+
+if __name__ == "__main__":
+    run_command(main)

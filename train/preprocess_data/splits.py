@@ -1,0 +1,87 @@
+"""Which documents are for validation, and nanoGPT's order of both parts."""
+
+import hashlib
+import math
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from train.data.token_file import END_OF_TEXT
+
+# (number of the first row, the text of it and of those behind it) → (rows,) bool: is it for validation?
+SplitRule = Callable[[int, pa.LargeStringArray], np.ndarray]
+
+READ_TOKENS = 1 << 22  # at once, of a file that is put in order
+
+
+def hash_rule(val_fraction: float, seed: int) -> SplitRule:
+    """By the document's content: blake2b, keyed with the seed, of its UTF-8 bytes is below val_fraction · 2^64."""
+    key = seed.to_bytes(8, "little")
+    threshold = int(val_fraction * 2**64)
+
+    def is_validation(content: bytes) -> bool:
+        return int.from_bytes(hashlib.blake2b(content, digest_size=8, key=key).digest(), "little") < threshold
+
+    def rule(row: int, texts: pa.LargeStringArray) -> np.ndarray:
+        contents = texts.cast(pa.large_binary()).to_pylist()
+        return np.fromiter(map(is_validation, contents), dtype=bool, count=len(contents))
+
+    return rule
+
+
+def nanogpt_rule(val_fraction: float, seed: int, rows: int) -> SplitRule:
+    """By the row's number: it is one of `nanogpt_rows`'s for validation."""
+    validation = np.zeros(rows, dtype=bool)  # 8 MB for OpenWebText
+    validation[nanogpt_rows(val_fraction, seed, rows)[1]] = True
+    return lambda row, texts: validation[row : row + len(texts)]
+
+
+def nanogpt_rows(val_fraction: float, seed: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of the rows for training and for validation, both int64, in the order in which nanoGPT writes them.
+
+    This is `Dataset.train_test_split(test_size=val_fraction, seed=seed, shuffle=True)` of datasets, which nanoGPT's
+    data/openwebtext/prepare.py calls with 0.0005 and 2357: a permutation, its first ⌈rows · val_fraction⌉ entries for
+    validation.
+    """
+    permutation = np.random.default_rng(seed).permutation(rows)
+    validation = math.ceil(rows * val_fraction)
+    return permutation[validation:], permutation[:validation]
+
+
+def document_ends(path: Path, dtype: np.dtype[Any]) -> np.ndarray:
+    """(documents,) int64: where each document of a token file ends, behind its <|endoftext|>."""
+    ends = []
+    start = 0
+    with path.open("rb") as file:
+        while (ids := np.fromfile(file, dtype=dtype, count=READ_TOKENS)).size:
+            ends.append(np.flatnonzero(ids == END_OF_TEXT) + start + 1)
+            start += ids.size
+    return np.concatenate(ends) if ends else np.zeros(0, dtype=np.int64)
+
+
+def in_order(path: Path, dtype: np.dtype[Any], rows: np.ndarray) -> Iterator[tuple[np.ndarray, int]]:
+    """A token file's documents in another order, in pieces: ids and how many documents they close.
+
+    Args:
+        path: a token file with the documents of `rows`, by rising number.
+        dtype: of its ids.
+        rows: (documents,) numbers of rows, in the order that is wanted.
+    """
+    ends = document_ends(path, dtype)
+    if len(ends) != len(rows):
+        raise ValueError(f"{path} has {len(ends)} documents, and the order is of {len(rows)}")
+    documents = np.empty(len(rows), dtype=np.int64)
+    documents[np.argsort(rows)] = np.arange(len(rows))  # document d of the file is the row with d smaller ones
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        for some in np.array_split(documents, math.ceil(ends[-1] / READ_TOKENS)) if len(ends) else []:
+            starts = np.where(some > 0, ends[some - 1], 0)
+            spans = zip((starts * dtype.itemsize).tolist(), (ends[some] * dtype.itemsize).tolist(), strict=True)
+            content = b"".join(os.pread(descriptor, end - start, start) for start, end in spans)
+            yield np.frombuffer(content, dtype=dtype), len(some)
+    finally:
+        os.close(descriptor)

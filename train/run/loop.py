@@ -1,0 +1,110 @@
+"""The training loop: the same for every engine, layout and run type."""
+
+import dataclasses
+import time
+from contextlib import closing
+
+from train.checkpoints import step_folder as checkpoints
+from train.data.prefetch import Batch, read_ahead
+from train.engines.accelerator import product_precision
+from train.engines.base import Engine
+from train.hub import __main__ as hub
+from train.metrics.annotations import region
+from train.metrics.energy import EnergyMeter, energy_reader
+from train.optim.schedule import learning_rate
+from train.run.log import RunLog
+from train.run.profiling import Profiler
+from train.run.setup import Run, build
+from train.run.summary import write_summary
+from train.run.validate import Validation
+
+
+def due(step: int, interval: int, last: int) -> bool:
+    """Whether something that happens every `interval` steps (0: never) and at the end happens after `step`."""
+    return step == last or (interval > 0 and step % interval == 0)
+
+
+@region("checkpoint")
+def save(engine: Engine, run: Run, step: int) -> None:
+    """Write the checkpoint after `step` steps, parameter by parameter."""
+    tensors = engine.tensors()
+    if engine.is_main:
+        config = run.config
+        checkpoints.save(
+            config.run_folder, run.model_config, run.tokenizer, tensors, run.state(step), config.save_total_limit
+        )
+    for _ in tensors:
+        pass  # the other processes only take part in the gathering
+    engine.wait()
+
+
+def train(run: Run) -> None:
+    """Train from the run's checkpoint, or from nothing, to its last step; leave the run folder finished."""
+    config = run.config
+    assert config.learning_rate is not None
+    engine = build(run)
+    log = RunLog(engine.accelerator, config.run_folder, dataclasses.asdict(config), run.total_steps)
+    validation = Validation(engine, run)
+    first = run.checkpoint.step if run.checkpoint else 0
+    log.start(first, run.checkpoint.folder.parent / "metrics.jsonl" if run.checkpoint else log.file)
+    log.say(engine.layout)
+    if run.partition is not None:
+        log.say(f"{run.partition.table()}\nschedule {config.pipeline_schedule}")
+    log.say(f"attention: {run.attention[0]} ({run.attention[1]}); precision: {product_precision(config)}")
+
+    def micro_batches(step: int) -> list[Batch]:
+        return [
+            run.train.micro_batch(step, micro_step, engine.data_rank, engine.data_world_size, run.micro_batch_size)
+            for micro_step in range(run.accumulation)
+        ]
+
+    energy = EnergyMeter(energy_reader(engine.device, engine.accelerator.is_local_main_process))
+    steps = range(first, run.total_steps)
+    data = read_ahead(micro_batches, steps, engine.device, run.train.stop)
+    with closing(data), Profiler(run, engine, first) as profiler:
+        for step in steps:
+            energy.start()
+            began = time.perf_counter()
+            with region("data"):
+                batches = next(data)
+            data_seconds = time.perf_counter() - began
+            rate = learning_rate(
+                step,
+                peak=config.learning_rate,
+                total_steps=run.total_steps,
+                warmup_steps=run.warmup_steps,
+                min_ratio=config.min_learning_rate_ratio,
+                schedule=config.lr_schedule,
+            )
+            result = engine.train_step(step, batches, rate)
+            seconds = time.perf_counter() - began
+            energy.stop(counts=step > first and not profiler.at_work)
+
+            done = step + 1
+            record = {
+                "step": done,
+                "epoch": run.train.epochs(done),
+                "tokens": done * run.tokens_per_step,
+                "loss": result.loss,
+                "learning_rate": rate,
+                "grad_norm": result.grad_norm,
+                "tokens_per_second": run.tokens_per_step / seconds,
+                "step_time_seconds": seconds,
+                "data_seconds": data_seconds,
+            }
+            if profiler.at_work:
+                record["profiled"] = True
+            if due(done, config.eval_interval, run.total_steps):
+                record |= validation.measure()
+            log.write(record)
+            if due(done, config.save_interval, run.total_steps):
+                save(engine, run, done)
+            profiler.step()
+    log.close()
+    main, processes, memory = engine.is_main, engine.world_size, engine.peak_memory(profiler.peak_before)
+    spent = energy.total(engine.device, engine.sum_over_processes)
+    engine.close()
+    if main:
+        write_summary(run, validation.batches, log.records, processes, memory, spent)
+        if config.push_to_hub is not None:
+            print(hub.push(config.run_folder, config.push_to_hub))

@@ -1,0 +1,206 @@
+"""`--profile`: the steps of `--profile_steps` under torch.profiler, a trace per process in RUN/profile/rank-N.json.gz.
+
+One step before them the profiler warms up, the modules of the model get their names, and the main process follows
+every tensor, for RUN/profile/memory.json; after them all is gone, so that other steps run as they would without.
+"""
+
+import functools
+import gzip
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile, record_function, schedule
+from tqdm import tqdm
+
+from modeling_gpt2flash import GPT2FlashForCausalLM
+from train.engines.accelerator import product_precision
+from train.engines.base import Engine
+from train.metrics.annotations import LOSS, module_region
+from train.metrics.flops import peak_bandwidth, peak_flops
+from train.metrics.memory_tracker import MemoryTracker
+from train.metrics.summary import peak_memory, versions
+from train.run.setup import Run
+from train.utils.files import written_aside
+
+SCHEMA = 1
+"""Version of the facts in a trace, under its key "gpt2flash"."""
+
+SNAPSHOT_ENTRIES = 100_000  # allocations that a memory snapshot remembers
+
+
+class Profiler(AbstractContextManager):
+    """Records the steps that the run's flags name; without `--profile` it does nothing."""
+
+    def __init__(self, run: Run, engine: Engine, done: int) -> None:
+        """`done`: the optimizer steps before this process's first."""
+        self.run = run
+        self.engine = engine
+        self.done = done
+        self.names = Names()
+        self.peak_before: dict[str, Any] | None = None
+        """Peak memory of a process on a CPU before the profiler, whose records stay resident among the tensors."""
+        self.profile: profile | None = None
+        self.memory: MemoryTracker | None = None
+        if run.config.profiled is None:
+            return
+        self.recorded = run.config.profiled
+        if self.recorded.start < done + 2:
+            if engine.is_main:
+                tqdm.write(f"--profile_steps {run.config.profile_steps}: nothing is recorded after step {done}")
+            return
+        self.folder = run.config.run_folder / "profile"
+        self.facts = json.dumps(facts(run, engine, self.recorded))
+        if engine.is_main:
+            shutil.rmtree(self.folder, ignore_errors=True)  # of an earlier attempt, perhaps with more processes
+        activities = [ProfilerActivity.CPU]
+        if engine.device.type == "cuda":
+            activities.append(ProfilerActivity.CUDA)
+        self.profile = profile(
+            activities=activities,
+            schedule=schedule(wait=self.recorded.start - 2 - done, warmup=1, active=len(self.recorded), repeat=1),
+            on_trace_ready=self._write,
+            record_shapes=True,
+            acc_events=False,
+        )
+
+    def __enter__(self) -> "Profiler":
+        if self.profile is not None:
+            self.profile.start()
+            self._prepare_if_next()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.names.remove()
+        self._stop_tracking()
+        if self.profile is not None:
+            self.profile.stop()
+
+    @property
+    def at_work(self) -> bool:
+        """Whether the next step is recorded, or is the one before, that warms the profiler up."""
+        return self.profile is not None and self.recorded.start <= self.done + 2 <= self.recorded.stop
+
+    def step(self) -> None:
+        """After every optimizer step and what belongs to it."""
+        if self.profile is None:
+            return
+        self.done += 1
+        if (tracked := self._stop_tracking()) is not None:
+            self.folder.mkdir(exist_ok=True)
+            tracked.write(self.folder / "memory.json")
+        if self.done == self.recorded.start - 2 and self.engine.device.type != "cuda":
+            self.peak_before = peak_memory(self.engine.device)
+        self.profile.step()
+        self._prepare_if_next()
+        if self.done == self.recorded.start - 1:
+            # Kineto takes metadata while it records, and at no other time.
+            self.profile.add_metadata_json("gpt2flash", self.facts)
+            if self.run.config.memory_snapshot:
+                torch.cuda.memory._record_memory_history(max_entries=SNAPSHOT_ENTRIES)
+        if self.done == self.recorded.stop - 1:
+            self.names.remove()
+
+    def _prepare_if_next(self) -> None:
+        if self.done != self.recorded.start - 2:
+            return
+        self.names.give(self.engine.named_modules())
+        # Not of compiled blocks: torch.compile steps aside for whoever looks at every operator.
+        if self.engine.is_main and not self.run.config.torch_compile:
+            vocabulary = self.run.model_config.vocab_size
+            self.memory = MemoryTracker(self.engine.holdings, vocabulary, self.engine.device.type)
+            self.memory.__enter__()
+
+    def _stop_tracking(self) -> MemoryTracker | None:
+        """The tracker of the step that ends here, if there is one."""
+        tracked, self.memory = self.memory, None
+        if tracked is not None:
+            tracked.__exit__(None, None, None)
+        return tracked
+
+    def _write(self, recorded: profile) -> None:
+        if self.done < self.recorded.stop - 1:
+            return  # an error has ended the run before its time
+        self.folder.mkdir(exist_ok=True)
+        file = self.folder / f"rank-{self.engine.rank}.json.gz"
+        plain = file.with_name(f".{file.stem}")
+        try:
+            recorded.export_chrome_trace(str(plain))
+            with written_aside(file) as aside, plain.open("rb") as source, gzip.open(aside, "wb", 6) as packed:
+                shutil.copyfileobj(source, packed)
+        finally:
+            plain.unlink(missing_ok=True)
+        if self.run.config.memory_snapshot:
+            with written_aside(self.folder / f"memory-{self.engine.rank}.pickle") as aside:
+                torch.cuda.memory._dump_snapshot(str(aside))
+            torch.cuda.memory._record_memory_history(enabled=None)
+
+
+class Names:
+    """Modules that say their names to the profiler whenever they are called, until that is taken back."""
+
+    def __init__(self) -> None:
+        self._undo: list[Callable[[], None]] = []
+
+    def give(self, modules: Iterator[tuple[str, nn.Module]]) -> None:
+        compiled: tuple[str, ...] = ()
+        for name, module in list(modules):
+            if name.startswith(compiled):
+                continue  # its call is part of a compiled graph, which a name would break
+            if isinstance(module, GPT2FlashForCausalLM):
+                self._name(module, "_loss", LOSS)
+            elif name:
+                if hasattr(module.forward, "_torchdynamo_orig_callable"):
+                    compiled = (*compiled, f"{name}.")
+                self._name(module, "forward", module_region(name))
+
+    def remove(self) -> None:
+        while self._undo:
+            self._undo.pop()()
+
+    def _name(self, owner: nn.Module, attribute: str, region: str) -> None:
+        call = getattr(owner, attribute)
+
+        @functools.wraps(call)
+        def named(*args: Any, **kwargs: Any) -> Any:
+            with record_function(region):
+                return call(*args, **kwargs)
+
+        own = attribute in vars(owner)
+        setattr(owner, attribute, named)
+        self._undo.append(lambda: setattr(owner, attribute, call) if own else delattr(owner, attribute))
+
+
+def facts(run: Run, engine: Engine, recorded: range) -> dict[str, Any]:
+    """What a reader of the trace has to know of its run. Rates are those of one device, None where unknown."""
+    config = run.config
+    precision = product_precision(config)
+    device_name = torch.cuda.get_device_name() if engine.device.type == "cuda" else "cpu"
+    return {
+        "schema": SCHEMA,
+        "run_type": config.run_type,
+        "rank": engine.rank,
+        "world_size": engine.world_size,
+        "pipeline_stages": config.pipeline_stages,
+        "pipeline_schedule": config.pipeline_schedule,
+        "first_step": recorded.start,
+        "steps": len(recorded),
+        "tokens_per_step": run.tokens_per_step,
+        "block_size": run.train.block_size,
+        "micro_batch_size": run.micro_batch_size,
+        "accumulation": run.accumulation,
+        "model": run.shape,
+        "attn_implementation": run.attention[0],
+        "activation_checkpointing": config.activation_checkpointing,
+        "torch_compile": config.torch_compile,
+        "precision": precision,
+        "device": engine.device.type,
+        "device_name": device_name,
+        "peak_flops": peak_flops(device_name, precision),
+        "peak_bytes_per_second": peak_bandwidth(device_name),
+        "torch": versions()["torch"],
+    }
