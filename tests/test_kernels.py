@@ -18,7 +18,7 @@ from train.kernels.attribution import CATEGORIES
 from train.kernels.breakdown import OUTSIDE, account, by
 from train.kernels.op_costs import flops, moved_bytes
 from train.kernels.traces import read_recording
-from train.metrics.annotations import region
+from train.metrics.annotations import annotate
 from train.run.profiling import Names
 from train.utils.errors import UserError
 
@@ -66,11 +66,11 @@ def record(run: Path, slow_layer: int | None = None, checkpointing: bool = False
         on_trace_ready=lambda ready: ready.export_chrome_trace(str(plain)),
     ) as recorded:
         for step in range(3):
-            with region("forward"):
+            with annotate("forward"):
                 loss = model(ids, shift_labels=ids, skip_logits=True).loss
-            with region("backward"):
+            with annotate("backward"):
                 loss.backward()
-            with region("optimizer"):
+            with annotate("optimizer"):
                 optimizer.step()
                 optimizer.zero_grad()
             if step == 1:

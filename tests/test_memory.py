@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode
 
-from train.metrics.annotations import region
+from train.metrics.annotations import annotate
 from train.metrics.memory_tracker import CATEGORIES, SCHEMA, MemoryTracker
 
 KB = 1024
@@ -76,7 +76,7 @@ def test_a_storage_that_shrinks_and_grows_is_followed() -> None:
 
 
 def test_a_region_that_had_begun_before_may_end_within() -> None:
-    begun = region("forward")
+    begun = annotate("forward")
     begun.__enter__()
     with tracked() as tracker:
         kept = kilobytes(1)
@@ -99,11 +99,11 @@ def test_a_step_by_category(tmp_path: Path) -> None:
     inputs, labels = torch.randn(4, 8), torch.zeros(4, dtype=torch.int64)
 
     def step() -> float:
-        with region("forward"):
+        with annotate("forward"):
             loss = nn.functional.cross_entropy(model(inputs), labels)
-        with region("backward"):
+        with annotate("backward"):
             loss.backward()
-        with region("optimizer"):
+        with annotate("optimizer"):
             optimizer.step()
             optimizer.zero_grad()
         return loss.item()

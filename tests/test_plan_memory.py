@@ -13,7 +13,7 @@ from modeling_gpt2flash import GPT2FlashConfig, GPT2FlashForCausalLM
 from tests.conftest import engine_steps
 from train.engines.activation_checkpointing import checkpoint_arguments, recompute_blocks
 from train.engines.pipeline.partition import partition
-from train.metrics.annotations import region
+from train.metrics.annotations import annotate
 from train.metrics.memory_tracker import CATEGORIES, MemoryTracker
 from train.optim.parameter_groups import build_optimizer
 from train.plan.memory import predict, predict_stage
@@ -48,11 +48,11 @@ def track(shape: Shape, layout: Layout) -> dict[str, Any]:
     def step() -> None:
         for _ in range(layout.accumulation):
             cast: AbstractContextManager = torch.autocast("cpu", torch.bfloat16) if layout.bf16 else nullcontext()
-            with region("forward"), cast:
+            with annotate("forward"), cast:
                 loss = model(input_ids=ids, shift_labels=ids, use_cache=False, skip_logits=True).loss
-            with region("backward"):
+            with annotate("backward"):
                 loss.backward()
-        with region("optimizer"):
+        with annotate("optimizer"):
             optimizer.step()
             optimizer.zero_grad()
 

@@ -17,7 +17,7 @@ from train.data.batches import IGNORED_LABEL
 from train.engines.activation_checkpointing import checkpoint_arguments, recompute_blocks
 from train.engines.base import Engine, StepResult
 from train.engines.placement import Place
-from train.metrics.annotations import region
+from train.metrics.annotations import annotate
 
 
 class AcceleratedEngine(Engine):
@@ -35,7 +35,7 @@ class AcceleratedEngine(Engine):
     def prepare(self, model: GPT2FlashForCausalLM) -> None:
         super().prepare(model)
         if self.deepspeed is not None:  # Accelerate calls it at the end of its backward
-            self.model.step = region("optimizer")(self.model.step)
+            self.model.step = annotate("optimizer")(self.model.step)
 
     def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
         return self.module.named_modules()
@@ -73,20 +73,20 @@ class AcceleratedEngine(Engine):
         losses, grad_norm = [], None
         for micro_batch in micro_batches:
             with self.accelerator.accumulate(self.model):
-                with region("data"):
+                with annotate("data"):
                     inputs = self._inputs(micro_batch)
-                with region("forward"):
+                with annotate("forward"):
                     loss = self.model(**inputs, use_cache=False, skip_logits=True).loss
                     losses.append(loss.detach().float())
-                with region("backward"):
+                with annotate("backward"):
                     self.accelerator.backward(loss)
-                with region("optimizer"):
+                with annotate("optimizer"):
                     if self.accelerator.sync_gradients:
                         limit = self.config.max_grad_norm or float("inf")
                         grad_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
                     self.optimizer.step()
                     self.optimizer.zero_grad()
-        with region("communication"):
+        with annotate("communication"):
             mean = self.accelerator.reduce(torch.stack(losses).mean(), "mean").item()
             if isinstance(grad_norm, DTensor):
                 grad_norm = grad_norm.full_tensor()

@@ -9,7 +9,7 @@ from train.data.prefetch import Batch, read_ahead
 from train.engines.accelerator import product_precision
 from train.engines.base import Engine
 from train.hub import __main__ as hub
-from train.metrics.annotations import region
+from train.metrics.annotations import annotate
 from train.metrics.energy import EnergyMeter, energy_reader
 from train.optim.schedule import learning_rate
 from train.run.log import RunLog
@@ -24,7 +24,7 @@ def due(step: int, interval: int, last: int) -> bool:
     return step == last or (interval > 0 and step % interval == 0)
 
 
-@region("checkpoint")
+@annotate("checkpoint")
 def save(engine: Engine, run: Run, step: int) -> None:
     """Write the checkpoint after `step` steps, parameter by parameter."""
     tensors = engine.tensors()
@@ -65,7 +65,7 @@ def train(run: Run) -> None:
         for step in steps:
             energy.start()
             began = time.perf_counter()
-            with region("data"):
+            with annotate("data"):
                 batches = next(data)
             data_seconds = time.perf_counter() - began
             rate = learning_rate(

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from modeling_gpt2flash import GPT2FlashForCausalLM
 from train.engines.accelerator import product_precision
 from train.engines.base import Engine
-from train.metrics.annotations import LOSS, module_region
+from train.metrics.annotations import LOSS, module_annotation
 from train.metrics.flops import peak_bandwidth, peak_flops
 from train.metrics.memory_tracker import MemoryTracker
 from train.metrics.summary import peak_memory, versions
@@ -156,18 +156,18 @@ class Names:
             elif name:
                 if hasattr(module.forward, "_torchdynamo_orig_callable"):
                     compiled = (*compiled, f"{name}.")
-                self._name(module, "forward", module_region(name))
+                self._name(module, "forward", module_annotation(name))
 
     def remove(self) -> None:
         while self._undo:
             self._undo.pop()()
 
-    def _name(self, owner: nn.Module, attribute: str, region: str) -> None:
+    def _name(self, owner: nn.Module, attribute: str, annotation: str) -> None:
         call = getattr(owner, attribute)
 
         @functools.wraps(call)
         def named(*args: Any, **kwargs: Any) -> Any:
-            with record_function(region):
+            with record_function(annotation):
                 return call(*args, **kwargs)
 
         own = attribute in vars(owner)

@@ -12,7 +12,7 @@ from train.data.batches import EvalBatches
 from train.data.prefetch import Batch, read_ahead
 from train.engines.base import Engine
 from train.evaluate_metrics import load_metric
-from train.metrics.annotations import region
+from train.metrics.annotations import annotate
 from train.run.setup import Run, open_validation
 
 
@@ -26,7 +26,7 @@ class Validation:
         self._all_see_it = not run.config.follow
         self._said = False
 
-    @region("validation")
+    @annotate("validation")
     def measure(self) -> dict[str, Any]:
         """What `validate` gives; empty where there is nothing to validate on yet. All processes call it."""
         run = self.run

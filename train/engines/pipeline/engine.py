@@ -28,7 +28,7 @@ from train.engines.activation_checkpointing import checkpoint_arguments
 from train.engines.base import Engine, StepResult
 from train.engines.pipeline.partition import Partition
 from train.engines.placement import Place
-from train.metrics.annotations import LOSS, Phase, region, stage_region
+from train.metrics.annotations import LOSS, Phase, annotate, stage_annotation
 from train.optim.parameter_groups import moments_of
 
 # What the instructions of DeepSpeed's schedules are; all others pass something on or add it up over processes.
@@ -109,10 +109,10 @@ class PipelinedEngine(Engine):
     def prepare(self, model: GPT2FlashForCausalLM) -> None:
         super().prepare(model)
         self.model._INSTRUCTION_MAP = {
-            instruction: region(PHASES.get(instruction.__name__, "communication"))(self._naming_its_stage(execute))
+            instruction: annotate(PHASES.get(instruction.__name__, "communication"))(self._naming_its_stage(execute))
             for instruction, execute in self.model._INSTRUCTION_MAP.items()
         }
-        self.model._aggregate_total_loss = region("communication")(self.model._aggregate_total_loss)
+        self.model._aggregate_total_loss = annotate("communication")(self.model._aggregate_total_loss)
 
     def _naming_its_stage(self, execute: Callable[..., None]) -> Callable[..., None]:
         """The same instruction; on its way back (DualPipeV's phase 1) it is of this pipeline rank's second stage."""
@@ -120,7 +120,7 @@ class PipelinedEngine(Engine):
         def named(engine: Any, **arguments: Any) -> None:
             way_back = arguments.get("phase", 0) == 1
             stage = 2 * self.pipeline_size - 1 - self.pipeline_rank if way_back else self.pipeline_rank
-            with record_function(stage_region(stage)):
+            with record_function(stage_annotation(stage)):
                 execute(engine, **arguments)
 
         return named
@@ -148,7 +148,7 @@ class PipelinedEngine(Engine):
         self._expect(first)
         loss = self.model.train_batch(map(_both_ends, chain([first], micro_batches)))
         grad_norm = self.model.get_global_grad_norm()
-        with region("communication"):
+        with annotate("communication"):
             return StepResult(float(loss), None if grad_norm is None else float(grad_norm))
 
     def eval_step(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
