@@ -24,7 +24,8 @@ from modeling_gpt2flash import GPT2FlashConfig
 from modeling_gpt2flash.attention import FLASH_KERNELS, choose_attention, eager_attention_forward
 from modeling_gpt2flash.modeling_gpt2flash import GPT2FlashAttention
 from train.checkpoints.loading import SIZES
-from train.utils.errors import UserError, run_command
+from train.utils.command import run_command
+from train.utils.errors import UserError
 from train.utils.tables import markdown_table
 
 BACKENDS = {

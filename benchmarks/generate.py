@@ -23,7 +23,7 @@ from modeling_gpt2flash import GPT2FlashConfig, GPT2FlashForCausalLM
 from train.checkpoints.loading import SIZES
 from train.generate.cpu_layers import laid_out, quantized
 from train.generate.inference import Decoding, timed
-from train.utils.quiet import quiet_libraries
+from train.utils.third_party_warnings import silence_third_party_warnings
 
 INT8_TOLERANCE = 0.1  # of the logits' norm, for random weights; trained ones are an order better
 
@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--cache", choices=["dynamic", "static"], default="dynamic", help="of ours and int8")
     args = parser.parse_args()
-    quiet_libraries()
+    silence_third_party_warnings()
     torch.set_num_threads(args.threads)
     print(f"{args.size}, {args.prompt_tokens} tokens of prompt, {args.new_tokens} new; {machine('cpu')}")
     rows = []

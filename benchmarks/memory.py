@@ -20,9 +20,9 @@ from benchmarks import sides
 from benchmarks.rounds import machine
 from benchmarks.sides import Case
 from train.metrics.summary import peak_memory
-from train.utils.errors import run_command
-from train.utils.quiet import quiet_libraries
+from train.utils.command import run_command
 from train.utils.tables import markdown_table
+from train.utils.third_party_warnings import silence_third_party_warnings
 
 GIB = 2**30
 # How torch, C++ and Python say that memory was refused.
@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)  # the process of one side
     sides.add_case_arguments(parser)
     args = parser.parse_args()
-    quiet_libraries()
+    silence_third_party_warnings()
     torch.set_num_threads(args.threads)
     names = [sides.named(side, args.dtype) for side in args.sides]
     limit = int(args.limit * GIB)

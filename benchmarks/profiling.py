@@ -21,7 +21,8 @@ from torch.profiler import ProfilerActivity, profile, schedule
 from benchmarks import commands, processes
 from benchmarks.rounds import machine, spread
 from train.checkpoints.loading import SIZES
-from train.utils.errors import UserError, run_command
+from train.utils.command import run_command
+from train.utils.errors import UserError
 from train.utils.tables import markdown_table
 
 WARM_UP_STEPS = 4  # among them the one that is recorded before

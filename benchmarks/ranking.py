@@ -16,9 +16,9 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks import sides
 from benchmarks.rounds import machine
 from benchmarks.sides import VOCABULARY, Case
-from train.utils.errors import run_command
-from train.utils.quiet import quiet_libraries
+from train.utils.command import run_command
 from train.utils.tables import markdown_table
+from train.utils.third_party_warnings import silence_third_party_warnings
 
 PRODUCTS = (
     "aten::mm",
@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument("--most", type=int, default=14, help="operators in the table")
     sides.add_case_arguments(parser)
     args = parser.parse_args()
-    quiet_libraries()
+    silence_third_party_warnings()
     torch.set_num_threads(args.threads)
     torch._inductor.config.cpp.enable_kernel_profile = True
     name = sides.named(args.side, args.dtype)

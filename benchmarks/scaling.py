@@ -24,7 +24,8 @@ import torch
 from benchmarks import commands, processes
 from benchmarks.rounds import machine, spread
 from train.checkpoints.loading import SIZES
-from train.utils.errors import UserError, run_command
+from train.utils.command import run_command
+from train.utils.errors import UserError
 from train.utils.tables import markdown_table
 
 ROOT = Path(__file__).parent.parent

@@ -11,7 +11,7 @@ import torch
 from benchmarks import sides
 from benchmarks.rounds import Round, measure
 from benchmarks.sides import Case, WarmedUp
-from train.utils.quiet import quiet_libraries
+from train.utils.third_party_warnings import silence_third_party_warnings
 
 
 class SideProcess:
@@ -63,7 +63,7 @@ class SideProcess:
 
 
 def _serve(pipe: Connection, name: str, case: Case, threads: int) -> None:
-    quiet_libraries()
+    silence_third_party_warnings()
     torch.set_num_threads(threads)
     try:
         side = sides.build(name, case)

@@ -19,7 +19,7 @@ from pathlib import Path
 from benchmarks import commands, processes
 from benchmarks.rounds import alternate, machine, spread
 from train.checkpoints.loading import SIZES
-from train.utils.errors import run_command
+from train.utils.command import run_command
 
 IMPORTS = {
     "torch": "import torch",

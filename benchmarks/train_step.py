@@ -24,9 +24,10 @@ from benchmarks.rounds import Round, machine, speed_up, spread, take_turns
 from benchmarks.side_process import SideProcess
 from benchmarks.sides import VOCABULARY, Case
 from train.metrics.flops import count_flops, peak_flops, utilisation
-from train.utils.errors import UserError, run_command
-from train.utils.quiet import quiet_libraries
+from train.utils.command import run_command
+from train.utils.errors import UserError
 from train.utils.tables import markdown_table
+from train.utils.third_party_warnings import silence_third_party_warnings
 
 DEFAULT_SIDES = ("baseline", "optimized", "hf-eager", "hf-sdpa", "hf-compiled")
 NANOGPT_SIDES = ("nanogpt", "nanogpt-compiled")
@@ -67,7 +68,7 @@ def main() -> None:
     for name in ("block", "batch", "rounds", "threads"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
-    quiet_libraries()
+    silence_third_party_warnings()
     torch.set_num_threads(args.threads)
     asked = args.sides or [*DEFAULT_SIDES, *(NANOGPT_SIDES if args.nanogpt else ())]
     names = [sides.named(side, args.dtype) for side in asked]

@@ -137,7 +137,7 @@ def fork_prepare(
 def _forked(words: list[str], cwd: str, log: str, change: int | None, error: int | None) -> NoReturn:
     from train.preprocess_data import preparation
     from train.preprocess_data.__main__ import main
-    from train.utils.errors import run_command
+    from train.utils.command import run_command
 
     preparation.COMMIT_SECONDS = 0.0
     multiprocessing.set_start_method("fork", force=True)  # whose semaphores (tqdm's) have no name to be left behind

@@ -358,7 +358,7 @@ import os, time
 from pathlib import Path
 from train.preprocess_data import follow
 from train import __main__ as command
-from train.utils.errors import run_command
+from train.utils.command import run_command
 
 if os.environ["RANK"] == "1":
     read_now, exists_now, seen = follow.read_journal, Path.exists, {}

@@ -22,7 +22,7 @@ from tests.preparations import contents, pieces_of_the_standard_library, sentenc
 IMPATIENT = """
 import sys
 from train.preprocess_data import streams
-from train.utils.errors import run_command
+from train.utils.command import run_command
 from train.preprocess_data.__main__ import main
 streams.RETRY_SECONDS, streams.RETRIES, streams.SILENCE_SECONDS = 0.01, {retries}, 3.0
 run_command(lambda: main(sys.argv[1:]))

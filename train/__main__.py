@@ -3,7 +3,7 @@
 import gc
 
 from train.config.run_config import parse
-from train.utils.errors import run_command
+from train.utils.command import run_command
 
 
 def main() -> None:
@@ -11,9 +11,9 @@ def main() -> None:
     # Imported when the flags are known to be right, so that --help and a typo are answered at once. All of it stays,
     # so that looking for garbage in it is a fifth of the time here, and of that of every compilation later.
     gc.disable()
-    from train.utils.quiet import quiet_libraries
+    from train.utils.third_party_warnings import silence_third_party_warnings
 
-    quiet_libraries()
+    silence_third_party_warnings()
     from train.run.loop import train
     from train.run.setup import settle
 

@@ -4,7 +4,8 @@ import importlib
 import sys
 from collections.abc import Callable
 
-from train.utils.errors import UserError, run_command
+from train.utils.command import run_command
+from train.utils.errors import UserError
 
 # What one types, the module that `python -m` takes for the same, and what it does.
 TOOLS = {

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from modeling_gpt2flash import GPT2FlashConfig, GPT2FlashForCausalLM
 from train.checkpoints import nanogpt
 from train.data.token_file import VOCABULARY_SIZE, gpt2_tokenizer
-from train.utils.errors import UserError
+from train.utils.errors import UserError, first_line
 
 # Layers, heads, width, standard deviation of the initial weights; 1024 positions. The first four are OpenAI's (Radford
 # et al. 2019, table 2). `tiny` is for a CPU; its weights start larger, 0.02 x sqrt(768 / 128), for so narrow a model's
@@ -52,7 +52,7 @@ def model_config(name: str, *, dropout: float, loss_chunk_size: int) -> GPT2Flas
     try:
         return GPT2FlashConfig.from_pretrained(**place(name), **run)
     except Exception as error:  # a foreign or damaged folder fails in many ways
-        raise UserError(f"--model {name}: not a GPT-2 model that can be read: {_first_line(error)}") from None
+        raise UserError(f"--model {name}: not a GPT-2 model that can be read: {first_line(error)}") from None
 
 
 def build_model(name: str, config: GPT2FlashConfig, attn_implementation: str) -> GPT2FlashForCausalLM:
@@ -72,7 +72,7 @@ def build_model(name: str, config: GPT2FlashConfig, attn_implementation: str) ->
             output_loading_info=True,
         )
     except Exception as error:  # as above
-        raise UserError(f"--model {name}: its weights cannot be read: {_first_line(error)}") from None
+        raise UserError(f"--model {name}: its weights cannot be read: {first_line(error)}") from None
     model, report = loaded
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
@@ -112,7 +112,7 @@ def own_tokenizer(name: str, n_positions: int) -> PreTrainedTokenizerBase | None
     try:
         tokenizer = AutoTokenizer.from_pretrained(**place(name), trust_remote_code=False)
     except Exception as error:  # as above
-        raise UserError(f"{name}: its tokenizer cannot be read: {_first_line(error)}") from None
+        raise UserError(f"{name}: its tokenizer cannot be read: {first_line(error)}") from None
     if len(tokenizer) < 2:  # what transformers makes up for a repository without one
         return None
     templates = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
@@ -142,7 +142,3 @@ def place(name: str) -> dict[str, Any]:
         return {"pretrained_model_name_or_path": name}
     name, _, revision = name.partition("@")
     return {"pretrained_model_name_or_path": name, "revision": revision}
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

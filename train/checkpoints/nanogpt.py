@@ -14,8 +14,8 @@ import torch
 from modeling_gpt2flash import GPT2FlashConfig, GPT2FlashForCausalLM
 from train.data.token_file import END_OF_TEXT
 from train.optim.parameter_groups import ADAMW_MOMENTS, is_hidden_matrix
-from train.utils.errors import UserError
-from train.utils.files import written_aside
+from train.utils.errors import UserError, first_line
+from train.utils.files import atomic_write
 
 # nanoGPT's names of sizes that it keeps, and ours.
 SIZES = {
@@ -101,9 +101,8 @@ def _read(path: Path) -> dict[str, Any]:
         # Nothing in it is run, and no tensor is read before it is used.
         content = torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # foreign and damaged files fail in many ways
-        reason = str(error).strip().splitlines()[0][:200]
         raise UserError(
-            f"{path}: is no checkpoint of nanoGPT that can be read without running its code: {reason}"
+            f"{path}: is no checkpoint of nanoGPT that can be read without running its code: {first_line(error)[:200]}"
         ) from None
     if not isinstance(content, dict) or not all(isinstance(content.get(key), dict) for key in ("model", "model_args")):
         raise UserError(f"{path}: is no checkpoint of nanoGPT: it has no model and model_args")
@@ -156,8 +155,8 @@ def write(
         "best_val_loss": best_val_loss,
         "config": {**args, **_nanogpts_names(settings)},
     }
-    with written_aside(path) as aside:
-        torch.save(content, aside)
+    with atomic_write(path) as temporary:
+        torch.save(content, temporary)
 
 
 def _optimizer_state(

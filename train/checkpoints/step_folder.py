@@ -27,7 +27,7 @@ from modeling_gpt2flash import GPT2FlashConfig, GPT2FlashForCausalLM
 from train.checkpoints.safetensors_writer import TensorFile
 from train.optim.parameter_groups import moments_of
 from train.utils.errors import UserError
-from train.utils.files import flush_to_disk, write_text
+from train.utils.files import fsync, write_text
 
 STATE = "training_state.json"
 WEIGHTS = "model.safetensors"
@@ -63,16 +63,16 @@ def save(
     fp32 on the CPU; each is written before the next is asked for.
     """
     target = run_folder / f"step-{state['step']}"
-    aside = run_folder / f".{target.name}.tmp"
-    shutil.rmtree(aside, ignore_errors=True)
+    temporary = run_folder / f".{target.name}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        model_files = _write(aside, model_config, tokenizer, tensors, state)
+        model_files = _write(temporary, model_config, tokenizer, tensors, state)
     except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)  # a full disk gets its room back
+        shutil.rmtree(temporary, ignore_errors=True)  # a full disk gets its room back
         raise
     _move_away(target)
-    aside.rename(target)
-    flush_to_disk(run_folder)
+    temporary.rename(target)
+    fsync(run_folder)
     write_text(run_folder / LATEST, target.name + "\n")
     for name in model_files:
         _link(target / name, run_folder / name)
@@ -107,8 +107,8 @@ def _write(
                 moments.write(f"{moment}.{name}", state_of[moment])
     (folder / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
     for file in folder.iterdir():
-        flush_to_disk(file)
-    flush_to_disk(folder)
+        fsync(file)
+    fsync(folder)
     return model_files
 
 
@@ -122,13 +122,13 @@ def _move_away(folder: Path) -> None:
 
 
 def _link(source: Path, link: Path) -> None:
-    aside = link.with_name(f".{link.name}.tmp")
-    aside.unlink(missing_ok=True)
+    temporary = link.with_name(f".{link.name}.tmp")
+    temporary.unlink(missing_ok=True)
     try:
-        os.link(source, aside)
+        os.link(source, temporary)
     except OSError:  # a file system without hard links
-        shutil.copyfile(source, aside)
-    aside.replace(link)
+        shutil.copyfile(source, temporary)
+    temporary.replace(link)
 
 
 def _step_folders(run_folder: Path) -> list[Path]:

@@ -28,8 +28,9 @@ from train.compare.plots import draw
 from train.compare.report.kernels import Kernels, kernels_sentence, read_kernels
 from train.compare.report.memory import Memory, read_memory
 from train.compare.report.page import page
-from train.utils.errors import UserError, run_command
-from train.utils.files import write_json, write_text, written_aside
+from train.utils.command import run_command
+from train.utils.errors import UserError
+from train.utils.files import atomic_write, write_json, write_text
 from train.utils.tables import markdown_table
 
 EXAMPLE = "python -m train.compare checkpoint/baseline checkpoint/optimized --out comparison"
@@ -168,8 +169,8 @@ def write(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, png in plots.items():
-            with written_aside(folder / name) as aside:
-                aside.write_bytes(png)
+            with atomic_write(folder / name) as temporary:
+                temporary.write_bytes(png)
         write_json(folder / "comparison.json", data)
         write_text(folder / "report.md", text)
         write_text(folder / "report.html", html)

@@ -7,7 +7,8 @@ package has copies in their place.
 import argparse
 from pathlib import Path
 
-from train.utils.errors import UserError, run_command
+from train.utils.command import run_command
+from train.utils.errors import UserError
 
 PACKAGE = Path(__file__).parent.parent
 ACCELERATE, DEEPSPEED = "accelerate_configs", "ds_configs"

@@ -23,7 +23,7 @@ import tiktoken
 from tiktoken_ext.openai_public import r50k_pat_str  # GPT-2's rule for cutting text into words
 
 from train.utils.errors import UserError
-from train.utils.files import write_json, written_aside
+from train.utils.files import atomic_write, write_json
 
 if TYPE_CHECKING:
     from transformers import GPT2Tokenizer
@@ -217,8 +217,8 @@ def write_token_file(
         vocabulary_size: ids must be below it.
         extra: what the sidecar says besides the account of the file.
     """
-    with written_aside(path) as aside:
-        with TokenAppender(aside, vocabulary_size) as appender:
+    with atomic_write(path) as temporary:
+        with TokenAppender(temporary, vocabulary_size) as appender:
             for ids, documents in pieces:
                 appender.write(ids, documents)
             appender.sync()

@@ -17,13 +17,13 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from train.config import launcher_env as launcher
 from train.config.run_config import RunConfig
-from train.utils import failure
+from train.utils import processes
 from train.utils.errors import UserError
 
 
 def world_size() -> int:
     """Processes that the launcher started, by its own word."""
-    return failure.job()[1]
+    return processes.world_size()
 
 
 def device_type() -> str:

@@ -32,7 +32,7 @@ from train.engines.placement import Place, check_launch, check_places
 from train.engines.state import create_moments, held_by_training, set_whole, torch_optimizer, whole
 from train.metrics.summary import peak_memory
 from train.optim.parameter_groups import build_optimizer, moments_of
-from train.utils import failure
+from train.utils import processes
 from train.utils.errors import UserError
 
 
@@ -118,7 +118,7 @@ class Engine(ABC):
         assert torch_optimizer(self.optimizer) is optimizer, "DeepSpeed has put in its own optimizer"
         create_moments(self.optimizer, config.optimized)
         asked = Place(
-            failure.job()[0], gethostname(), device_type(), self._asked_wrapping(), self._asked_stage(), self.data_rank
+            processes.rank(), gethostname(), device_type(), self._asked_wrapping(), self._asked_stage(), self.data_rank
         )
         places = gather_object([(self._place(), asked)])
         self.layout = check_places([found for found, _ in places], [wanted for _, wanted in places])

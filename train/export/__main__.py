@@ -9,7 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from train.utils.errors import UserError, run_command
+from train.utils.command import run_command
+from train.utils.errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -59,20 +60,20 @@ def main(argv: list[str] | None = None) -> None:
         from train.export.onnx_graph import check_installed
 
         check_installed(args.dtype)
-    from train.utils.quiet import quiet_libraries
+    from train.utils.third_party_warnings import silence_third_party_warnings
 
-    quiet_libraries()
+    silence_third_party_warnings()
     from train.generate.inference import load_model
 
     model = load_model(args.checkpoint, "float32", device="cpu", flag="CKPT")
     rounded = _rounded(model, args.dtype)
-    aside = args.out.with_name(f".{args.out.name}.{os.getpid()}.tmp")
-    aside.mkdir(parents=True)
+    temporary = args.out.with_name(f".{args.out.name}.{os.getpid()}.tmp")
+    temporary.mkdir(parents=True)
     try:
-        notes = WRITERS[args.format](args.checkpoint, aside, rounded, args.dtype)
-        aside.rename(args.out)  # over an empty folder too
+        notes = WRITERS[args.format](args.checkpoint, temporary, rounded, args.dtype)
+        temporary.rename(args.out)  # over an empty folder too
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
     if args.dtype != "float32":
         notes.append(f"rounding to {args.dtype} moved logits by up to {difference(rounded, model):.1e}")
     print(f"{args.out}: {'; '.join(notes)}")

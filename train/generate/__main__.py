@@ -4,17 +4,17 @@ import argparse
 import dataclasses
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from train.utils.errors import UserError, run_command
+from train.utils.command import run_command
+from train.utils.compilers import check_cpp_compiler
+from train.utils.errors import UserError
 
 if TYPE_CHECKING:
     from train.generate.inference import Decoding
 
 BENCHMARK_PROMPT = 32  # tokens before the ones that --benchmark times
-CPP_COMPILERS = ("g++", "clang++", "c++")
 SEPARATOR = "-" * 80
 EXAMPLES = """examples:
   one text, the likeliest at each step, on the screen as it is written
@@ -107,8 +107,8 @@ def refuse_impossible(args: argparse.Namespace) -> None:
                         "leave --cache static and --compile out")  # fmt: skip
     if args.quantize and args.compile:
         raise UserError("--quantize int8: its kernels cannot be compiled; drop --compile")
-    if args.compile and not any(map(shutil.which, CPP_COMPILERS)):
-        raise UserError("--compile: needs a C++ compiler; install g++ or clang++, or drop the flag")
+    if args.compile:
+        check_cpp_compiler("--compile")
     if not args.benchmark and args.batch_sizes:
         raise UserError("--batch_sizes: belongs to --benchmark; add it, or say --batch_size")
     if args.benchmark:
@@ -163,9 +163,9 @@ def main(argv: list[str] | None = None) -> None:
     refuse_impossible(args)
     # Read by torch at its first tensor. In pages of 2 MB a CPU reads the weights a fifth faster.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    from train.utils.quiet import quiet_libraries
+    from train.utils.third_party_warnings import silence_third_party_warnings
 
-    quiet_libraries()
+    silence_third_party_warnings()
     from train.generate.inference import Decoding
 
     static = args.compile or args.cache == "static"

@@ -11,7 +11,8 @@ from train.checkpoints.run_folder import read_run
 from train.checkpoints.step_folder import latest
 from train.compare.plots import draw_training_loss, picture
 from train.hub.card import CHART, card
-from train.utils.errors import UserError, run_command
+from train.utils.command import run_command
+from train.utils.errors import UserError, first_line
 from train.utils.files import write_text
 
 
@@ -30,7 +31,9 @@ def check(repo: str, flag: str = "--push_to_hub") -> None:
     try:
         HfApi().whoami()
     except Exception as error:  # no token, a wrong one, no network: each its own class
-        raise UserError(f"{flag} {repo}: the Hub does not know who you are ({_brief(error)}); hf auth login") from None
+        raise UserError(
+            f"{flag} {repo}: the Hub does not know who you are ({first_line(error)}); hf auth login"
+        ) from None
 
 
 def push(run_folder: Path, repo: str, flag: str = "--push_to_hub") -> str:
@@ -55,14 +58,10 @@ def push(run_folder: Path, repo: str, flag: str = "--push_to_hub") -> str:
         )
     except Exception as error:  # as above
         raise UserError(
-            f"{flag} {repo}: {_brief(error)}; the run in {run_folder} is whole: "
+            f"{flag} {repo}: {first_line(error)}; the run in {run_folder} is whole: "
             f"python -m train.hub {run_folder} {repo} tries again"
         ) from None
     return done.repo_url.url
-
-
-def _brief(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -13,7 +13,8 @@ from train.kernels.breakdown import Account, Key, Row, account, by, by_layer
 from train.kernels.pipeline_timeline import timeline
 from train.kernels.traces import Recording, read_recording
 from train.metrics.summary import json_safe
-from train.utils.errors import UserError, run_command
+from train.utils.command import run_command
+from train.utils.errors import UserError
 from train.utils.files import write_json, write_text
 from train.utils.tables import markdown_table
 

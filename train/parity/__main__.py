@@ -25,10 +25,11 @@ from train.config import packaged as shipped
 from train.metrics.summary import hardware, json_safe, versions
 from train.parity.differences import TOLERANCES, Difference, differences, is_green
 from train.parity.reference import CLIP, SEQUENCES, STEPS, Oracle, flags, train_oracle, write_problem
-from train.utils.errors import UserError, run_command
+from train.utils.command import run_command
+from train.utils.errors import UserError
 from train.utils.files import write_json, write_text
-from train.utils.quiet import quiet_libraries
 from train.utils.tables import markdown_table
+from train.utils.third_party_warnings import silence_third_party_warnings
 
 RUN_LIMIT = 900  # seconds until a run counts as hanging
 STOP_LIMIT = 30  # seconds that a launcher has for stopping its processes
@@ -303,7 +304,7 @@ def main(argv: list[str] | None = None) -> None:
         if arguments.out.exists() and not arguments.out.is_dir():
             raise UserError(f"--out {arguments.out} is a file: give a folder")
         arguments.out.mkdir(parents=True, exist_ok=True)
-    quiet_libraries()
+    silence_third_party_warnings()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # else the run and its folder would stay behind
     accumulations = sorted(set(arguments.accumulation))
     rows = certify([Case(*case) for case in product(layouts, accumulations, (False, True), (False, True))])

@@ -20,9 +20,10 @@ from train.engines.pipeline.partition import Partition, partition
 from train.plan.memory import Memory, predict
 from train.plan.shapes import Layout, Recompute, Shape
 from train.plan.speed import DEVICES, Device, Speed, predict_speed
-from train.utils.errors import UserError, run_command
-from train.utils.quiet import quiet_libraries
+from train.utils.command import run_command
+from train.utils.errors import UserError
 from train.utils.tables import markdown_table
+from train.utils.third_party_warnings import silence_third_party_warnings
 
 USABLE = 0.9  # of the device's memory; the rest is for the driver, libraries and an allocator's gaps
 LOSS_CHUNK_SIZE = 512
@@ -212,7 +213,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--link", help="bytes/s between processes, for example 25GB (default: the device's own links)")
     args = parser.parse_args(argv)
-    quiet_libraries()
+    silence_third_party_warnings()
     for key in ("block_size", "world_size", "sequences_per_step"):
         if (value := getattr(args, key)) is not None and value < 1:
             raise UserError(f"--{key} {value}: must be at least 1")

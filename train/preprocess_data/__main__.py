@@ -59,7 +59,8 @@ from train.preprocess_data.streams import (
     read_documents,
 )
 from train.preprocess_data.verify import verify
-from train.utils.errors import UserError, run_command
+from train.utils.command import run_command
+from train.utils.errors import UserError
 from train.utils.workers import in_parallel
 
 if TYPE_CHECKING:

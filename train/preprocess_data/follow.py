@@ -27,7 +27,7 @@ from tqdm import tqdm
 from train.data.batches import TrainBatches
 from train.data.token_file import TokenFile, check_vocabulary, open_tokens
 from train.preprocess_data.preparation import WORK_FOLDER, read_journal
-from train.utils import failure
+from train.utils import processes
 from train.utils.errors import UserError
 
 SEGMENT_WINDOWS = 1024  # 1 Mi tokens in blocks of 1024; another number is another order of the data
@@ -76,7 +76,7 @@ class GrowingTokens:
             under_way = journal is not None or self._stream is not None
             if time.monotonic() - since > (PATIENCE_SECONDS if under_way else START_SECONDS):
                 raise UserError(self._without_hope(count, journal) if under_way else self._nothing_there())
-            if time.monotonic() - self._said > SAY_SECONDS and failure.job()[0] == 0:
+            if time.monotonic() - self._said > SAY_SECONDS and processes.rank() == 0:
                 there = f"{len(self):,} of {count:,} tokens are there"
                 tqdm.write(f"waiting for the preparation of {self.path}: {there}", file=sys.stderr)
                 self._said = time.monotonic()

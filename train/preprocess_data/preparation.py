@@ -39,7 +39,7 @@ from train.data.token_file import (
 from train.preprocess_data.splits import in_order
 from train.preprocess_data.streams import Position
 from train.utils.errors import UserError
-from train.utils.files import flush_to_disk, write_json
+from train.utils.files import fsync, write_json
 
 WORK_FOLDER = ".preparing"
 LOCK = ".preparing.lock"
@@ -263,7 +263,7 @@ class Preparation:
             for file in (f"{name}.json", f"{name}.bin"):
                 if (ready / file).exists():
                     (ready / file).replace(self.out_dir / file)
-        flush_to_disk(self.out_dir)
+        fsync(self.out_dir)
         # The journal goes last, so that a kill in between leaves something to take up.
         for path in sorted(self.folder.rglob("*"), key=lambda path: (path.name == "journal.json", -len(path.parts))):
             path.rmdir() if path.is_dir() else path.unlink()

@@ -25,7 +25,7 @@ from train.metrics.flops import peak_bandwidth, peak_flops
 from train.metrics.memory_tracker import MemoryTracker
 from train.metrics.summary import peak_memory, versions
 from train.run.setup import Run
-from train.utils.files import written_aside
+from train.utils.files import atomic_write
 
 SCHEMA = 1
 """Version of the facts in a trace, under its key "gpt2flash"."""
@@ -130,13 +130,13 @@ class Profiler(AbstractContextManager):
         plain = file.with_name(f".{file.stem}")
         try:
             recorded.export_chrome_trace(str(plain))
-            with written_aside(file) as aside, plain.open("rb") as source, gzip.open(aside, "wb", 6) as packed:
+            with atomic_write(file) as temporary, plain.open("rb") as source, gzip.open(temporary, "wb", 6) as packed:
                 shutil.copyfileobj(source, packed)
         finally:
             plain.unlink(missing_ok=True)
         if self.run.config.memory_snapshot:
-            with written_aside(self.folder / f"memory-{self.engine.rank}.pickle") as aside:
-                torch.cuda.memory._dump_snapshot(str(aside))
+            with atomic_write(self.folder / f"memory-{self.engine.rank}.pickle") as temporary:
+                torch.cuda.memory._dump_snapshot(str(temporary))
             torch.cuda.memory._record_memory_history(enabled=None)
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,10 +30,10 @@ from train.hub import __main__ as hub
 from train.metrics.summary import cpu_has_bf16
 from train.preprocess_data.follow import FollowingBatches, GrowingTokens
 from train.run import trackers
-from train.utils import failure
+from train.utils import processes
+from train.utils.compilers import check_cpp_compiler
 from train.utils.errors import UserError
 
-CPP_COMPILERS = (os.environ.get("CXX", "g++"), "g++", "clang++")
 PROBE = "Tokenizers that cut this sentence alike, its (few) signs and\n 2 lines too, are held to be the same."
 SHAPE = ("n_layer", "n_head", "n_embd", "n_inner", "n_positions", "vocab_size")
 
@@ -96,7 +95,7 @@ def settle(config: RunConfig) -> Run:
         UserError: naming what cannot be, before anything is written or built.
     """
     trackers.check(config.report_to)
-    if config.push_to_hub is not None and failure.job()[0] == 0:
+    if config.push_to_hub is not None and processes.rank() == 0:
         hub.check(config.push_to_hub)
     restarted = rendezvous.has_begun(config.run_folder)
     if restarted:
@@ -127,8 +126,8 @@ def settle(config: RunConfig) -> Run:
             f"--prompt: its {prompt_length} tokens leave no room in the {shape.n_positions} positions of "
             f"{config.model}; shorten it"
         )
-    if config.torch_compile and device_type() == "cpu" and not any(map(shutil.which, CPP_COMPILERS)):
-        raise UserError("--torch_compile: needs a C++ compiler on the CPU; install g++ or clang++, or drop the flag")
+    if config.torch_compile and device_type() == "cpu":
+        check_cpp_compiler("--torch_compile")
     stages = config.pipeline_stages
     assert stages is not None
     if stages == 1 and config.pipeline_schedule != "1f1b":
@@ -299,7 +298,7 @@ def build(run: Run) -> Engine:
     """The engine with the model in it, at the step of the run's checkpoint; the run folder is this run's from here."""
     rendezvous.meet()
     engine = _create_engine(run)
-    failure.watch(gather_object([os.getpid()]))
+    processes.watch_peer(gather_object([os.getpid()]))
     checkpoint = run.checkpoint
     seen = gather_object([json.dumps(run.state(checkpoint.step if checkpoint else 0), sort_keys=True)])
     if len(set(seen)) > 1:

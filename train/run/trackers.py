@@ -13,7 +13,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker, get_available_trackers
 
-from train.utils.errors import UserError
+from train.utils.errors import UserError, first_line
 from train.utils.files import write_json
 
 PROJECT = "gpt2flash"
@@ -51,9 +51,8 @@ def start(accelerator: Accelerator, run_folder: Path, config: dict[str, Any], st
                 tracker.store_init_configuration(config)
             records[tracker.name] = _record(tracker)
     except Exception as error:  # each has its own
-        said = str(error).strip().partition("\n")[0] or type(error).__name__
         names = ", ".join(str(name) for name in accelerator.log_with)
-        raise UserError(f"--report_to {names}: cannot be started: {said}") from error
+        raise UserError(f"--report_to {names}: cannot be started: {first_line(error)}") from error
     if records:
         write_json(file, records)
 

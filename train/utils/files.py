@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all: written aside, flushed to the disk, then renamed."""
+"""Atomic writes: a file is complete or absent. It is written to a temporary path, flushed to disk, then renamed."""
 
 import json
 import os
@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 
-def flush_to_disk(path: Path) -> None:
-    """fsync a file or a folder (a folder's fsync makes the renames in it last)."""
+def fsync(path: Path) -> None:
+    """Flush a file or a folder to disk (a folder's fsync makes the renames in it durable)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -18,21 +18,21 @@ def flush_to_disk(path: Path) -> None:
 
 
 @contextmanager
-def written_aside(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it is flushed and renamed to `path`, else removed."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success it is flushed and renamed to `path`, otherwise removed."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        yield aside
-        flush_to_disk(aside)
-        aside.replace(path)
-        flush_to_disk(path.parent)
+        yield temporary
+        fsync(temporary)
+        temporary.replace(path)
+        fsync(path.parent)
     finally:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
-    with written_aside(path) as aside:
-        aside.write_text(text, encoding="utf-8")
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -1,10 +1,10 @@
-"""Tables in Markdown."""
+"""Markdown tables."""
 
 from collections.abc import Sequence
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table that reads well as plain text too: the first column to the left, figures to the right."""
+    """A table that is readable as plain text too: the first column left-aligned, the others right-aligned."""
     lines = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in [header, *rows]]
     widths = [max(3, *(len(line[column]) for line in lines)) for column in range(len(header))]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]

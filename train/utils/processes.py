@@ -1,0 +1,134 @@
+"""Failures in a job of several processes: the failed rank and its error are printed first, and the job ends.
+
+A process that raises reports its own error. A process that a signal ends is reported by a peer: each rank watches the
+next rank on its machine, and the last one watches the first. All other ranks stay silent, since their errors
+("connection closed by peer") are only consequences. The launcher ends them; without one, they exit by themselves.
+"""
+
+import logging
+import os
+import re
+import select
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from train.utils.errors import first_line
+
+GRACE_SECONDS = 10  # launchers end the other processes within one or two seconds
+# Errors that collectives raise when a peer has exited: gloo's sockets, NCCL, and the store that rank 0 hosts.
+LOST_PEER = re.compile(
+    r"gloo/|Connection (closed|reset|was likely closed)|[Rr]emote (process|peer|server|error)|Broken pipe"
+    r"|communicator was aborted|failed to recv"
+)
+
+
+def rank() -> int:
+    """Rank of this process as its launcher set it; 0 without a launcher."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """Number of processes of the job as the launcher set it; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def exit_with_error(error: Exception) -> NoReturn:
+    """Print `error` with this process's rank and exit with code 1. Call it while `error` is being handled."""
+    if isinstance(error, RuntimeError) and LOST_PEER.search(str(error)):
+        time.sleep(GRACE_SECONDS)
+        _print(f"rank {rank()} of {world_size()}: lost another process of the job: {_with_type(error)}")
+    else:
+        _print(f"rank {rank()} of {world_size()}: {_with_type(error)}\n{traceback.format_exc()}")
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(error)  # for the summary that torchrun prints at the end
+    sys.stdout.flush()
+    os._exit(1)  # a regular exit can hang or abort when peers have already exited
+
+
+def exit_process() -> NoReturn:
+    """Exit this process of a job with code 0, once everything is written and closed.
+
+    A regular exit finalizes the interpreter first. Threads of the process group that release a collective's tensors
+    after that, as after the last validation of FSDP2 or ZeRO-3, abort ("terminate called without an active
+    exception").
+    """
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def watch_peer(pids: Sequence[int]) -> None:
+    """Start a thread that reports the signal that ends the next rank on this machine, and exits with the launcher.
+
+    `pids` are the process ids of all ranks, in rank order. The launcher is torchelastic's agent or DeepSpeed's. On a
+    system without pidfds, nothing is watched.
+    """
+    if len(pids) == 1 or not hasattr(os, "pidfd_open"):
+        return
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    peer = rank() - local_rank + (local_rank + 1) % local_size
+    parent = os.getppid()
+    watched: dict[int, int | None] = {}  # pidfd -> rank, None for the launcher
+    try:
+        if "TORCHELASTIC_RUN_ID" in os.environ or "CROSS_SIZE" in os.environ:  # otherwise the parent may be a shell
+            watched[os.pidfd_open(parent)] = None
+        if local_size > 1 and _parent_of(pids[peer]) == parent:
+            watched[os.pidfd_open(pids[peer])] = peer
+    except OSError:
+        return
+    threading.Thread(target=_watch, args=(watched, pids), daemon=True).start()
+
+
+def _watch(watched: dict[int, int | None], pids: Sequence[int]) -> None:
+    poll = select.poll()
+    for pidfd in watched:
+        poll.register(pidfd, select.POLLIN)
+    while watched:
+        for pidfd, _ in poll.poll():
+            poll.unregister(pidfd)
+            ended = watched.pop(pidfd)
+            if ended is None:
+                _print(f"rank {rank()} of {len(pids)}: the launcher has exited")
+                os._exit(1)
+            number = _ended_by(pids[ended])
+            # The launcher itself ends processes by SIGTERM, and a person by Ctrl-C.
+            if number not in (None, signal.SIGTERM, signal.SIGINT):
+                _print(f"rank {ended} of {len(pids)}: ended by {signal.Signals(number).name} (process {pids[ended]})")
+
+
+def _stat(pid: int) -> list[str]:
+    """Fields of /proc/PID/stat from the third on (see proc_pid_stat(5)); empty if there is no such process."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
+
+
+def _parent_of(pid: int) -> int | None:
+    fields = _stat(pid)
+    return int(fields[1]) if fields else None
+
+
+def _ended_by(pid: int) -> int | None:
+    """Signal that ended a process whose exit status the launcher has not read yet."""
+    fields = _stat(pid)
+    status = int(fields[49]) if len(fields) > 49 and fields[0] == "Z" else 0
+    return os.WTERMSIG(status) if os.WIFSIGNALED(status) else None
+
+
+def _with_type(error: Exception) -> str:
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
+def _print(text: str) -> None:
+    sys.stderr.write(f"\n{text}\n")  # starts on a new line: a progress bar may be on the current one
+    sys.stderr.flush()
