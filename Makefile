@@ -11,7 +11,7 @@ DEMO_FLAGS := --model tiny --train_data_path $(DEMO)/data/train.bin --val_data_p
 	--gradient_accumulation_steps 1 --max_steps 150 --learning_rate 2e-3 --warmup_steps 25 --eval_interval 75 --overwrite \
 	--profile --profile_steps 100:102
 
-.PHONY: demo test slow integration lint format clean
+.PHONY: demo test slow integration lint format docs clean
 
 $(VENV)/installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -52,6 +52,9 @@ slow: $(VENV)/installed
 
 integration: $(VENV)-integration/installed
 	$(VENV)-integration/bin/python -m pytest -n 2 --dist loadfile -m integration
+
+docs: $(VENV)/installed
+	$(BIN)/python docs/reference.py > docs/reference.md
 
 clean:
 	rm -rf $(DEMO) build dist *.egg-info
