@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from benchmarks.rounds import alternate, machine, speed_up, spread
 from modeling_gpt2flash.loss import causal_lm_loss
+from train.utils.devices import device_type
 from train.utils.tables import markdown_table
 
 VOCABULARY = 50257
@@ -44,7 +45,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=128, help="hidden width: 128 is tiny's, 768 gpt2's")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default=device_type())
     args = parser.parse_args()
 
     sides: dict[str, Side] = {"full logits": full, "full logits, compiled": torch.compile(full, dynamic=False)}

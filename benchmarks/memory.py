@@ -19,8 +19,8 @@ import torch
 from benchmarks import sides
 from benchmarks.rounds import machine
 from benchmarks.sides import Case
-from train.metrics.summary import peak_memory
 from train.utils.command import run_command
+from train.utils.devices import peak_memory
 from train.utils.tables import markdown_table
 from train.utils.third_party_warnings import silence_third_party_warnings
 

@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from train.metrics.summary import hardware, versions
+from train.utils.devices import device_name
 
 
 class Cost(Protocol):
@@ -70,7 +71,7 @@ def machine(device: str) -> str:
     """Where and with what is measured, in a line."""
     found, packages = hardware(), versions()
     cores = f"{found['torch_threads']} threads of {found['cpu_usable_cores']} cores, {found['cpu_capability']}"
-    where = torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{found['cpu']}, {cores}"
+    where = f"{found['cpu']}, {cores}" if device == "cpu" else device_name(device)
     named = ("torch", "transformers", "flash_attn", "flash_attn_4")
     return f"{where}; {', '.join(f'{name} {packages[name]}' for name in named if name in packages)}"
 

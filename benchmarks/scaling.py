@@ -25,6 +25,7 @@ from benchmarks import commands, processes
 from benchmarks.rounds import machine, spread
 from train.checkpoints.loading import SIZES
 from train.utils.command import run_command
+from train.utils.devices import device_type
 from train.utils.errors import UserError
 from train.utils.tables import markdown_table
 
@@ -125,7 +126,6 @@ def main() -> None:
     layouts = [Layout("ddp", 1)]
     layouts += [Layout(kind, number) for number in args.processes for kind in args.kinds]
     layouts = list(dict.fromkeys(layouts))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
 
     found: dict[Layout, list[Finished]] = {layout: [] for layout in layouts}
     with tempfile.TemporaryDirectory() as name:
@@ -139,11 +139,13 @@ def main() -> None:
                 print(f"round {number + 1}, {layout.name}: {rate:,.0f} tokens/s", file=sys.stderr)
             check_same(found, LOSS_TOLERANCE[args.dtype])
     print(
-        f"{args.size}, steps of {args.batch} x {args.block} tokens, mixed precision {args.dtype}; {machine(device)}\n"
+        f"{args.size}, steps of {args.batch} x {args.block} tokens, mixed precision {args.dtype}; "
+        f"{machine(device_type())}\n"
     )
     tokens, base = args.batch * args.block, found[layouts[0]]
     rows = [
-        row(layout, runs, base, tokens, layout.processes if device == "cuda" else 1) for layout, runs in found.items()
+        row(layout, runs, base, tokens, 1 if device_type() == "cpu" else layout.processes)
+        for layout, runs in found.items()
     ]
     print(markdown_table(["layout", "tokens/s", "efficiency", "memory of a process (GiB)"], rows))
 

@@ -38,6 +38,7 @@ from train.engines.allocator import keep_freed_memory
 from train.engines.base import compile_blocks
 from train.engines.fused_activation import fuse_activations
 from train.optim.parameter_groups import build_optimizer
+from train.utils.devices import device_type
 from train.utils.errors import UserError
 
 SHAPES = SIZES | {"small": (4, 4, 256, 0.035)}  # 16M parameters, of which 12.9M are the vocabulary's
@@ -253,5 +254,5 @@ def add_case_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", choices=list(SHAPES), default="gpt2")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the sides that do not name their own")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default=device_type())
     parser.add_argument("--nanogpt", type=Path, metavar="DIR", help="a checkout of nanoGPT, for the sides named so")

@@ -25,6 +25,7 @@ from benchmarks.side_process import SideProcess
 from benchmarks.sides import VOCABULARY, Case
 from train.metrics.flops import count_flops, peak_flops, utilisation
 from train.utils.command import run_command
+from train.utils.devices import device_name
 from train.utils.errors import UserError
 from train.utils.tables import markdown_table
 from train.utils.third_party_warnings import silence_third_party_warnings
@@ -36,11 +37,11 @@ PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}
 
 def mfu_of(name: str, case: Case, tokens_per_second: float) -> float | None:
     """MFU of a side; None on a CPU or an unknown GPU."""
-    if not case.device.startswith("cuda"):
+    if case.device == "cpu":
         return None
     shape = case.shape
     flops = count_flops(shape["n_layer"], shape["n_embd"], None, VOCABULARY, case.block).model
-    peak = peak_flops(torch.cuda.get_device_name(case.device), PRECISIONS[name.partition(":")[2]])
+    peak = peak_flops(device_name(case.device), PRECISIONS[name.partition(":")[2]])
     return utilisation(tokens_per_second, flops, peak, devices=1)
 
 

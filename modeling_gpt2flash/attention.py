@@ -143,6 +143,11 @@ def _obstacle(name: str, device_type: str, dtype: torch.dtype, head_dim: int, dr
     return None
 
 
+def expected_device_type() -> str:
+    """Where a model that has no weights yet will probably run."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def _cuda_capability() -> tuple[int, int]:
     return torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
 
@@ -162,4 +167,5 @@ __all__ = [
     "check_flash_dtype",
     "choose_attention",
     "eager_attention_forward",
+    "expected_device_type",
 ]

@@ -24,7 +24,13 @@ from transformers.utils import logging
 from transformers.utils.generic import TransformersKwargs, can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention import check_attention_name, check_flash_dtype, choose_attention, eager_attention_forward
+from .attention import (
+    check_attention_name,
+    check_flash_dtype,
+    choose_attention,
+    eager_attention_forward,
+    expected_device_type,
+)
 from .configuration_gpt2flash import GPT2FlashConfig, refuse_unsupported
 from .documents import attention_arguments
 from .loss import causal_lm_loss
@@ -174,8 +180,8 @@ class GPT2FlashPreTrainedModel(PreTrainedModel):
             check_attention_name(attn_implementation)
         if attn_implementation == "auto":
             config = self.config
-            if is_init_check:  # no weights yet: go by where they will probably be moved to
-                device_type = "cuda" if torch.cuda.is_available() else "cpu"
+            if is_init_check:  # no weights yet
+                device_type = expected_device_type()
                 dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.get_default_dtype()
             else:
                 device_type, dtype = self.device.type, self.dtype

@@ -3,11 +3,9 @@
 import dataclasses
 
 import pytest
-import torch
 
 from tests.conftest import ROOT
 from train.config.run_config import parse
-from train.engines import accelerator as accelerators
 from train.engines.accelerator import deepspeed_accelerator, plain_accelerator
 from train.run.setup import settle
 from train.utils.errors import UserError
@@ -53,29 +51,3 @@ def test_an_optimized_run_is_not_overruled(
     with pytest.raises(UserError) as error:
         deepspeed_accelerator(run.config, run.deepspeed)
     assert all(word in str(error.value) for word in words), str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("run_type", "mixed_precision", "device", "expected"),
-    [
-        ("baseline", "no", "cuda", "fp32"),
-        ("optimized", "no", "cuda", "tf32"),
-        ("optimized", "no", "cpu", "fp32"),
-        ("baseline", "bf16", "cuda", "bf16"),
-        ("optimized", "bf16", "cpu", "bf16"),
-    ],
-)
-def test_the_precision_of_products_is_set_and_said(
-    monkeypatch: pytest.MonkeyPatch, run_type: str, mixed_precision: str, device: str, expected: str
-) -> None:
-    monkeypatch.setattr(accelerators, "device_type", lambda: device)
-    config = dataclasses.replace(parse([]), run_type=run_type, mixed_precision=mixed_precision)
-    before = torch.get_float32_matmul_precision()
-    try:
-        accelerators.set_product_precision(config)
-        assert accelerators.product_precision(config) == expected
-        assert torch.get_float32_matmul_precision() == (
-            "high" if (run_type, device) == ("optimized", "cuda") else "highest"
-        )
-    finally:
-        torch.set_float32_matmul_precision(before)

@@ -1,8 +1,5 @@
 import json
 import math
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -139,61 +136,6 @@ def test_summary_of_no_steps_is_whole() -> None:
     got = summary([])
     assert (got["steps"], got["tokens"], got["training_time_seconds"]) == (0, 0, 0.0)
     assert got["tokens_per_second"] is got["train_loss"] is got["val_loss"] is got["mfu"] is None
-
-
-def test_resident_peak_prefers_this_programs_own_and_knows_the_units() -> None:
-    assert metrics.resident_peak_bytes("Name: x\nVmHWM:\t    8752 kB\nVmRSS: 1 kB\n", 499_356, "linux") == 8752 * 1024
-    assert metrics.resident_peak_bytes(None, 499_356, "linux") == 499_356 * 1024
-    assert metrics.resident_peak_bytes(None, 499_356, "darwin") == 499_356
-
-
-def test_peak_memory_sees_an_allocation_of_this_process() -> None:
-    before = metrics.peak_memory("cpu")
-    held = torch.ones(before["peak_memory_bytes"] // 4 + 25_000_000)  # as many floats as fill the peak, and 100 MB
-    after = metrics.peak_memory(torch.device("cpu"))
-    assert after["peak_memory_bytes"] >= before["peak_memory_bytes"] + 50_000_000
-    assert after["peak_memory_kind"] == "rss"
-    assert after["peak_memory_reserved_bytes"] is None
-    assert held[0] == 1
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="VmHWM is Linux's")
-def test_peak_memory_is_not_the_launchers() -> None:
-    code = (
-        "import subprocess, sys; held = b'x' * 700_000_000; "
-        "print(subprocess.run([sys.executable, '-c', "
-        '\'from train.metrics.summary import peak_memory; print(peak_memory("cpu")["peak_memory_bytes"])\'],'
-        " capture_output=True, text=True, check=True).stdout)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=True
-    )
-    assert int(done.stdout) < 650_000_000
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_peak_memory_on_cuda() -> None:
-    held = torch.ones(25_000_000, device="cuda")
-    got = metrics.peak_memory("cuda")
-    assert got["peak_memory_kind"] == "cuda_allocated"
-    assert got["peak_memory_reserved_bytes"] >= got["peak_memory_bytes"] >= held.numel() * 4
-
-
-def test_bf16_flags() -> None:
-    assert metrics.has_bf16_products(metrics.cpuinfo_flags("model name\t: X\nflags\t\t: fpu avx512f avx512_bf16\n"))
-    assert metrics.has_bf16_products(metrics.cpuinfo_flags("flags : fpu amx_bf16 amx_tile\n"))
-    assert metrics.has_bf16_products(metrics.cpuinfo_flags("Features\t: fp asimd bf16 i8mm\n"))
-    assert not metrics.has_bf16_products(metrics.cpuinfo_flags("flags : fpu avx512f avx512_vnni\n"))
-    assert not metrics.has_bf16_products(metrics.cpuinfo_flags(""))
-
-
-def test_bf16_without_torchs_helper(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
-    monkeypatch.setattr(metrics, "read_or_none", lambda path: "flags : fpu avx512_bf16\n")
-    assert metrics.cpu_has_bf16()
-    monkeypatch.setattr(metrics, "read_or_none", lambda path: None)
-    assert not metrics.cpu_has_bf16()
 
 
 def test_physical_cores() -> None:

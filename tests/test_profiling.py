@@ -25,6 +25,7 @@ from train.plan.memory import predict
 from train.plan.shapes import Layout, Shape
 from train.run import profiling
 from train.run.profiling import Names, Profiler
+from train.utils import devices
 from train.utils.errors import UserError
 
 SHORT = ["--max_steps=6", "--max_new_tokens=0", "--eval_steps=1"]
@@ -79,7 +80,7 @@ def test_the_peak_of_a_cpu_is_taken_before_the_profiler_fills_its_memory(
     taken = []
     with Profiler(cast(Any, run), cast(Any, engine), 0) as profiler:
         for step in range(1, 6):
-            monkeypatch.setattr(profiling, "peak_memory", lambda device, after=step: {"after": after})
+            monkeypatch.setattr(devices, "peak_memory", lambda device, after=step: {"after": after})
             profiler.step()
             taken.append(profiler.peak_before)
     assert taken == [None, {"after": 2}, {"after": 2}, {"after": 2}, {"after": 2}]
@@ -139,7 +140,7 @@ def test_what_does_not_fit_the_run_is_refused_before_it_begins(
 ) -> None:
     from train.run.setup import settle
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(devices, "device_type", lambda: "cpu")
     with pytest.raises(UserError) as refusal:
         settle(parse([*flags, *SHORT, *more, f"--checkpoint_path={tmp_path}"]))
     assert all(word in str(refusal.value) for word in words)

@@ -2,9 +2,10 @@
 
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 
 import torch
+
+from train.utils.devices import thread_initializer
 
 Batch = dict[str, torch.Tensor]
 
@@ -17,23 +18,21 @@ def read_ahead(
 ) -> Generator[list[Batch]]:
     """`read(step)` of each of the `steps`, in a thread of its own and one step ahead of the caller.
 
-    For a CUDA device the tensors lie in pinned memory, from where they can be copied without waiting. What `read`
+    For an accelerator the tensors lie in pinned memory, from where they can be copied without waiting. What `read`
     raises is raised here, at the step that it belongs to. Close the iterator where it may not be read to its end: the
     thread ends with it. `stop` is called before that, so that a `read` that waits for something need not see it come.
     """
-    on_gpu = device.type == "cuda"
 
     def fetch(step: int) -> list[Batch]:
         batches = read(step)
-        if on_gpu:
+        if device.type != "cpu":
             batches = [{key: value.pin_memory() for key, value in batch.items()} for batch in batches]
         return batches
 
     if not steps:
         return
-    # A new thread begins on GPU 0, where pinning on behalf of another one would take memory.
-    begin = partial(torch.cuda.set_device, torch.cuda.current_device()) if on_gpu else None
-    reader = ThreadPoolExecutor(1, "read-ahead", begin)
+    # On device 0, where a thread starts, pinning for another device would take memory.
+    reader = ThreadPoolExecutor(1, "read-ahead", thread_initializer(device))
     try:
         ahead = reader.submit(fetch, steps.start)
         for step in steps:

@@ -18,31 +18,13 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from train.config import launcher_env as launcher
 from train.config.run_config import RunConfig
 from train.utils import processes
+from train.utils.devices import device_type
 from train.utils.errors import UserError
 
 
 def world_size() -> int:
     """Processes that the launcher started, by its own word."""
     return processes.world_size()
-
-
-def device_type() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def product_precision(config: RunConfig) -> str:
-    """What matrix products run in: "bf16", "fp32", or "tf32", GPUs' products of fp32 numbers rounded to 10 bits.
-
-    The baseline's fp32 is fp32.
-    """
-    if config.mixed_precision == "bf16":
-        return "bf16"
-    return "tf32" if config.optimized and device_type() == "cuda" else "fp32"
-
-
-def set_product_precision(config: RunConfig) -> None:
-    """Here and nowhere else; mixed precision comes with the Accelerator. On a CPU fp32 stays what it is."""
-    torch.set_float32_matmul_precision("high" if config.optimized and device_type() == "cuda" else "highest")
 
 
 def plain_accelerator(config: RunConfig) -> Accelerator:

@@ -20,9 +20,7 @@ from modeling_gpt2flash import GPT2FlashForCausalLM
 from train.config.run_config import RunConfig
 from train.engines.accelerator import (
     deepspeed_accelerator,
-    device_type,
     plain_accelerator,
-    set_product_precision,
     world_size,
 )
 from train.engines.activation_checkpointing import checkpoint_arguments
@@ -30,9 +28,9 @@ from train.engines.allocator import keep_freed_memory
 from train.engines.fused_activation import fuse_activations
 from train.engines.placement import Place, check_launch, check_places
 from train.engines.state import create_moments, held_by_training, set_whole, torch_optimizer, whole
-from train.metrics.summary import peak_memory
 from train.optim.parameter_groups import build_optimizer, moments_of
 from train.utils import processes
+from train.utils.devices import device_type, peak_memory, set_matmul_precision
 from train.utils.errors import UserError
 
 
@@ -51,7 +49,7 @@ class Engine(ABC):
         self.config = config
         self.deepspeed = deepspeed
         check_launch(world_size())
-        set_product_precision(config)
+        set_matmul_precision(config.optimized)
         self.accelerator = deepspeed_accelerator(config, deepspeed) if deepspeed else plain_accelerator(config)
         if self.world_size != world_size():
             raise UserError(
@@ -163,7 +161,7 @@ class Engine(ABC):
         return self.accelerator.reduce(values, "sum")
 
     def peak_memory(self, own: dict[str, Any] | None = None) -> dict[str, Any]:
-        """`metrics.peak_memory` of the process with the most; `own` is what this one takes for its own."""
+        """`devices.peak_memory` of the process with the most; `own` is what this one takes for its own."""
         memory = {**(own or peak_memory(self.device))}
         for key in ("peak_memory_bytes", "peak_memory_reserved_bytes"):
             if memory[key] is not None:

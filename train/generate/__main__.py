@@ -230,6 +230,7 @@ def benchmark(args: argparse.Namespace, decoding: "Decoding") -> None:
 
     from train.generate.inference import load_model, measure_speed
     from train.metrics.summary import hardware, versions
+    from train.utils.devices import device_name
 
     speeds = []
     for batch_size in args.batch_sizes or [1, 8, 32]:
@@ -251,8 +252,8 @@ def benchmark(args: argparse.Namespace, decoding: "Decoding") -> None:
             "versions": libraries,
         }))  # fmt: skip
         return
-    on_gpu = model.device.type == "cuda"
-    device = machine["gpus"][0]["name"] if on_gpu else f"{machine['cpu']}, {machine['torch_threads']} threads"
+    cpu = f"{machine['cpu']}, {machine['torch_threads']} threads"
+    device = cpu if model.device.type == "cpu" else device_name(model.device)
     precision = args.quantize or str(model.dtype).removeprefix("torch.")
     print(
         f"{parameters / 1e6:.1f}M parameters, {precision}, {BENCHMARK_PROMPT} tokens of prompt, "

@@ -17,6 +17,7 @@ from modeling_gpt2flash import GPT2FlashForCausalLM
 from train.checkpoints import nanogpt
 from train.checkpoints.loading import build_model, check_shards, gpt2s_tokenizer, own_tokenizer
 from train.generate.growing_cache import growing_cache
+from train.utils.devices import device_type, peak_memory, reset_peak_memory
 from train.utils.errors import UserError
 
 
@@ -45,7 +46,7 @@ class Decoding:
             options |= {"cache_implementation": "static", "disable_compile": not self.compiled}
         elif self.growing_cache:
             options["past_key_values"] = growing_cache()
-        if self.compiled and not torch.cuda.is_available():
+        if self.compiled and device_type() == "cpu":
             options["compile_config"] = CompileConfig(mode="default")
             options["compile_config"]._compile_all_devices = True  # left to itself, generate() compiles on GPUs only
         return options
@@ -114,7 +115,7 @@ def load_model(
         UserError: when the folder is not there or is no GPT-2.
     """
     path = Path(folder)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or device_type()
     if nanogpt.is_named(str(folder)):
         read: Any = build_model(str(folder), nanogpt.read_config(path), "sdpa")
         return read.to(device, getattr(torch, "float32" if dtype == "auto" else dtype)).eval()
@@ -230,17 +231,18 @@ def measure_latency(
 
 def measure_speed(model: Any, prompt_ids: torch.Tensor, decoding: Decoding, rounds: int = 3) -> Speed:
     """Generation from `prompt_ids` (batch, length), after a round that is not counted; `decoding` says how."""
-    if prompt_ids.is_cuda:
-        torch.cuda.reset_peak_memory_stats()
+    reset_peak_memory(prompt_ids.device)
     runs = [timed(model, prompt_ids, decoding) for _ in range(1 + rounds)][1:]
+    peak = peak_memory(prompt_ids.device)
     tokens = len(prompt_ids) * decoding.max_new_tokens
     return Speed(
         batch_size=len(prompt_ids),
         first_token_seconds=median(each.latency.first_token for each in runs),
         tokens_per_second=median(tokens / (each.times[-1] - each.times[0]) for each in runs),
-        memory_bytes=torch.cuda.max_memory_allocated()
-        if prompt_ids.is_cuda
-        else max(each.memory_bytes for each in runs),
+        # The peak of resident memory is that of loading the model.
+        memory_bytes=max(each.memory_bytes for each in runs)
+        if peak["peak_memory_kind"] == "rss"
+        else peak["peak_memory_bytes"],
     )
 
 

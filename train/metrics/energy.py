@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from train.utils.devices import nvml_uuid
+
 POWERCAP = Path("/sys/class/powercap")
 GPUS = "the boards of the GPUs that train, without CPUs and network"
 CPUS = "the CPU packages of the machines and the memory that they count, with all that runs on them"
@@ -44,7 +46,7 @@ class EnergyMeter:
         joules, unknown = add_up(mine).tolist()
         if unknown or not self.steps:
             return None
-        return Energy(joules, self.steps, GPUS if device.type == "cuda" else CPUS)
+        return Energy(joules, self.steps, CPUS if device.type == "cpu" else GPUS)
 
 
 @dataclass(frozen=True)
@@ -61,21 +63,21 @@ def energy_reader(device: torch.device, local_main: bool) -> Reader | None:
 
     The other processes of such a machine read nothing, which is 0 joules. None where the device does not say.
     """
-    if device.type == "cuda":
+    if device.type != "cpu":
         return nvml_reader(device)
     return rapl_reader(POWERCAP) if local_main else lambda: 0.0
 
 
 def nvml_reader(device: torch.device) -> Reader | None:
+    if (uuid := nvml_uuid(device)) is None:
+        return None
     try:
         import pynvml
     except ImportError:
         return None
     try:
         pynvml.nvmlInit()
-        # By its UUID: NVML numbers all GPUs, torch those of CUDA_VISIBLE_DEVICES.
-        uuid = torch.cuda.get_device_properties(device).uuid
-        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
         pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
     except pynvml.NVMLError:
         return None

@@ -115,7 +115,7 @@ def count_flops(
 def peak_flops(device_name: str, dtype: str) -> float | None:
     """Dense peak in FLOP/s of one device for "bf16", "fp16", "tf32" or "fp32"; None for a CPU or an unknown device.
 
-    `device_name` is what `torch.cuda.get_device_name()` says; the sources stand beside `PEAK_TFLOPS`.
+    `device_name` is `devices.device_name`'s; the sources stand beside `PEAK_TFLOPS`.
     """
     name = device_name.removeprefix("NVIDIA ").strip()
     for pattern, peaks in PEAK_TFLOPS:

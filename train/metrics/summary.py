@@ -9,11 +9,8 @@ import math
 import os
 import platform
 import re
-import resource
-import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +18,7 @@ import torch
 
 from train.metrics.energy import Energy
 from train.metrics.flops import count_flops, utilisation
+from train.utils.devices import accelerators, cpu_has_fast_bf16, read_or_none
 
 SCHEMA = 1
 """Version of the layout of `metrics.json`."""
@@ -102,65 +100,6 @@ def json_safe(value: Any) -> Any:
 # The machine
 
 
-def resident_peak_bytes(status: str | None, maxrss: int, system: str) -> int:
-    """Highest resident memory of this process in bytes, from /proc/self/status or else getrusage's `ru_maxrss`.
-
-    `ru_maxrss` survives exec: a process started by a launcher with 500 MB begins its life at 500 MB. The kernel's
-    VmHWM belongs to the new program alone, so it goes first where there is one. `ru_maxrss` counts KiB on Linux and
-    bytes on macOS.
-    """
-    if status is not None and (found := re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)):
-        return int(found[1]) * 1024
-    return maxrss if system == "darwin" else maxrss * 1024
-
-
-def peak_memory(device: torch.device | str) -> dict[str, Any]:
-    """Peak memory of this process since it began, under the three names that `metrics.json` has for it.
-
-    CUDA: bytes that tensors took ("cuda_allocated"), and beside it what the allocator reserved from the driver.
-    Otherwise resident memory of the process ("rss"). The two are different things: compare like with like.
-    """
-    device = torch.device(device)
-    if device.type == "cuda":
-        return {
-            "peak_memory_bytes": torch.cuda.max_memory_allocated(device),
-            "peak_memory_kind": "cuda_allocated",
-            "peak_memory_reserved_bytes": torch.cuda.max_memory_reserved(device),
-        }
-    maxrss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {
-        "peak_memory_bytes": resident_peak_bytes(read_or_none("/proc/self/status"), maxrss, sys.platform),
-        "peak_memory_kind": "rss",
-        "peak_memory_reserved_bytes": None,
-    }
-
-
-def read_or_none(path: str) -> str | None:
-    """Text of a file of the kernel's, which other systems do not have."""
-    return Path(path).read_text(encoding="utf-8", errors="replace") if Path(path).exists() else None
-
-
-def cpuinfo_flags(cpuinfo: str) -> set[str]:
-    """Instruction sets named in /proc/cpuinfo: the line is "flags" on x86 and "Features" on ARM."""
-    found = re.search(r"^(?:flags|Features)\s*:(.*)$", cpuinfo, re.MULTILINE)
-    return set(found[1].split()) if found else set()
-
-
-def has_bf16_products(flags: set[str]) -> bool:
-    """Whether these instruction sets multiply bf16 matrices: AVX512_BF16, AMX's tiles, ARM's BFMMLA."""
-    return not flags.isdisjoint({"avx512_bf16", "amx_bf16", "bf16"})
-
-
-def cpu_has_bf16() -> bool:
-    """Whether bf16 matrix products are fast on this CPU; without the instructions they are slower than fp32."""
-    if hasattr(torch.cpu, "get_capabilities"):  # not in every torch that is supported
-        capabilities = torch.cpu.get_capabilities()
-        flags = {name for name, value in capabilities.items() if value is True}
-        if flags:
-            return has_bf16_products(flags)
-    return has_bf16_products(cpuinfo_flags(read_or_none("/proc/cpuinfo") or ""))
-
-
 def physical_cores(cpuinfo: str) -> int | None:
     """Distinct (socket, core) pairs in /proc/cpuinfo; None where it does not name them, as on ARM."""
     sockets = re.findall(r"^physical id\s*:\s*(\d+)", cpuinfo, re.MULTILINE)
@@ -172,7 +111,7 @@ def hardware() -> dict[str, Any]:
     """What this process runs on. Memory in bytes. No host name: reports are shown to strangers."""
     cpuinfo = read_or_none("/proc/cpuinfo") or ""
     model_name = re.search(r"^model name\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
-    gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    gpus = accelerators()
     return {
         "platform": f"{platform.system()} {platform.machine()}",
         "cpu": model_name[1].strip() if model_name else platform.processor() or platform.machine(),
@@ -181,11 +120,11 @@ def hardware() -> dict[str, Any]:
         # A container or `taskset` may allow fewer than the machine has.
         "cpu_usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "cpu_bf16": cpu_has_bf16(),
+        "cpu_bf16": cpu_has_fast_bf16(),
         "torch_threads": torch.get_num_threads(),
         "ram_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
         "gpu_count": len(gpus),
-        "gpus": [{"name": gpu.name, "memory_bytes": gpu.total_memory} for gpu in gpus],
+        "gpus": gpus,
         "cuda": torch.version.cuda if gpus else None,
     }
 

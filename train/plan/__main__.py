@@ -101,7 +101,7 @@ def _layouts(world_size: int, layers: int, device: Device) -> Iterator[Layout]:
     for stage in (1, 2, 3):
         for offload in (False, True):
             # Alone there is nothing to share out, and a CPU is its own host.
-            if (not offload or device.kind == "cuda") and (offload or world_size > 1):
+            if (not offload or device.kind == "gpu") and (offload or world_size > 1):
                 yield Layout("zero", world_size, 1, zero_stage=stage, offload=offload)
     for stages in range(2, min(world_size, layers) + 1):
         if world_size % stages == 0:

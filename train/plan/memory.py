@@ -305,7 +305,7 @@ class _Step:
         shape, layout = self.shape, self.layout
         if layout.loss_chunk_size:  # its gradients are there, and scaled where they are
             vocabulary = shape.vocabulary
-            if layout.device == "cuda":
+            if layout.device == "gpu":
                 vocabulary = -(-shape.vocab_size // ALIGNMENT) * ALIGNMENT * shape.n_embd
             self._free(activations=self.residual + self.weight * vocabulary)
             return
@@ -345,7 +345,7 @@ class _Step:
             self._free(gradients=self.held["gradients"] if layout.zero_stage < 3 else 0)
             on_device = not layout.offload or layout.device == "cpu"
             self._moment(gradients=held, workspace=joined + (FP32 * share if self.weight == BF16 else 0) * on_device)
-        elif layout.device == "cuda":
+        elif layout.device == "gpu":
             self._moment(workspace=FP32 * (share if layout.kind == "fsdp2" else numbers))
         else:
             self._moment(workspace=2 * FP32 * self.largest // (layout.data_parallel if layout.kind == "fsdp2" else 1))

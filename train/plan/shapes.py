@@ -6,7 +6,7 @@ from typing import Literal
 from modeling_gpt2flash import GPT2FlashConfig
 
 Recompute = Literal["none", "selective", "full"]
-DeviceKind = Literal["cuda", "cpu"]
+DeviceKind = Literal["gpu", "cpu"]
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Layout:
     bf16: bool = True
     fused_attention: bool = True
     loss_chunk_size: int = 512
-    device: DeviceKind = "cuda"
+    device: DeviceKind = "gpu"
     buckets: Buckets = field(default_factory=Buckets)
     bounds: tuple[int, ...] = ()  # of a pipeline's stages, over embeddings, blocks, final norm and head
 

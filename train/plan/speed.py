@@ -25,13 +25,13 @@ UPDATE_BYTES = 28  # AdamW in fp32 reads weight, gradient and two moments, and w
 class Device:
     """What one process computes on, and how it reaches the others and its host."""
 
-    name: str  # as torch.cuda.get_device_name() says it, but for "NVIDIA "; "cpu" for a CPU
+    name: str  # as `devices.device_name` gives it, without "NVIDIA "; "cpu" for a CPU
     link: float  # bytes/s between two processes, one way
     host_link: float  # bytes/s to the host's memory, one way
 
     @property
     def kind(self) -> DeviceKind:
-        return "cpu" if self.name == "cpu" else "cuda"
+        return "cpu" if self.name == "cpu" else "gpu"
 
     @property
     def has_bf16(self) -> bool:

@@ -6,7 +6,6 @@ from contextlib import closing
 
 from train.checkpoints import step_folder as checkpoints
 from train.data.prefetch import Batch, read_ahead
-from train.engines.accelerator import product_precision
 from train.engines.base import Engine
 from train.hub import __main__ as hub
 from train.metrics.annotations import annotate
@@ -17,6 +16,7 @@ from train.run.profiling import Profiler
 from train.run.setup import Run, build
 from train.run.summary import write_summary
 from train.run.validate import Validation
+from train.utils.devices import matmul_precision
 
 
 def due(step: int, interval: int, last: int) -> bool:
@@ -50,7 +50,8 @@ def train(run: Run) -> None:
     log.say(engine.layout)
     if run.partition is not None:
         log.say(f"{run.partition.table()}\nschedule {config.pipeline_schedule}")
-    log.say(f"attention: {run.attention[0]} ({run.attention[1]}); precision: {product_precision(config)}")
+    precision = matmul_precision(config.mixed_precision, config.optimized)
+    log.say(f"attention: {run.attention[0]} ({run.attention[1]}); precision: {precision}")
 
     def micro_batches(step: int) -> list[Batch]:
         return [

@@ -12,25 +12,22 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
-import torch
 from torch import nn
-from torch.profiler import ProfilerActivity, profile, record_function, schedule
+from torch.profiler import profile, record_function, schedule
 from tqdm import tqdm
 
 from modeling_gpt2flash import GPT2FlashForCausalLM
-from train.engines.accelerator import product_precision
 from train.engines.base import Engine
 from train.metrics.annotations import LOSS, module_annotation
 from train.metrics.flops import peak_bandwidth, peak_flops
 from train.metrics.memory_tracker import MemoryTracker
-from train.metrics.summary import peak_memory, versions
+from train.metrics.summary import versions
 from train.run.setup import Run
+from train.utils import devices
 from train.utils.files import atomic_write
 
 SCHEMA = 1
 """Version of the facts in a trace, under its key "gpt2flash"."""
-
-SNAPSHOT_ENTRIES = 100_000  # allocations that a memory snapshot remembers
 
 
 class Profiler(AbstractContextManager):
@@ -57,11 +54,8 @@ class Profiler(AbstractContextManager):
         self.facts = json.dumps(facts(run, engine, self.recorded))
         if engine.is_main:
             shutil.rmtree(self.folder, ignore_errors=True)  # of an earlier attempt, perhaps with more processes
-        activities = [ProfilerActivity.CPU]
-        if engine.device.type == "cuda":
-            activities.append(ProfilerActivity.CUDA)
         self.profile = profile(
-            activities=activities,
+            activities=devices.profiler_activities(engine.device),
             schedule=schedule(wait=self.recorded.start - 2 - done, warmup=1, active=len(self.recorded), repeat=1),
             on_trace_ready=self._write,
             record_shapes=True,
@@ -93,15 +87,15 @@ class Profiler(AbstractContextManager):
         if (tracked := self._stop_tracking()) is not None:
             self.folder.mkdir(exist_ok=True)
             tracked.write(self.folder / "memory.json")
-        if self.done == self.recorded.start - 2 and self.engine.device.type != "cuda":
-            self.peak_before = peak_memory(self.engine.device)
+        if self.done == self.recorded.start - 2 and self.engine.device.type == "cpu":
+            self.peak_before = devices.peak_memory(self.engine.device)
         self.profile.step()
         self._prepare_if_next()
         if self.done == self.recorded.start - 1:
             # Kineto takes metadata while it records, and at no other time.
             self.profile.add_metadata_json("gpt2flash", self.facts)
             if self.run.config.memory_snapshot:
-                torch.cuda.memory._record_memory_history(max_entries=SNAPSHOT_ENTRIES)
+                devices.record_memory_history()
         if self.done == self.recorded.stop - 1:
             self.names.remove()
 
@@ -136,8 +130,7 @@ class Profiler(AbstractContextManager):
             plain.unlink(missing_ok=True)
         if self.run.config.memory_snapshot:
             with atomic_write(self.folder / f"memory-{self.engine.rank}.pickle") as temporary:
-                torch.cuda.memory._dump_snapshot(str(temporary))
-            torch.cuda.memory._record_memory_history(enabled=None)
+                devices.dump_memory_history(temporary)
 
 
 class Names:
@@ -178,8 +171,8 @@ class Names:
 def facts(run: Run, engine: Engine, recorded: range) -> dict[str, Any]:
     """What a reader of the trace has to know of its run. Rates are those of one device, None where unknown."""
     config = run.config
-    precision = product_precision(config)
-    device_name = torch.cuda.get_device_name() if engine.device.type == "cuda" else "cpu"
+    precision = devices.matmul_precision(config.mixed_precision, config.optimized)
+    device_name = devices.device_name(engine.device)
     return {
         "schema": SCHEMA,
         "run_type": config.run_type,

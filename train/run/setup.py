@@ -22,16 +22,16 @@ from train.data.batches import EvalBatches, TrainBatches
 from train.data.token_file import TOKENIZER_NAME, gpt2_encoding, open_tokens
 from train.engines import rendezvous
 from train.engines.accelerated import AcceleratedEngine
-from train.engines.accelerator import device_type, world_size
+from train.engines.accelerator import world_size
 from train.engines.activation_checkpointing import KERNELS_THAT_CAN_BE_KEPT
 from train.engines.base import Engine
 from train.engines.pipeline.partition import Partition, partition
 from train.hub import __main__ as hub
-from train.metrics.summary import cpu_has_bf16
 from train.preprocess_data.follow import FollowingBatches, GrowingTokens
 from train.run import trackers
 from train.utils import processes
 from train.utils.compilers import check_cpp_compiler
+from train.utils.devices import device_type, has_fast_bf16, has_memory_history
 from train.utils.errors import UserError
 
 PROBE = "Tokenizers that cut this sentence alike, its (few) signs and\n 2 lines too, are held to be the same."
@@ -176,7 +176,7 @@ def settle(config: RunConfig) -> Run:
 
 
 def _check_profile(config: RunConfig, total_steps: int) -> None:
-    if config.memory_snapshot and device_type() != "cuda":
+    if config.memory_snapshot and not has_memory_history():
         raise UserError("--memory_snapshot: the allocator keeps its history on CUDA devices only; drop the flag")
     if config.profiled is not None and config.profiled.stop - 1 > total_steps:
         raise UserError(
@@ -193,9 +193,7 @@ def _go_on(config: RunConfig) -> RunConfig:
 
 def _settle_engine(config: RunConfig) -> tuple[RunConfig, dict[str, Any] | None]:
     """Fill in what the run type, the hardware and the DeepSpeed JSON decide."""
-    bf16_is_fast = (
-        torch.cuda.is_bf16_supported(including_emulation=False) if device_type() == "cuda" else cpu_has_bf16()
-    )
+    bf16_is_fast = has_fast_bf16()
     if config.optimized:
         launchers = launcher.deepspeed_config_file()
         if launchers not in (None, config.deepspeed_config or launchers):

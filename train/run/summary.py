@@ -9,12 +9,12 @@ import torch
 
 from train.data.batches import EvalBatches, describe
 from train.data.token_file import TokenFile
-from train.engines.accelerator import product_precision
 from train.generate import inference
 from train.metrics.energy import Energy
 from train.metrics.flops import peak_flops
 from train.metrics.summary import hardware, latency_percentiles, summarise, versions
 from train.run.setup import Run
+from train.utils.devices import device_name, matmul_precision
 from train.utils.files import write_json
 
 LATENCY_TOKENS = 32  # generated per timing, after a prompt of as many
@@ -30,7 +30,7 @@ def write_summary(
 ) -> None:
     """Write metrics.json into the run folder, from its checkpoint. Main process only, with the engine closed."""
     config = run.config
-    precision = product_precision(config)
+    precision = matmul_precision(config.mixed_precision, config.optimized)
     folder = config.run_folder / f"step-{run.total_steps}"
     model = inference.load_model(folder, dtype="bfloat16" if precision == "bf16" else "float32")
     length = min(LATENCY_TOKENS, run.model_config.n_positions // 2)
@@ -42,7 +42,6 @@ def write_summary(
         room = run.model_config.n_positions - len(tokenizer(config.prompt).input_ids)
         text = inference.complete(model, tokenizer, config.prompt, min(config.max_new_tokens, room))[0]
         sample = {"prompt": config.prompt, "text": text}
-    device_name = torch.cuda.get_device_name() if model.device.type == "cuda" else "cpu"
     summary = summarise(
         run_type=config.run_type,
         records=records,
@@ -54,7 +53,7 @@ def write_summary(
         n_inner=run.model_config.n_inner,
         parameters=model.num_parameters(),
         world_size=world_size,
-        device_peak_flops=peak_flops(device_name, precision),
+        device_peak_flops=peak_flops(device_name(model.device), precision),
         memory=memory,
         energy=energy,
         attn_implementation=run.attention[0],
