@@ -63,7 +63,6 @@ def test_yaml_mistakes_name_key_value_and_remedy(tmp_path: Path, text: str, name
     "argv",
     [
         ["--max_steps", "0"],
-        ["--follow"],
         ["--epochs", "nan"],
         ["--learning_rate", "-1"],
         ["--dropout", "1"],

@@ -8,9 +8,8 @@ import pytest
 from tests.test_tokens import NASTY, random_strings
 from train.data.token_file import gpt2_encoding
 from train.preprocess_data import encoders
-from train.preprocess_data.encoders import GigatokenEncoder, choose_encoder, encode_with_tiktoken, joined
+from train.preprocess_data.encoders import Encoded, GigatokenEncoder, choose_encoder, encode_with_tiktoken
 from train.preprocess_data.sources import stdlib_modules
-from train.preprocess_data.words import SEPARATOR, Encoded
 from train.utils.errors import UserError
 
 BLANKS_BEFORE_WORDS = [
@@ -86,15 +85,3 @@ def test_an_encoder_that_disagrees_is_not_used(monkeypatch: pytest.MonkeyPatch) 
     assert split(encode(arrow(["Hello", " world"]))) == [[15496], [996]], "only the first of each call is checked"
     with pytest.raises(UserError, match=r"a document that begins ' world' are not the reference's.*--overwrite"):
         encode(arrow([" world", "Hello"]))
-
-    monkeypatch.setattr(encoders, "encode_by_words", lambda texts: joined([np.array([0])] * len(texts)))
-    monkeypatch.setattr(encoders, "find_spec", lambda name: None)
-    encode, why = choose_encoder("auto", sample)
-    assert (split(encode(sample)), why) == (reference(sample.to_pylist()), "tiktoken")
-
-
-def test_texts_that_are_not_cut_into_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encoders, "LONGEST_BY_WORDS", 20)
-    texts = ["short", SEPARATOR, "", "a" + 10 * " long", "b", f"x{SEPARATOR} {SEPARATOR}\n"]
-    assert split(encode_with_tiktoken(arrow(texts))) == reference(texts)
-    assert split(encode_with_tiktoken(arrow(texts)[1:2])) == reference(texts[1:2])

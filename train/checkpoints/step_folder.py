@@ -34,7 +34,7 @@ WEIGHTS = "model.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 LATEST = "latest"
 # What a checkpoint from before there was the flag was trained with.
-BEFORE_THE_FLAG = {"follow": False, "document_mask": False, "optimizer": "adamw"}
+BEFORE_THE_FLAG = {"document_mask": False, "optimizer": "adamw"}
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,12 @@ def find(asked: str, run_folder: Path) -> Checkpoint:
 
 def check_same_run(checkpoint: Checkpoint, state: dict[str, Any]) -> None:
     """Refuse to go on with another model, data or batch: the loss curve would not be the uninterrupted run's."""
-    for key in ("model", "follow", "train_data", "seed", "block_size", "document_mask", "sequences_per_step",
+    if checkpoint.state.get("follow"):
+        raise UserError(
+            f"{checkpoint.folder}: was trained with --follow, whose order of the data is gone; start a new run "
+            f"from its weights with --model {checkpoint.folder}"
+        )
+    for key in ("model", "train_data", "seed", "block_size", "document_mask", "sequences_per_step",
                 "optimizer"):  # fmt: skip
         found = checkpoint.state.get(key)
         if found != state[key]:

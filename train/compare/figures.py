@@ -75,7 +75,6 @@ def differences(runs: Sequence[Run]) -> list[dict[str, Any]]:
     work["seed"] = [run.get("config.seed") for run in runs]
     work["model"] = [run.get("config.model") for run in runs]
     work["dropout"] = [run.get("config.dropout") for run in runs]
-    work["follow"] = [run.get("config.follow") for run in runs]
     work["document_mask"] = [run.get("config.document_mask") for run in runs]
     work["val_tokens"] = [run.get("val_tokens") for run in runs]
     work["train_data"] = data_names(runs, "train")

@@ -45,9 +45,6 @@ class RunConfig:
     )
     train_data_path: str = _flag("data/train.bin", "tokens to train on, from python -m train.preprocess_data")
     val_data_path: str = _flag("data/val.bin", "tokens to validate on")
-    follow: bool = _flag(
-        False, "begin while train.bin is still being prepared, and train in an order that needs no later tokens"
-    )
     checkpoint_path: str = _flag("checkpoint", "the run is written to the folder named after the run type in here")
     epochs: float = _flag(1.0, "passes over the training tokens")
     max_steps: int | None = _flag(None, "optimizer steps in all (default: what the epochs take)")
@@ -287,8 +284,6 @@ def check(config: RunConfig) -> None:
         for name in config.report_to.split(","):
             if name.strip() not in TRACKERS:
                 raise UserError(f"--report_to {name}: unknown tracker; choose from {', '.join(TRACKERS)}, or none")
-    if config.follow and config.max_steps is None:
-        raise UserError("--follow: how many steps an epoch has is not known while text is prepared; give --max_steps")
     if not re.fullmatch(r"\d+:\d+", config.profile_steps):
         refuse("profile_steps", "write the first step and the one after the last, for example 10:13")
     first, stop = map(int, config.profile_steps.split(":"))

@@ -11,8 +11,6 @@
    such ranks there are (the stages of a pipeline share one). Which ranks there are, and how they accumulate, changes
    who computes a sample and never which samples a step sees.
 
-A file that is still being prepared is read in another order, which needs no later tokens: train/follow.py.
-
 With `document_mask` a batch also has `position_ids`, (B, T) int64, which restart in each document (train/documents.py)
 and so keep attention inside it, and `cu_seq_lens`, (documents + 1,) int32, which says the same to flash kernels: found
 here, on the CPU and ahead of time, no device is waited for. The labels are the same: every token but the first is
@@ -65,14 +63,12 @@ class TrainBatches:
         return (len(self.tokens) - 1) // self.block_size
 
     @property
-    def steps_per_epoch(self) -> float | None:
-        """None where it is not known yet."""
+    def steps_per_epoch(self) -> float:
         return self.windows / self.global_batch_size
 
-    def epochs(self, steps: int) -> float | None:
-        """How many `steps` are; None where it is not known yet."""
-        steps_per_epoch = self.steps_per_epoch
-        return None if steps_per_epoch is None else steps / steps_per_epoch
+    def epochs(self, steps: int) -> float:
+        """How many epochs `steps` optimizer steps are."""
+        return steps / self.steps_per_epoch
 
     def updates(self, epochs: float) -> int:
         """Optimizer steps that cover `epochs`: ⌈epochs · n / G⌉, so the last one borrows from the next epoch."""
@@ -85,15 +81,11 @@ class TrainBatches:
         missing = self.global_batch_size
         parts = []
         while missing:  # one turn, two at a border, more only when a batch is larger than what lies between two
-            parts.append(self.order_from(position)[:missing])
+            epoch, start = divmod(position, self.windows)
+            parts.append(epoch_order(self.seed, epoch, self.windows)[start : start + missing])
             position += len(parts[-1])
             missing -= len(parts[-1])
         return np.concatenate(parts)
-
-    def order_from(self, position: int) -> np.ndarray:
-        """The windows of sample `position` and of those behind it, up to a border of the order."""
-        epoch, start = divmod(position, self.windows)
-        return epoch_order(self.seed, epoch, self.windows)[start:]
 
     def micro_batch(
         self, step: int, micro_step: int, rank: int, world_size: int, micro_batch_size: int
@@ -109,12 +101,9 @@ class TrainBatches:
         rows = np.stack([self.tokens.ids[offset : offset + self.block_size + 1] for offset in offsets])
         return as_tensors(rows[:, :-1].astype(np.int64), rows[:, 1:].astype(np.int64), self.document_mask)
 
-    def identity(self, step: int) -> dict[str, Any]:
-        """What a checkpoint after `step` steps says of its data, and a run that goes on from it has to say as well."""
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint records of its data, and a run that resumes from it must have as well."""
         return describe(self.tokens)
-
-    def stop(self) -> None:
-        """Nobody needs another `micro_batch`: one that waits in another thread may fail. Here none waits."""
 
 
 def describe(tokens: TokenFile) -> dict[str, Any]:

@@ -14,13 +14,12 @@ def read_ahead(
     read: Callable[[int], list[Batch]],
     steps: range,
     device: torch.device,
-    stop: Callable[[], None] = lambda: None,
 ) -> Generator[list[Batch]]:
     """`read(step)` of each of the `steps`, in a thread of its own and one step ahead of the caller.
 
     For an accelerator the tensors lie in pinned memory, from where they can be copied without waiting. What `read`
     raises is raised here, at the step that it belongs to. Close the iterator where it may not be read to its end: the
-    thread ends with it. `stop` is called before that, so that a `read` that waits for something need not see it come.
+    thread ends with it.
     """
 
     def fetch(step: int) -> list[Batch]:
@@ -41,5 +40,4 @@ def read_ahead(
                 ahead = reader.submit(fetch, step + 1)
             yield batches
     finally:
-        stop()
         reader.shutdown(cancel_futures=True)

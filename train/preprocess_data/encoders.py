@@ -1,25 +1,29 @@
 """Texts → GPT-2's ids, by tiktoken, which is the reference, or by gigatoken, which is many times faster."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib.resources import as_file, files
 from importlib.util import find_spec
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
 from train.data.token_file import gpt2_encoding, gpt2_ranks
-from train.preprocess_data.words import SEPARATOR, Encoded, encode_by_words
 from train.utils.errors import UserError
 
 ENCODERS = ("auto", "tiktoken", "gigatoken")
 SPOT_CHECK_CHARACTERS = 2000  # at most, of a document that is encoded a second time while the work goes on: 1% to 4%
 
-# To find the words of a text (train/words.py) takes some 30 bytes a character.
-LONGEST_BY_WORDS = 1 << 20
 # What Rust's regular expressions call \s; Python's has four control characters more.
 BLANKS = "\t\n\v\f\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 LONG_RUN_OF_BLANKS = re.compile(f"[{BLANKS}]{{1000,}}+")
+
+
+class Encoded(NamedTuple):
+    ids: np.ndarray  # (tokens,) uint32: of all texts, one after another
+    lengths: np.ndarray  # (texts,) int64: tokens of each
+
 
 Encoder = Callable[[pa.LargeStringArray], Encoded]
 
@@ -41,28 +45,10 @@ def ids_of(text: str) -> np.ndarray:
     return np.concatenate([gpt2_encoding().encode_to_numpy(part, disallowed_special=()) for part in parts])
 
 
-def joined(ids: Sequence[np.ndarray]) -> Encoded:
-    return Encoded(np.concatenate(ids), np.fromiter(map(len, ids), dtype=np.int64, count=len(ids)))
-
-
-def encode_plainly(texts: pa.LargeStringArray) -> Encoded:
-    """The reference."""
-    return joined([ids_of(text) for text in texts.to_pylist()])
-
-
 def encode_with_tiktoken(texts: pa.LargeStringArray) -> Encoded:
-    """Word by word; as a whole where a text is too long for that, or holds what is to separate words."""
-    ordinary = texts.to_pylist()
-    odd = {row: ids_of(text) for row, text in enumerate(ordinary) if len(text) > LONGEST_BY_WORDS or SEPARATOR in text}
-    for row in odd:
-        ordinary[row] = ""
-    encoded = encode_by_words(ordinary)
-    if not odd:
-        return encoded
-    ids = np.split(encoded.ids, np.cumsum(encoded.lengths)[:-1])
-    for row, its_ids in odd.items():
-        ids[row] = its_ids
-    return joined(ids)
+    """The reference implementation."""
+    ids = [ids_of(text) for text in texts.to_pylist()]
+    return Encoded(np.concatenate(ids), np.fromiter(map(len, ids), dtype=np.int64, count=len(ids)))
 
 
 class GigatokenEncoder:
@@ -82,8 +68,8 @@ class GigatokenEncoder:
         return Encoded(awkward.to_numpy(awkward.flatten(ids)), awkward.to_numpy(awkward.num(ids)))
 
 
-def spot_checked(encode: Encoder, name: str) -> Encoder:
-    """`encode`, whose first document of each call is compared with the reference's where it is short."""
+def spot_checked(encode: Encoder) -> Encoder:
+    """`encode` (gigatoken), with the first document of each call compared with the reference where it is short."""
 
     def checked(texts: pa.LargeStringArray) -> Encoded:
         encoded = encode(texts)
@@ -92,8 +78,8 @@ def spot_checked(encode: Encoder, name: str) -> Encoder:
             reference = ids_of(first)
             if not np.array_equal(encoded.ids[: encoded.lengths[0]], reference):
                 raise UserError(
-                    f"--tokenizer {name}: its ids of a document that begins {first[:40]!r} are not the reference's; "
-                    "start anew with another, and --overwrite"
+                    f"--tokenizer gigatoken: its ids of a document that begins {first[:40]!r} are not the "
+                    "reference's; start again with --tokenizer tiktoken --overwrite"
                 )
         return encoded
 
@@ -101,24 +87,23 @@ def spot_checked(encode: Encoder, name: str) -> Encoder:
 
 
 def choose_encoder(name: str, sample: pa.LargeStringArray) -> tuple[Encoder, str]:
-    """The encoder to use, and why, in a sentence.
+    """Choose the encoder, and give the reason in a sentence.
 
     Args:
-        name: one of `ENCODERS`; "auto" takes gigatoken where it is installed.
-        sample: some of the documents, on which an encoder must agree with tiktoken's own GPT-2 encoding.
+        name: one of `ENCODERS`; "auto" takes gigatoken where it is installed and agrees with tiktoken on the sample.
+        sample: some of the documents.
     """
-    reference = encode_plainly(sample)
-    agrees = f"whose ids of the first {len(sample):,} documents are the reference's"
-    if name != "tiktoken" and find_spec("gigatoken") is not None:
-        gigatoken = GigatokenEncoder()
-        if all(map(np.array_equal, gigatoken(sample), reference)):
-            return spot_checked(gigatoken, "gigatoken"), f"gigatoken, {agrees}"
-        if name == "gigatoken":
-            raise UserError(
-                "--tokenizer gigatoken: its ids of the first documents are not tiktoken's; use --tokenizer tiktoken"
-            )
-    elif name == "gigatoken":
+    if name == "tiktoken" or (name == "auto" and find_spec("gigatoken") is None):
+        return encode_with_tiktoken, "tiktoken"
+    if find_spec("gigatoken") is None:
         raise UserError("--tokenizer gigatoken: it is not installed; pip install 'gpt2flash[fast]'")
-    if not all(map(np.array_equal, encode_with_tiktoken(sample), reference)):
-        return encode_plainly, "tiktoken"
-    return spot_checked(encode_with_tiktoken, "tiktoken"), f"tiktoken by distinct words, {agrees}"
+    gigatoken = GigatokenEncoder()
+    if all(map(np.array_equal, gigatoken(sample), encode_with_tiktoken(sample))):
+        return spot_checked(
+            gigatoken
+        ), f"gigatoken, whose ids of the first {len(sample):,} documents are the reference's"
+    if name == "gigatoken":
+        raise UserError(
+            "--tokenizer gigatoken: its ids of the first documents are not tiktoken's; use --tokenizer tiktoken"
+        )
+    return encode_with_tiktoken, "tiktoken"

@@ -15,7 +15,7 @@ from train.run.log import RunLog
 from train.run.profiling import Profiler
 from train.run.setup import Run, build
 from train.run.summary import write_summary
-from train.run.validate import Validation
+from train.run.validate import validate
 from train.utils.devices import matmul_precision
 
 
@@ -44,7 +44,6 @@ def train(run: Run) -> None:
     assert config.learning_rate is not None
     engine = build(run)
     log = RunLog(engine.accelerator, config.run_folder, dataclasses.asdict(config), run.total_steps)
-    validation = Validation(engine, run)
     first = run.checkpoint.step if run.checkpoint else 0
     log.start(first, run.checkpoint.folder.parent / "metrics.jsonl" if run.checkpoint else log.file)
     log.say(engine.layout)
@@ -61,7 +60,7 @@ def train(run: Run) -> None:
 
     energy = EnergyMeter(energy_reader(engine.device, engine.accelerator.is_local_main_process))
     steps = range(first, run.total_steps)
-    data = read_ahead(micro_batches, steps, engine.device, run.train.stop)
+    data = read_ahead(micro_batches, steps, engine.device)
     with closing(data), Profiler(run, engine, first) as profiler:
         for step in steps:
             energy.start()
@@ -96,7 +95,7 @@ def train(run: Run) -> None:
             if profiler.at_work:
                 record["profiled"] = True
             if due(done, config.eval_interval, run.total_steps):
-                record |= validation.measure()
+                record |= validate(engine, run.val, run.micro_batch_size, config.eval_steps)
             log.write(record)
             if due(done, config.save_interval, run.total_steps):
                 save(engine, run, done)
@@ -106,6 +105,6 @@ def train(run: Run) -> None:
     spent = energy.total(engine.device, engine.sum_over_processes)
     engine.close()
     if main:
-        write_summary(run, validation.batches, log.records, processes, memory, spent)
+        write_summary(run, log.records, processes, memory, spent)
         if config.push_to_hub is not None:
             print(hub.push(config.run_folder, config.push_to_hub))

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +26,6 @@ from train.engines.activation_checkpointing import KERNELS_THAT_CAN_BE_KEPT
 from train.engines.base import Engine
 from train.engines.pipeline.partition import Partition, partition
 from train.hub import __main__ as hub
-from train.preprocess_data.follow import FollowingBatches, GrowingTokens
 from train.run import trackers
 from train.utils import processes
 from train.utils.compilers import check_cpp_compiler
@@ -48,7 +46,7 @@ class Run:
     own_tokenizer: PreTrainedTokenizerBase | None  # of the weights that the run starts from
     attention: tuple[str, str]  # implementation, why
     train: TrainBatches
-    val: EvalBatches | None  # None: not in place yet, of a preparation that is followed
+    val: EvalBatches
     partition: Partition | None  # None without a pipeline
     micro_batch_size: int  # sequences per data-parallel process
     accumulation: int  # micro-batches per step
@@ -76,11 +74,10 @@ class Run:
             "step": step,
             "tokens": step * self.tokens_per_step,
             "model": self.shape,
-            "train_data": self.train.identity(step),
+            "train_data": self.train.identity(),
             "seed": self.config.seed,
             "block_size": self.train.block_size,
             "document_mask": self.config.document_mask,
-            "follow": self.config.follow,
             "sequences_per_step": self.train.global_batch_size,
             "optimizer": self.config.optimizer,
             "total_steps": self.total_steps,
@@ -145,7 +142,7 @@ def settle(config: RunConfig) -> Run:
     train = _settle_training_data(config, shape.vocab_size, block_size, sequences)
     if tokenizer is not None:
         _check_same_tokens(config, tokenizer, train)
-    val = None if _awaits_validation(config, train) else open_validation(config, shape.vocab_size, block_size)
+    val = EvalBatches(open_tokens(config.val_data_path, shape.vocab_size), block_size, config.document_mask)
     total_steps = config.max_steps or train.updates(config.epochs)
     _check_profile(config, total_steps)
     run = Run(
@@ -212,10 +209,6 @@ def _settle_engine(config: RunConfig) -> tuple[RunConfig, dict[str, Any] | None]
 
 
 def _settle_training_data(config: RunConfig, vocab_size: int, block_size: int, sequences: int) -> TrainBatches:
-    """The batches; of a preparation that is followed when there are enough tokens to begin with."""
-    if config.follow:
-        growing = GrowingTokens(config.train_data_path, vocab_size)
-        return FollowingBatches(growing, block_size, sequences, config.seed, config.document_mask)
     tokens = open_tokens(config.train_data_path, vocab_size)
     return TrainBatches(tokens, block_size, sequences, config.seed, config.document_mask)
 
@@ -228,17 +221,6 @@ def _check_same_tokens(config: RunConfig, tokenizer: PreTrainedTokenizerBase, tr
             f"--train_data_path {config.train_data_path}: holds GPT-2's tokens, and {config.model} has a tokenizer of "
             "its own; write its ids to a .bin of uint16 without a sidecar, or start from another model"
         )
-
-
-def _awaits_validation(config: RunConfig, train: TrainBatches) -> bool:
-    """Whether the validation file is one that the preparation which is followed has still to put in its place."""
-    path = Path(config.val_data_path)
-    beside = path.parent.resolve() == train.tokens.path.parent.resolve()
-    return beside and train.steps_per_epoch is None and not path.exists()
-
-
-def open_validation(config: RunConfig, vocab_size: int, block_size: int) -> EvalBatches:
-    return EvalBatches(open_tokens(config.val_data_path, vocab_size), block_size, config.document_mask)
 
 
 def _settle_attention(config: RunConfig, shape: GPT2FlashConfig) -> tuple[str, str]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from train.data.batches import EvalBatches, describe
+from train.data.batches import describe
 from train.data.token_file import TokenFile
 from train.generate import inference
 from train.metrics.energy import Energy
@@ -22,7 +22,6 @@ LATENCY_TOKENS = 32  # generated per timing, after a prompt of as many
 
 def write_summary(
     run: Run,
-    val: EvalBatches | None,
     records: list[dict[str, Any]],
     world_size: int,
     memory: dict[str, Any],
@@ -34,7 +33,7 @@ def write_summary(
     folder = config.run_folder / f"step-{run.total_steps}"
     model = inference.load_model(folder, dtype="bfloat16" if precision == "bf16" else "float32")
     length = min(LATENCY_TOKENS, run.model_config.n_positions // 2)
-    prompt_ids = torch.tensor((val or run.train).tokens.ids[None, :length].astype("int64"), device=model.device)
+    prompt_ids = torch.tensor(run.val.tokens.ids[None, :length].astype("int64"), device=model.device)
     latencies = inference.measure_latency(model, prompt_ids, length)
     sample = None
     tokenizer = run.tokenizer
@@ -46,7 +45,7 @@ def write_summary(
         run_type=config.run_type,
         records=records,
         tokens_per_step=run.tokens_per_step,
-        tokens_per_epoch=None if run.train.steps_per_epoch is None else run.train.windows * run.train.block_size,
+        tokens_per_epoch=run.train.windows * run.train.block_size,
         block_size=run.train.block_size,
         precision=precision,
         model={key: value for key, value in run.shape.items() if value is not None},
@@ -60,7 +59,7 @@ def write_summary(
         attn_reason=run.attention[1],
         data={
             "train": {"path": str(run.train.tokens.path), **_account(run.train.tokens)},
-            "val": {"path": config.val_data_path, **(_account(val.tokens) if val else {})},
+            "val": {"path": config.val_data_path, **_account(run.val.tokens)},
         },
         sample=sample,
         config=dataclasses.asdict(config),
