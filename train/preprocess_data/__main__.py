@@ -59,6 +59,7 @@ from train.preprocess_data.streams import (
     read_documents,
 )
 from train.preprocess_data.verify import verify
+from train.utils.arguments import ArgumentParser
 from train.utils.command import run_command
 from train.utils.errors import UserError
 from train.utils.workers import in_parallel
@@ -92,12 +93,11 @@ Killed, or out of disk? The same command goes on where it was.
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m train.preprocess_data",
         description="Cut text into GPT-2's tokens: out_dir/train.bin and val.bin (nanoGPT's format), each with a "
         ".json beside it that says where it came from.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("--dataset", default=STDLIB, metavar="NAME", help=f"{OPENWEBTEXT}, {STDLIB}, {', '.join(BUILDERS)}, or a "
