@@ -33,10 +33,13 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from modeling_gpt2flash import GPT2FlashConfig, GPT2FlashForCausalLM
 from modeling_gpt2flash.attention import choose_attention
 from train.checkpoints.loading import SIZES
-from train.engines.activation_checkpointing import checkpoint_arguments, recompute_blocks
-from train.engines.allocator import keep_freed_memory
-from train.engines.base import compile_blocks
-from train.engines.fused_activation import fuse_activations
+from train.engines.transforms import (
+    checkpoint_arguments,
+    checkpoint_blocks,
+    compile_blocks,
+    fuse_gelu,
+    keep_freed_memory,
+)
 from train.optim.parameter_groups import build_optimizer
 from train.utils.devices import device_type
 from train.utils.errors import UserError
@@ -115,13 +118,13 @@ def ours(
     model.load_state_dict(stock_model(case, "eager").state_dict())
     model.to(case.device).train()
     if fused:
-        fuse_activations(model)
+        fuse_gelu(model)
         if torch.device(case.device).type == "cpu":
             keep_freed_memory()
     if compiled:
         compile_blocks(model, checkpoint_arguments(keeps) if keeps == "products" else None)
     if keeps == "nothing":
-        recompute_blocks(model, checkpoint_arguments(keeps))
+        checkpoint_blocks(model, checkpoint_arguments(keeps))
 
     def loss(ids: Tensor, targets: Tensor) -> Tensor:
         return model(ids, shift_labels=targets, use_cache=False, skip_logits=True).loss

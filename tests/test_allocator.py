@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the a
 
 FILL_OFTEN = """
 import resource, sys, torch
-from train.engines.allocator import keep_freed_memory
+from train.engines.transforms import keep_freed_memory
 
 if sys.argv[1] == "kept":
     keep_freed_memory()

@@ -15,8 +15,7 @@ from modeling_gpt2flash.documents import document_bounds, kernel_arguments
 from tests.conftest import ROOT, engine_steps
 from tests.flash_stubs import FLASH, attend, attend_varlen, install, make_flash
 from tests.tiny_gpt2 import gradients, make_ours, tokens
-from train.engines.activation_checkpointing import checkpoint_arguments, recompute_blocks
-from train.engines.base import compile_blocks
+from train.engines.transforms import checkpoint_arguments, checkpoint_blocks, compile_blocks
 
 PACKS = [[5, 7], [3, 4, 5], [2] * 6, [12]]
 
@@ -36,8 +35,8 @@ def dynamo():
 
 HOW: dict[str, Callable[[torch.nn.Module], None]] = {
     "all kept": lambda model: None,
-    "recomputed": lambda model: recompute_blocks(model, checkpoint_arguments("nothing")),
-    "attention kept": lambda model: recompute_blocks(model, checkpoint_arguments("attention")),
+    "recomputed": lambda model: checkpoint_blocks(model, checkpoint_arguments("nothing")),
+    "attention kept": lambda model: checkpoint_blocks(model, checkpoint_arguments("attention")),
 }
 
 

@@ -7,7 +7,7 @@ import torch
 from torch.utils import flop_counter
 
 from tests.tiny_gpt2 import make_ours, tokens
-from train.engines.activation_checkpointing import checkpoint_arguments, recompute_blocks
+from train.engines.transforms import checkpoint_arguments, checkpoint_blocks
 from train.metrics.flops import count_flops, peak_bandwidth, peak_flops, utilisation
 
 aten = torch.ops.aten
@@ -65,7 +65,7 @@ def test_formula_and_counter_agree(
     model = make_ours(**SIZES, loss_chunk_size=chunk).train()
     model.set_attn_implementation(attention)
     if checkpointing:
-        recompute_blocks(model, checkpoint_arguments(keeps))
+        checkpoint_blocks(model, checkpoint_arguments(keeps))
     ids = tokens(2, 64)
 
     def step() -> None:

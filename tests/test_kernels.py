@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile, schedule
 
 from tests.conftest import python
 from tests.tiny_gpt2 import make_ours, tokens
-from train.engines.activation_checkpointing import checkpoint_arguments, recompute_blocks
+from train.engines.transforms import checkpoint_arguments, checkpoint_blocks
 from train.kernels import __main__ as kernels
 from train.kernels.attribution import CATEGORIES
 from train.kernels.breakdown import OUTSIDE, account, by
@@ -52,7 +52,7 @@ def record(run: Path, slow_layer: int | None = None, checkpointing: bool = False
 
         act.forward = slow
     if checkpointing:
-        recompute_blocks(model, checkpoint_arguments("nothing"))
+        checkpoint_blocks(model, checkpoint_arguments("nothing"))
     optimizer = torch.optim.AdamW(model.parameters())
     names = Names()
     names.give(model.named_modules())

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from modeling_gpt2flash import GPT2FlashConfig, GPT2FlashForCausalLM, GPT2FlashModel
 from tests.tiny_gpt2 import TINY, gradients, make_ours, make_pair, pad, tokens
-from train.engines.activation_checkpointing import recompute_blocks
+from train.engines.transforms import checkpoint_blocks
 
 VARIANTS = {
     "plain": {},
@@ -274,7 +274,7 @@ def test_gradient_checkpointing_changes_no_gradient(reentrant: bool) -> None:
     expected = gradients(ours)
     calls = []
     ours.transformer.h[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
-    recompute_blocks(ours, {"use_reentrant": reentrant})
+    checkpoint_blocks(ours, {"use_reentrant": reentrant})
     ours.zero_grad()
     ours(ids, labels=ids).loss.backward()
     assert len(calls) == 2  # once forward, once again on the way back

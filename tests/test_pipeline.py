@@ -11,8 +11,8 @@ from torch import nn
 from modeling_gpt2flash import GPT2FlashConfig, GPT2FlashForCausalLM
 from modeling_gpt2flash import pipeline as pp
 from tests.tiny_gpt2 import gradients, make_ours, tokens
-from train.engines.activation_checkpointing import checkpoint_arguments, recompute_blocks
 from train.engines.pipeline import partition as partitioning
+from train.engines.transforms import checkpoint_arguments, checkpoint_blocks
 
 GPT2 = GPT2FlashConfig()
 
@@ -106,7 +106,7 @@ def test_the_tied_weights_gradient_is_the_sum_of_both_ends() -> None:
 
 def test_checkpointed_blocks_are_computed_twice_and_nothing_else() -> None:
     model = make_ours()
-    recompute_blocks(model, checkpoint_arguments("nothing"))
+    checkpoint_blocks(model, checkpoint_arguments("nothing"))
     model.train()
     calls = dict.fromkeys(["wte", "attn", "ln_f"], 0)
     for name, module in model.named_modules():

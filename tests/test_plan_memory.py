@@ -11,8 +11,8 @@ import torch
 
 from modeling_gpt2flash import GPT2FlashConfig, GPT2FlashForCausalLM
 from tests.conftest import engine_steps
-from train.engines.activation_checkpointing import checkpoint_arguments, recompute_blocks
 from train.engines.pipeline.partition import partition
+from train.engines.transforms import checkpoint_arguments, checkpoint_blocks
 from train.metrics.annotations import annotate
 from train.metrics.memory_tracker import CATEGORIES, MemoryTracker
 from train.optim.parameter_groups import build_optimizer
@@ -41,7 +41,7 @@ def track(shape: Shape, layout: Layout) -> dict[str, Any]:
     attention = "sdpa" if layout.fused_attention else "eager"
     model = GPT2FlashForCausalLM._from_config(config, attn_implementation=attention).train()
     if layout.recompute != "none":
-        recompute_blocks(model, checkpoint_arguments("attention" if layout.recompute == "selective" else "nothing"))
+        checkpoint_blocks(model, checkpoint_arguments("attention" if layout.recompute == "selective" else "nothing"))
     optimizer = build_optimizer(model, "adamw", learning_rate=1e-3, weight_decay=0.1, betas=(0.9, 0.95), fused=False)
     ids = torch.randint(shape.vocab_size, (layout.micro_batch, shape.block_size))
 

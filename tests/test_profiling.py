@@ -15,7 +15,7 @@ from modeling_gpt2flash import GPT2FlashConfig
 from tests.conftest import ROOT, accelerate, losses, python, records, torchrun
 from tests.tiny_gpt2 import make_ours, tokens
 from train.config.run_config import parse
-from train.engines.base import compile_blocks
+from train.engines.transforms import compile_blocks
 from train.kernels.breakdown import OUTSIDE, WAITING, Account, account
 from train.kernels.pipeline_timeline import timeline
 from train.kernels.traces import Recording, read_recording

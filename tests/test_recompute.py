@@ -16,7 +16,7 @@ from tests.flash_stubs import attend, attend_varlen, install, make_flash
 from tests.test_packed_documents import packed_positions
 from tests.tiny_gpt2 import gradients, make_ours, tokens
 from train.config.run_config import parse
-from train.engines.activation_checkpointing import ATTENTION_OPERATIONS, checkpoint_arguments, recompute_blocks
+from train.engines.transforms import ATTENTION_OPERATORS, checkpoint_arguments, checkpoint_blocks
 from train.run.setup import settle
 from train.utils.errors import UserError
 
@@ -41,7 +41,7 @@ def test_attention_runs_once_and_all_else_as_often_as_before(dtype: torch.dtype,
     counts, results = {}, {}
     for keeps in ("all", "nothing", "attention", "products"):
         if keeps != "all":
-            recompute_blocks(model, checkpoint_arguments(keeps))
+            checkpoint_blocks(model, checkpoint_arguments(keeps))
         counts[keeps], results[keeps] = step(model, **more)
     assert [counts[keeps][SDPA] for keeps in counts] == [3, 6, 3, 3]
     assert [counts[keeps]["aten::tanh"] for keeps in counts] == [3, 6, 6, 6], "an activation, for one"
@@ -101,12 +101,12 @@ def flash_attention_2_as_an_operation(patch: pytest.MonkeyPatch) -> Iterator[Non
 def test_flash_attentions_operation_is_kept_too(monkeypatch: pytest.MonkeyPatch, packed: bool) -> None:
     more = {"position_ids": packed_positions()} if packed else {}
     name = f"flash_attn::_flash_attn_{'varlen_' * packed}forward"
-    assert name in ATTENTION_OPERATIONS
+    assert name in ATTENTION_OPERATORS
     with flash_attention_2_as_an_operation(monkeypatch):
         model = make_flash("flash_attention_2", n_layer=3).bfloat16().train()
         _, expected = step(model, **more)
         for keeps, runs in (("nothing", 6), ("attention", 3), ("products", 3)):
-            recompute_blocks(model, checkpoint_arguments(keeps))
+            checkpoint_blocks(model, checkpoint_arguments(keeps))
             counts, found = step(model, **more)
             assert counts[name] == runs
             assert counts["aten::tanh"] == 6

@@ -14,16 +14,16 @@ from modeling_gpt2flash import GPT2FlashForCausalLM
 from modeling_gpt2flash.documents import kernel_arguments
 from train.config import launcher_env as launcher
 from train.data.batches import IGNORED_LABEL
-from train.engines.activation_checkpointing import checkpoint_arguments, recompute_blocks
 from train.engines.base import Engine, StepResult
 from train.engines.placement import Place
+from train.engines.transforms import checkpoint_arguments, checkpoint_blocks
 from train.metrics.annotations import annotate
 
 
 class AcceleratedEngine(Engine):
     def _take(self, model: GPT2FlashForCausalLM) -> nn.Module:
         if self.config.activation_checkpointing and not self.compiler_recomputes:
-            recompute_blocks(model, checkpoint_arguments(self.config.activation_checkpointing_keeps))
+            checkpoint_blocks(model, checkpoint_arguments(self.config.activation_checkpointing_keeps))
         if self.config.torch_compile and self.deepspeed and self.deepspeed["zero_optimization"].get("stage") == 3:
             # ZeRO-3 would gather each layer's parameters inside the compiled blocks, and so cut them into pieces.
             from deepspeed.utils import set_z3_leaf_modules

@@ -5,16 +5,14 @@ layout saves any other layout loads.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from socket import gethostname
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from modeling_gpt2flash import GPT2FlashForCausalLM
 from train.config.run_config import RunConfig
@@ -23,11 +21,9 @@ from train.engines.accelerator import (
     plain_accelerator,
     world_size,
 )
-from train.engines.activation_checkpointing import checkpoint_arguments
-from train.engines.allocator import keep_freed_memory
-from train.engines.fused_activation import fuse_activations
 from train.engines.placement import Place, check_launch, check_places
 from train.engines.state import create_moments, held_by_training, set_whole, torch_optimizer, whole
+from train.engines.transforms import checkpoint_arguments, compile_blocks, fuse_gelu, keep_freed_memory
 from train.optim.parameter_groups import build_optimizer, moments_of
 from train.utils import processes
 from train.utils.devices import device_type, peak_memory, set_matmul_precision
@@ -98,7 +94,7 @@ class Engine(ABC):
         config = self.config
         assert config.learning_rate is not None
         if config.optimized:
-            fuse_activations(model)
+            fuse_gelu(model)
             if self.device.type == "cpu":
                 keep_freed_memory()
         if config.torch_compile:
@@ -220,29 +216,6 @@ class Engine(ABC):
             set_whole(self.optimizer, parameter, weights[name].to(self.device))
             for key in moments_of(self.config.optimizer, name):
                 set_whole(self.optimizer, parameter, moments[f"{key}.{name}"].to(self.device), key)
-
-
-def compile_blocks(model: GPT2FlashForCausalLM, recompute: dict[str, Any] | None = None, **how: Any) -> None:
-    """Compile each block by itself; `how` goes to `torch.compile`. They share one compilation, for they are alike.
-
-    `recompute`, if given, are the arguments of `checkpoint`, which becomes part of what is compiled: the compiler then
-    fuses what it computes again with what needs it, and never keeps more than that needs.
-    """
-    # Would cut a large block where one of DDP's buckets of gradients is full. Between blocks they go out as they are.
-    torch._dynamo.config.optimize_ddp = False
-    for block in model.transformer.h:
-        # Not `block.compile`, in which would be the hooks with which ZeRO-3 and FSDP2 gather its parameters.
-        forward = block.forward if recompute is None else _recomputing(block.forward, recompute)
-        block.forward = torch.compile(forward, **how)
-
-
-def _recomputing(forward: Callable[..., Any], how: dict[str, Any]) -> Callable[..., Any]:
-    def recomputed(*inputs: Any, **more: Any) -> Any:
-        # Not as arguments of `checkpoint`, each of which would be one of what is compiled, used or not: as many
-        # documents as there are in a batch would be part of it, and other numbers of them a compilation more.
-        return checkpoint(partial(forward, **more), *inputs, **how)
-
-    return recomputed
 
 
 def _mix(seed: int, step: int, rank: int) -> int:

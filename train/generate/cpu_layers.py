@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from train.engines.fused_activation import fuse_activations
+from train.engines.transforms import fuse_gelu
 from train.utils.errors import UserError
 
 PACKED_ROWS = 8  # oneDNN blocks weights for a number of rows; what it takes for 8 was good for 1 to 32 as well
@@ -127,5 +127,5 @@ def _copy_with(model: PreTrainedModel, make: Callable[[Tensor, Tensor | None], n
             twin.set_submodule(
                 name, make(module.weight.detach(), None if module.bias is None else module.bias.detach())
             )
-    fuse_activations(twin)
+    fuse_gelu(twin)
     return twin

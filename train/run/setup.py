@@ -22,9 +22,9 @@ from train.data.token_file import TOKENIZER_NAME, gpt2_encoding, open_tokens
 from train.engines import rendezvous
 from train.engines.accelerated import AcceleratedEngine
 from train.engines.accelerator import world_size
-from train.engines.activation_checkpointing import KERNELS_THAT_CAN_BE_KEPT
 from train.engines.base import Engine
 from train.engines.pipeline.partition import Partition, partition
+from train.engines.transforms import SELECTIVE_ATTENTION
 from train.hub import __main__ as hub
 from train.run import trackers
 from train.utils import processes
@@ -242,10 +242,10 @@ def _check_attention_can_be_kept(config: RunConfig, attention: str) -> None:
     asked = f"--activation_checkpointing_keeps {config.activation_checkpointing_keeps}"
     if not config.activation_checkpointing:
         raise UserError(f"{asked}: everything is kept as it is; give --activation_checkpointing, or drop the flag")
-    if attention not in KERNELS_THAT_CAN_BE_KEPT:
+    if attention not in SELECTIVE_ATTENTION:
         raise UserError(
             f"{asked}: the output of {attention} attention cannot be told from others; give --attn_implementation "
-            f"{' or '.join(KERNELS_THAT_CAN_BE_KEPT)}"
+            f"{' or '.join(SELECTIVE_ATTENTION)}"
         )
     if config.dropout > 0:
         # A kernel that is not run again draws no random numbers again, and the dropouts behind it would draw its.

@@ -24,10 +24,10 @@ from modeling_gpt2flash import GPT2FlashForCausalLM
 from modeling_gpt2flash.pipeline import HeadLayer, Passed, full_name, is_tied, locate, model_layers
 from train.config.run_config import RunConfig
 from train.data.batches import IGNORED_LABEL
-from train.engines.activation_checkpointing import checkpoint_arguments
 from train.engines.base import Engine, StepResult
 from train.engines.pipeline.partition import Partition
 from train.engines.placement import Place
+from train.engines.transforms import checkpoint_arguments
 from train.metrics.annotations import LOSS, Phase, annotate, stage_annotation
 from train.optim.parameter_groups import moments_of
 
