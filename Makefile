@@ -11,7 +11,7 @@ DEMO_FLAGS := --model tiny --train_data_path $(DEMO)/data/train.bin --val_data_p
 	--gradient_accumulation_steps 1 --max_steps 150 --learning_rate 2e-3 --warmup_steps 25 --eval_interval 75 --overwrite \
 	--profile --profile_steps 100:102
 
-.PHONY: demo test slow integration lint format docs clean
+.PHONY: demo builds test slow integration lint format docs clean
 
 $(VENV)/installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -43,7 +43,10 @@ format: $(VENV)/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-test: lint
+builds: $(VENV)/installed
+	$(BIN)/python -m tests.torch_builds
+
+test: lint builds
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 slow: $(VENV)/installed

@@ -1,5 +1,7 @@
 """What the benchmarks that compare sides share: the order of the rounds and the arithmetic of the ratios."""
 
+import pytest
+
 from benchmarks.rounds import Round, alternate, machine, speed_up, spread
 
 
@@ -19,6 +21,7 @@ def test_the_speed_up_is_taken_round_by_round() -> None:
     assert spread([1000.4, 3000.0, 2000.0], 0) == "2,000 (1,000 to 3,000)"
 
 
+@pytest.mark.torch_version
 def test_the_machine_is_named_with_its_versions() -> None:
     said = machine("cpu")
     assert "threads of" in said

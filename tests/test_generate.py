@@ -19,6 +19,7 @@ from train.generate.inference import (
     measure_speed,
     write,
 )
+from train.metrics.summary import versions
 from train.utils.errors import UserError
 
 PROMPTS = ["import os", "class A:", "", "def f(self, x):\n    return"]
@@ -249,7 +250,9 @@ def test_speed_is_coherent(small_model: Path) -> None:
     assert weights < speed.memory_bytes < 64e9
 
 
-@pytest.mark.parametrize("way", ["", "--quantize int8", "--cache static"])
+@pytest.mark.parametrize(
+    "way", [pytest.param("", marks=pytest.mark.torch_version), "--quantize int8", "--cache static"]
+)
 def test_the_benchmark_prints_a_row_for_each_batch_size(
     finished: Path, way: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -260,7 +263,7 @@ def test_the_benchmark_prints_a_row_for_each_batch_size(
     assert [speed["batch_size"] for speed in figures["speeds"]] == [1, 3]
     assert all(value > 0 for speed in figures["speeds"] for value in speed.values())
     assert figures["new_tokens"] == 4
-    assert figures["versions"]["torch"] == torch.__version__
+    assert figures["versions"] == versions()
 
 
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:

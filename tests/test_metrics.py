@@ -1,5 +1,6 @@
 import json
 import math
+import os
 from typing import Any
 
 import pytest
@@ -154,6 +155,16 @@ def test_hardware_and_versions_are_plain_facts() -> None:
     assert facts["torch_threads"] == torch.get_num_threads()
     assert len(facts["gpus"]) == facts["gpu_count"]
     found = metrics.versions()
-    assert found["torch"].startswith(torch.__version__.split("+")[0])
     assert {"python", "transformers", "accelerate"} <= found.keys()
     json.dumps([facts, found], allow_nan=False)
+
+
+@pytest.mark.torch_version
+def test_versions_record_the_build_of_torch() -> None:
+    build = os.environ.get("TORCH_BUILD")  # of a stand-in: `tests.torch_builds`
+    assert build in (None, torch.__version__)
+    assert metrics.versions()["torch"] == metrics.torch_build(torch.__version__, torch.version.cuda)
+    assert metrics.torch_build("2.13.0+cpu", None) == "2.13.0+cpu"
+    assert metrics.torch_build("2.13.0+cu130", "13.0") == "2.13.0+cu130"
+    assert metrics.torch_build("2.13.0", "13.0") == "2.13.0+cu130"
+    assert metrics.torch_build("2.13.0", None) == "2.13.0"

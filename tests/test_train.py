@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, GPT2LMHeadModel
 from modeling_gpt2flash import GPT2FlashForCausalLM
 from tests.conftest import ROOT, losses, python, records
 from train.config.run_config import parse
+from train.metrics.summary import versions
 from train.run.setup import settle
 from train.utils.errors import UserError
 
@@ -53,7 +54,13 @@ def test_the_summary_sums_up_the_lines(finished: Path) -> None:
     assert summary["attn_implementation"] == "eager"
     assert summary["config"]["gradient_accumulation_steps"] == 1, "defaults are resolved"
     assert summary["sample"]["text"].startswith("def ")
-    assert summary["versions"]["torch"] == torch.__version__
+
+
+@pytest.mark.torch_version
+def test_the_summary_records_the_build_of_torch(finished: Path) -> None:
+    summary = json.loads((finished / "metrics.json").read_text())
+    assert summary["versions"]["torch"] == versions()["torch"]
+    assert summary["versions"]["torch"].startswith(torch.__version__)
 
 
 def test_the_validation_loss_is_that_of_stock_gpt2_over_the_whole_file(finished: Path, corpus: Path) -> None:

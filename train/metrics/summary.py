@@ -129,11 +129,20 @@ def hardware() -> dict[str, Any]:
     }
 
 
+def torch_build(version: str, cuda: str | None) -> str:
+    """The version of torch with its build, such as "2.13.0+cpu" or "2.13.0+cu130".
+
+    `version` is `torch.__version__`: the metadata of a CUDA wheel has the bare release. Builds from elsewhere may have
+    the bare release in both, and are told apart by `torch.version.cuda`.
+    """
+    return version if "+" in version or not cuda else f"{version}+cu{cuda.replace('.', '')}"
+
+
 def versions() -> dict[str, str]:
-    """Versions of Python and of those packages that are installed and shape a run; nothing is imported for it."""
-    packages = ["gpt2flash", "torch", "transformers", "accelerate", "deepspeed", "datasets", "evaluate", "tiktoken"]
+    """Versions of Python and of the installed packages that shape a run. None of the packages is imported."""
+    packages = ["gpt2flash", "transformers", "accelerate", "deepspeed", "datasets", "evaluate", "tiktoken"]
     packages += ["flash-attn", "flash-attn-4", "kernels", "liger-kernel", "numpy"]
-    found = {"python": platform.python_version()}
+    found = {"python": platform.python_version(), "torch": torch_build(str(torch.__version__), torch.version.cuda)}
     for package in packages:
         try:
             found[package.replace("-", "_")] = version(package)
