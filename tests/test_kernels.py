@@ -15,17 +15,21 @@ from tests.tiny_gpt2 import make_ours, tokens
 from train.engines.transforms import checkpoint_arguments, checkpoint_blocks
 from train.kernels import __main__ as kernels
 from train.kernels.attribution import CATEGORIES
-from train.kernels.breakdown import OUTSIDE, account, by
+from train.kernels.breakdown import OUTSIDE, break_down, summarize
 from train.kernels.op_costs import flops, moved_bytes
+from train.kernels.summary import SCHEMA, KernelsFile, group
 from train.kernels.traces import read_recording
 from train.metrics.annotations import annotate
 from train.run.profiling import Names
 from train.utils.errors import UserError
+from train.utils.json_files import from_json
 
 FACTS: dict[str, Any] = {
     "schema": 1, "run_type": "baseline", "rank": 0, "world_size": 1, "first_step": 3, "steps": 2,
-    "tokens_per_step": 128, "block_size": 32, "model": {"n_layer": 2}, "device_name": "cpu", "peak_flops": None,
-    "peak_bytes_per_second": None,
+    "tokens_per_step": 128, "block_size": 32, "micro_batch_size": 4, "accumulation": 1, "model": {"n_layer": 2},
+    "attn_implementation": "eager", "activation_checkpointing": None, "torch_compile": False, "precision": "fp32",
+    "device": "cpu", "device_name": "cpu", "peak_flops": None, "peak_bytes_per_second": None, "torch": "2.13.0",
+    "pipeline_stages": None, "pipeline_schedule": None,
 }  # fmt: skip
 SLOWER = 20  # times that the slow layer takes another tanh,
 SLOWED_BY = torch.zeros(10_000_000)  # of this: about a second a step, which no pause of a busy machine comes near
@@ -39,7 +43,7 @@ def write_trace(run: Path, content: dict[str, Any], rank: int = 0) -> Path:
 
 
 def record(run: Path, slow_layer: int | None = None, checkpointing: bool = False, **fields: Any) -> Path:
-    """A real trace of two real steps, with the regions of a run; one layer's activation may be a slow one."""
+    """A real trace of two real steps, with the annotations of a run; one layer's activation may be a slow one."""
     model = make_ours(n_embd=48, **fields).train()
     if slow_layer is not None:
         act = model.transformer.h[slow_layer].mlp.act
@@ -93,16 +97,16 @@ def slowed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_microsecond_of_a_step_is_in_one_row(eager: Path) -> None:
-    found = account(read_recording(eager))
-    assert sum(row.seconds for row in found.rows.values()) == pytest.approx(found.seconds)
-    assert {key.operator: row.seconds for key, row in found.rows.items() if not key.phase} == {
-        OUTSIDE: pytest.approx(found.unaccounted)
+    found = break_down(read_recording(eager))
+    assert sum(costs.seconds for costs in found.costs.values()) == pytest.approx(found.seconds)
+    assert {key.operator: costs.seconds for key, costs in found.costs.items() if not key.phase} == {
+        OUTSIDE: pytest.approx(found.unattributed)
     }
-    assert {key.category for key in found.rows} <= set(CATEGORIES)
+    assert {key.category for key in found.costs} <= set(CATEGORIES)
 
 
 def test_operators_belong_to_their_module_forward_and_backward(eager: Path) -> None:
-    rows = by(account(read_recording(eager)).rows, "module", "phase", "category", "operator")
+    rows = group(summarize(read_recording(eager)).rows, "module", "phase", "category", "operator")
     per_step = {key: row.launches for key, row in rows.items()}
     layers = 2
     attn = ("transformer.h.*.attn", "attention", "aten::bmm")
@@ -110,21 +114,19 @@ def test_operators_belong_to_their_module_forward_and_backward(eager: Path) -> N
     assert per_step[attn[0], "backward", *attn[1:]] == 4 * layers
     for module in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"):
         name = f"transformer.h.*.{module}"
-        assert per_step[name, "forward", "matrix products", "aten::addmm"] == layers
-        assert per_step[name, "backward", "matrix products", "aten::mm"] == 2 * layers
-    normal = "normalisation and elementwise"
+        assert per_step[name, "forward", "matmul", "aten::addmm"] == layers
+        assert per_step[name, "backward", "matmul", "aten::mm"] == 2 * layers
+    normal = "normalization and elementwise"
     assert per_step["transformer.h.*.mlp.act", "backward", normal, "aten::tanh_backward"] == layers
     assert per_step["transformer.ln_f", "backward", normal, "aten::native_layer_norm_backward"] == 1
     assert per_step["transformer.wte", "backward", normal, "aten::embedding_dense_backward"] == 1
-    assert {key[2] for key in per_step if key[0] == "loss"} >= {"loss", "matrix products"}
+    assert {key[2] for key in per_step if key[0] == "loss"} >= {"loss", "matmul"}
     assert {key[2] for key in per_step if key[1] == "optimizer"} == {"optimizer", "idle and launch gaps"}
 
 
 def test_recomputed_operators_have_a_phase_of_their_own(tmp_path: Path) -> None:
-    rows = by(
-        account(read_recording(record(tmp_path / "run", checkpointing=True))).rows, "module", "phase", "operator"
-    )
-    launches = {key: row.launches for key, row in rows.items()}
+    run = summarize(read_recording(record(tmp_path / "run", checkpointing=True)))
+    launches = {key: row.launches for key, row in group(run.rows, "module", "phase", "operator").items()}
     assert launches["transformer.h.*.mlp.c_fc", "forward", "aten::addmm"] == 2
     assert launches["transformer.h.*.mlp.c_fc", "recompute", "aten::addmm"] == 2
     assert launches["transformer.h.*.mlp.c_fc", "backward", "aten::mm"] == 4
@@ -136,17 +138,17 @@ def test_an_injected_slow_down_is_found_and_named(
     kernels.main([str(eager), str(slowed), "--out", str(tmp_path)])
     found = json.loads((tmp_path / "kernels.json").read_text())["comparison"]
     worst = found["operators"][0]
-    where = ("transformer.h.*.mlp.act", "forward", "normalisation and elementwise")
+    where = ("transformer.h.*.mlp.act", "forward", "normalization and elementwise")
     assert (worst["module"], worst["phase"], worst["category"], worst["operator"]) == (*where, "aten::tanh")
     assert worst["launches"] == [2, 2 + SLOWER]
-    assert worst["saved_seconds"] < 0
-    assert found["rows"][0]["operators"][1][0] == "aten::tanh"
+    assert worst["saved_seconds"][0] < 0
+    assert found["rows"][0]["largest"][1][0] == "aten::tanh"
     assert (found["layers"][0]["module"], found["layers"][0]["phase"]) == ("transformer.h.1.mlp.act", "forward")
-    total = found["total"]
-    assert sum(row["saved_seconds"] for row in found["rows"]) == pytest.approx(total["saved_seconds"])
-    assert sum(row["share_of_gain"] for row in found["rows"]) == pytest.approx(1)
+    for part in ("rows", "operators", "layers"):
+        assert sum(row["saved_seconds"][0] for row in found[part]) == pytest.approx(found["saved_seconds"])
+        assert sum(row["share_of_gain"][0] for row in found[part]) == pytest.approx(1)
     # Not that it is below 1: what else the machine does may have slowed the other run down by more.
-    assert total["speedup"] == pytest.approx(total["seconds"][0] / total["seconds"][1])
+    assert found["speedup"] == pytest.approx(found["step_seconds"][0] / found["step_seconds"][1])
     said = capsys.readouterr().out
     assert "The largest change is aten::tanh in transformer.h.*.mlp.act, forward" in said
     assert said.strip() in (tmp_path / "kernels.md").read_text()
@@ -154,17 +156,16 @@ def test_an_injected_slow_down_is_found_and_named(
 
 def test_the_json_of_one_run(eager: Path, tmp_path: Path) -> None:
     kernels.main([str(eager), "--out", str(tmp_path)])
-    found = json.loads((tmp_path / "kernels.json").read_text())
-    [run] = found["runs"]
-    assert (found["schema"], found["comparison"], run["device"], run["processes"]) == (1, None, "cpu", 1)
-    mean = run["step_seconds"]["mean"]
-    for part in ("categories", "phases", "modules", "rows", "layers"):
-        assert sum(row["seconds"] for row in run[part]) == pytest.approx(mean), part
-    points = run["roofline"]["points"]
-    assert {"aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm"} == {point["operator"] for point in points}
+    file = tmp_path / "kernels.json"
+    found = from_json(KernelsFile, json.loads(file.read_text()), file, "train.kernels")
+    [run] = found.runs
+    assert (found.schema, found.comparison, run.facts.device, run.processes) == (SCHEMA, None, "cpu", 1)
+    for part in (run.categories, run.phases, run.modules, run.rows, run.layers):
+        assert sum(row.seconds for row in part) == pytest.approx(run.step_seconds)
+    points = run.roofline_points
+    assert {"aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm"} == {point.operator for point in points}
     for point in points:
-        assert point["intensity"] == pytest.approx(point["flops"] / point["bytes"])
-        assert point["flops_per_second"] <= run["roofline"]["best_flops_per_second"]
+        assert point.intensity == pytest.approx(point.flops / point.bytes)
 
 
 def gpu_trace() -> dict[str, Any]:
@@ -259,22 +260,20 @@ def gpu_trace() -> dict[str, Any]:
 def test_a_gpu_trace_to_the_microsecond(tmp_path: Path) -> None:
     write_trace(tmp_path / "run", gpu_trace())
     recording = read_recording(tmp_path / "run")
-    found = account(recording)
+    found = break_down(recording)
     microseconds = {
-        (key.module, key.phase, key.category, key.operator): round(row.seconds * 1e6, 3)
-        for key, row in found.rows.items()
+        (key.module, key.phase, key.category, key.operator): round(costs.seconds * 1e6, 3)
+        for key, costs in found.costs.items()
     }
     idle = ("idle and launch gaps", "no kernel runs")
-    products = "matrix products"
-    assert recording.device == "cuda"
     assert microseconds == {
         ("transformer.h.0.attn", "forward", "attention", "aten::_scaled_dot_product_flash_attention"): 100,
-        ("transformer.h.0.attn.c_proj", "forward", products, "aten::addmm"): 100,
-        ("transformer.h.0.attn.c_proj", "backward", products, "aten::mm"): 100,
+        ("transformer.h.0.attn.c_proj", "forward", "matmul", "aten::addmm"): 100,
+        ("transformer.h.0.attn.c_proj", "backward", "matmul", "aten::mm"): 100,
         ("", "backward", "communication", "c10d::allreduce_"): 100,  # of its 140, those not beside the product
         ("", "optimizer", "optimizer", "aten::_fused_adamw_"): 150,
         ("", "data", "copies", "aten::copy_"): 10,  # of its 40, those not beside the attention
-        ("", "", "normalisation and elementwise", ""): 10,  # the one without a launch, by its own name
+        ("", "", "normalization and elementwise", ""): 10,  # the one without a launch, by its own name
         ("", "backward", "copies", "aten::zero_"): 5,
         ("", "communication", "copies", "aten::item"): 10,
         ("", "communication", "communication", "aten::zeros"): 10,  # and 200 after the step
@@ -285,14 +284,14 @@ def test_a_gpu_trace_to_the_microsecond(tmp_path: Path) -> None:
         ("", "communication", *idle): 180,
     }
     assert sum(microseconds.values()) == pytest.approx(1000)
-    assert found.unaccounted == pytest.approx(10e-6)
-    [allreduce] = [row for key, row in found.rows.items() if key.operator == "c10d::allreduce_"]
+    assert found.unattributed == pytest.approx(10e-6)
+    [allreduce] = [costs for key, costs in found.costs.items() if key.operator == "c10d::allreduce_"]
     assert allreduce.busy == pytest.approx(140e-6)
-    run = kernels.describe(recording, found)
-    rates = {point["operator"]: point["flops_per_second"] for point in run["roofline"]["points"]}
+    run = summarize(recording)
+    rates = {point.operator: point.flops_per_second for point in run.roofline_points}
     assert rates["aten::addmm"] == pytest.approx(2 * 16 * 64 * 64 / 100e-6)
     assert rates["aten::_scaled_dot_product_flash_attention"] == pytest.approx(4 * 2 * 4 * 8 * 8 * 16 / 100e-6)
-    assert run["roofline"]["peak_flops"] == 989.5e12
+    assert run.facts.peak_flops == 989.5e12
 
 
 def test_flops_and_bytes_of_shapes() -> None:
@@ -361,15 +360,15 @@ def damaged(kind: str, eager: Path, folder: Path) -> Path:
     ("kind", "words"),
     [
         ("empty", "rank-0.json.gz: is empty"),
-        ("truncated", "rank-0.json.gz: is cut short"),
+        ("truncated", "rank-0.json.gz: is truncated"),
         ("no gzip", "rank-0.json.gz: is not a gzip file"),
-        ("cut before packing", "rank-0.json.gz: is not JSON, or cut short"),
-        ("other JSON", "rank-0.json.gz: is JSON, but no trace"),
+        ("cut before packing", "rank-0.json.gz: is not JSON, or truncated"),
+        ("other JSON", "rank-0.json.gz: is JSON, but not a trace"),
         ("foreign", "rank-0.json.gz: is a trace of another program"),
         ("later version", "rank-0.json.gz: has facts of version 99"),
-        ("few facts", "rank-0.json.gz: its facts of the run lack world_size, first_step, device_name"),
+        ("few facts", 'rank-0.json.gz: "run_type" is missing: it is not what python -m train --profile writes'),
         ("folder", "rank-0.json.gz: cannot be read: Is a directory"),
-        ("no step", "rank-0.json.gz: holds no whole step"),
+        ("no step", "rank-0.json.gz: holds no complete step"),
         ("odd event", "rank-0.json.gz: has an event that torch.profiler does not write"),
         ("odd link", "rank-0.json.gz: has an event that torch.profiler does not write"),
         ("lone rank", "holds 1 traces of a run of 2 processes"),

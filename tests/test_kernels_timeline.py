@@ -77,23 +77,22 @@ def pair(run: Path, gpu: bool = False, **changed: Any) -> Path:
 def test_a_pair_of_traces_to_the_microsecond(gpu: bool, tmp_path: Path) -> None:
     found = timeline(read_recording(pair(tmp_path / "run", gpu)))
     assert found is not None
-    assert found["idle_share"] == pytest.approx(1 - 120 / 180, abs=1e-3)
-    assert found["steps"] == [pytest.approx(found["idle_share"])]
-    assert found["theory"] == pytest.approx(1 / 3)
-    assert (found["schedule"], found["stages"], found["micro_batches"], found["one_clock"]) == ("1f1b", 2, 2, True)
-    assert [row["rank"] for row in found["rows"]] == [0, 1]
-    for stage, row in enumerate(found["rows"]):
-        work = [piece for piece in row["pieces"] if piece["phase"] in ("forward", "backward")]
+    assert found.idle_share == pytest.approx(1 - 120 / 180, abs=1e-3)
+    assert found.steps == [pytest.approx(found.idle_share)]
+    assert found.theory == pytest.approx(1 / 3)
+    assert (found.schedule, found.stages, found.micro_batches, found.one_clock) == ("1f1b", 2, 2, True)
+    assert [process.rank for process in found.processes] == [0, 1]
+    for stage, process in enumerate(found.processes):
+        work = [span for span in process.spans if span.phase in ("forward", "backward")]
         expected = [
             (phase, [own for own, *_ in WORK[stage][:index]].count(phase), begin, end)
             for index, (phase, begin, end) in enumerate(WORK[stage])
         ]
         assert [
-            (piece["phase"], piece["micro_batch"], round(1e6 * piece["start"], 2), round(1e6 * piece["end"], 2))
-            for piece in work
+            (span.phase, span.micro_batch, round(1e6 * span.start, 2), round(1e6 * span.end, 2)) for span in work
         ] == expected
-        assert {piece["stage"] for piece in work} == {stage}
-        others = {piece["phase"] for piece in row["pieces"]} - {"forward", "backward"}
+        assert {span.stage for span in work} == {stage}
+        others = {span.phase for span in process.spans} - {"forward", "backward"}
         assert others == (set() if gpu else {"communication", "validation"})
 
 
@@ -101,8 +100,8 @@ def test_machines_do_not_share_a_clock_and_idleness_needs_none(tmp_path: Path) -
     run = pair(tmp_path / "run", host_name="other", baseTimeNanoseconds=CLOCK + 10**9)
     found = timeline(read_recording(run))
     assert found is not None
-    assert found["one_clock"] is False
-    assert found["idle_share"] == pytest.approx(1 / 3, abs=1e-3)
+    assert found.one_clock is False
+    assert found.idle_share == pytest.approx(1 / 3, abs=1e-3)
 
 
 def test_no_timeline_without_stages_or_of_one_process_alone(tmp_path: Path) -> None:
@@ -122,15 +121,15 @@ def test_other_schedules_have_no_theory(tmp_path: Path) -> None:
         write_trace(run, content, rank=stage)
     found = timeline(read_recording(run))
     assert found is not None
-    assert found["theory"] is None
-    assert found["idle_share"] == pytest.approx(1 / 3, abs=1e-3)
+    assert found.theory is None
+    assert found.idle_share == pytest.approx(1 / 3, abs=1e-3)
 
 
 def test_train_kernels_says_how_idle_it_was(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     kernels.main([str(pair(tmp_path / "run")), "--out", str(tmp_path / "out")])
     sentence = (
         "A pipeline of 2 processes, 2 micro-batches a step: of the time from the first forward to the last backward "
-        "they idle 33.3%; 33.3% in theory, with all stages alike."
+        "they are idle 33.3%; 33.3% in theory, with all stages alike."
     )
     assert sentence in capsys.readouterr().out
     [run] = json.loads((tmp_path / "out" / "kernels.json").read_text())["runs"]

@@ -16,7 +16,7 @@ from tests.conftest import ROOT, accelerate, losses, python, records, torchrun
 from tests.tiny_gpt2 import make_ours, tokens
 from train.config.run_config import parse
 from train.engines.transforms import compile_blocks
-from train.kernels.breakdown import OUTSIDE, WAITING, Account, account
+from train.kernels.breakdown import OUTSIDE, WAITING, Breakdown, break_down
 from train.kernels.pipeline_timeline import timeline
 from train.kernels.traces import Recording, read_recording
 from train.metrics.annotations import PHASES, module_of
@@ -43,13 +43,13 @@ def profiled(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def names(trace: Path) -> dict[str, int]:
-    """How often each region is in a trace."""
+    """How often each annotation is in a trace."""
     events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
     found = [event["name"] for event in events if event.get("cat") == "user_annotation"]
     return {name: found.count(name) for name in found}
 
 
-def test_the_asked_steps_are_recorded_with_their_regions(profiled: Path) -> None:
+def test_the_asked_steps_are_recorded_with_their_annotations(profiled: Path) -> None:
     assert sorted(path.name for path in (profiled / "profile").iterdir()) == ["memory.json", "rank-0.json.gz"]
     found = names(profiled / "profile" / "rank-0.json.gz")
     assert sum(name.startswith("ProfilerStep#") for name in found) == 2
@@ -76,7 +76,8 @@ def test_the_peak_of_a_cpu_is_taken_before_the_profiler_fills_its_memory(
     run = SimpleNamespace(config=config, model_config=GPT2FlashConfig())
     nothing = {"named_modules": lambda: iter(()), "holdings": lambda: iter(())}
     engine = SimpleNamespace(is_main=True, rank=0, device=torch.device("cpu"), **nothing)
-    monkeypatch.setattr(profiling, "facts", lambda *_: {})
+    monkeypatch.setattr(profiling, "run_facts", lambda *_: None)
+    monkeypatch.setattr(profiling, "trace_metadata", lambda *_: "{}")
     taken = []
     with Profiler(cast(Any, run), cast(Any, engine), 0) as profiler:
         for step in range(1, 6):
@@ -96,13 +97,13 @@ def test_the_memory_of_the_step_before_is_what_is_planned(profiled: Path) -> Non
     assert {"forward", "backward", "optimizer"} <= {point["phase"] for point in found["over_step"]}
 
 
-def test_the_account_is_whole_and_its_flops_are_those_of_the_formula(profiled: Path) -> None:
+def test_the_breakdown_is_complete_and_its_flops_are_those_of_the_formula(profiled: Path) -> None:
     recording = read_recording(profiled)
-    found = account(recording)
-    assert recording.facts["first_step"] == 3
-    assert recording.facts["steps"] == len(found.steps) == 2
+    found = break_down(recording)
+    assert recording.facts.first_step == 3
+    assert recording.facts.steps == len(found.steps) == 2
     assert_closed(found)
-    trained = sum(row.flops for key, row in found.rows.items() if key.phase in ("forward", "backward"))
+    trained = sum(costs.flops for key, costs in found.costs.items() if key.phase in ("forward", "backward"))
     assert trained == pytest.approx(count_flops(2, 16, None, 50257, 64).model * 8 * 64, rel=0.01)
 
 
@@ -191,7 +192,7 @@ def test_every_process_of_every_layout_leaves_a_trace(layout: str, flags: list[s
         accelerate(*words, cwd=tmp_path)
     run = tmp_path / ("baseline" if layout == "ddp" else "optimized")
     recording = read_recording(run)
-    assert [trace.facts["rank"] for trace in recording.traces] == [0, 1]
+    assert [trace.rank for trace in recording.traces] == [0, 1]
     found = [names(trace.file) for trace in recording.traces]
     for own in found:
         assert own.keys() >= {"data", "forward", "backward", "optimizer", "communication"}
@@ -203,25 +204,25 @@ def test_every_process_of_every_layout_leaves_a_trace(layout: str, flags: list[s
         assert all("attention: transformer.h.1.attn" in own and "loss: loss" in own for own in found)
     if layout in ("pipeline", "dualpipev"):
         check_timeline(recording, layout)
-    total = account(recording)
+    total = break_down(recording)
     assert_closed(total)
-    assert any(key.category == "communication" for key in total.rows)
+    assert any(key.category == "communication" for key in total.costs)
 
 
 def check_timeline(recording: Recording, layout: str) -> None:
     """Every micro-batch goes through all stages and back, in an order that the common clock has to show."""
     found = timeline(recording)
     assert found is not None
-    assert found["one_clock"]
-    assert len(found["steps"]) == 2
-    assert 0 < found["idle_share"] < 1
-    assert found["theory"] == (pytest.approx(1 / 5) if layout == "pipeline" else None)
+    assert found.one_clock
+    assert len(found.steps) == 2
+    assert 0 < found.idle_share < 1
+    assert found.theory == (pytest.approx(1 / 5) if layout == "pipeline" else None)
     stages = 2 if layout == "pipeline" else 4
     work = {
-        (piece["phase"], piece["stage"], piece["micro_batch"]): (piece["start"], piece["end"])
-        for row in found["rows"]
-        for piece in row["pieces"]
-        if piece["phase"] in ("forward", "backward")
+        (span.phase, span.stage, span.micro_batch): (span.start, span.end)
+        for process in found.processes
+        for span in process.spans
+        if span.phase in ("forward", "backward")
     }
     assert len(work) == 2 * stages * 4
     for micro_batch in range(4):
@@ -237,19 +238,19 @@ def test_compiled_blocks_and_resumed_runs(flags: list[str], tmp_path: Path) -> N
     python("-m", "train", *words, *PROFILE, cwd=tmp_path)
     trace = tmp_path / "baseline" / "profile" / "rank-0.json.gz"
     assert "module: transformer.h.0" in names(trace)
-    assert_closed(account(read_recording(tmp_path / "baseline")))
+    assert_closed(break_down(read_recording(tmp_path / "baseline")))
     resumed = ["--resume_from_checkpoint", f"--checkpoint_path={tmp_path}", "--max_steps=8", "--max_new_tokens=0"]
     done = python("-m", "train", *flags, *resumed, *PROFILE, cwd=tmp_path)
     assert "nothing is recorded after step 6" in done.stdout + done.stderr
 
 
-def assert_closed(found: Account) -> None:
-    """Every microsecond is in a row, and no operator runs outside of the named phases.
+def assert_closed(found: Breakdown) -> None:
+    """Every microsecond belongs to a key, and no operator runs outside of the annotated phases.
 
     How large a share is left outside says more of the machine than of the code, in steps of milliseconds.
     """
-    assert sum(row.seconds for row in found.rows.values()) == pytest.approx(found.seconds)
-    assert {key.operator for key in found.rows if not key.phase} <= {OUTSIDE, WAITING}
+    assert sum(costs.seconds for costs in found.costs.values()) == pytest.approx(found.seconds)
+    assert {key.operator for key in found.costs if not key.phase} <= {OUTSIDE, WAITING}
 
 
 @pytest.mark.gpu
@@ -258,5 +259,5 @@ def test_a_memory_snapshot_on_cuda(flags: list[str], tmp_path: Path) -> None:
     more = ["--memory_snapshot", f"--checkpoint_path={tmp_path}"]
     python("-m", "train", *flags, *SHORT, *PROFILE, *more, cwd=tmp_path)
     assert (tmp_path / "baseline" / "profile" / "memory-0.pickle").stat().st_size > 0
-    found = account(read_recording(tmp_path / "baseline"))
-    assert sum(row.seconds for row in found.rows.values()) == pytest.approx(found.seconds)
+    found = break_down(read_recording(tmp_path / "baseline"))
+    assert sum(costs.seconds for costs in found.costs.values()) == pytest.approx(found.seconds)

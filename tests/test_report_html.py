@@ -14,6 +14,7 @@ import pytest
 
 from tests.finished_runs import write_run
 from tests.html_page import Page
+from tests.test_kernels import FACTS
 from tests.test_report_kernels import PIPELINE, kernels
 from tests.test_report_memory import memory
 from train.checkpoints.run_folder import read_runs
@@ -217,7 +218,7 @@ def test_a_point_that_is_no_number_breaks_a_path() -> None:
 @pytest.mark.parametrize("width", [390, 1280])
 def test_a_browser_lays_it_out_within_the_screen(three: list[Path], tmp_path: Path, width: int) -> None:
     for folder in three:
-        facts = {"run_type": folder.name, "tokens_per_step": 1000, "block_size": 250}
+        facts = {**FACTS, "run_type": folder.name, "tokens_per_step": 1000, "block_size": 250}
         (folder / "profile").mkdir()
         (folder / "profile" / "kernels.json").write_text(json.dumps(kernels(0.1, facts=facts, pipeline=PIPELINE)))
         (folder / "profile" / "memory.json").write_text(json.dumps(memory()))

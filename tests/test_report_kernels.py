@@ -1,6 +1,7 @@
 # ruff: noqa: RUF001 (the multiplication sign is what the page writes)
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -8,25 +9,31 @@ import pytest
 
 from tests.finished_runs import write_run
 from tests.html_page import Page
-from tests.test_kernels import gpu_trace, write_trace
-from train.checkpoints.run_folder import read_run
+from tests.test_kernels import FACTS, gpu_trace, write_trace
 from train.compare import __main__ as compare
 from train.compare.figures import UNKNOWN
-from train.compare.report.kernels import decades, read_kernels
+from train.compare.report.kernels import decades
+from train.kernels.comparison import read_profile
+from train.kernels.summary import SCHEMA, PipelineTimeline, ProcessTimeline, Row, Span
 from train.utils.errors import UserError
 
-
-def piece(phase: str, stage: int | None, micro_batch: int | None, start: float, end: float) -> dict[str, Any]:
-    return {"phase": phase, "stage": stage, "micro_batch": micro_batch, "start": start, "end": end}
-
-
-PIPELINE: dict[str, Any] = {
-    "schedule": "1f1b", "stages": 2, "micro_batches": 8, "idle_share": 1 / 3, "theory": 0.3, "one_clock": False,
-    "rows": [
-        {"rank": 0, "pieces": [piece("data", None, None, 0.0, 0.01), piece("forward", 0, 7, 0.01, 0.03)]},
-        {"rank": 1, "pieces": [piece("forward", 1, 0, 0.03, 0.0301), piece("backward", 2, 0, 0.04, 0.08)]},
-    ],
-}  # fmt: skip
+METRICS = {"run_type": "a", "tokens_per_step": 1000, "block_size": 250}
+RUN_FACTS = {key: value for key, value in (FACTS | METRICS).items() if key not in ("schema", "rank")}
+PIPELINE = asdict(
+    PipelineTimeline(
+        schedule="1f1b",
+        stages=2,
+        micro_batches=8,
+        idle_share=1 / 3,
+        theory=0.3,
+        steps=[1 / 3],
+        one_clock=False,
+        processes=[
+            ProcessTimeline(0, [Span("data", None, None, 0.0, 0.01), Span("forward", 0, 7, 0.01, 0.03)]),
+            ProcessTimeline(1, [Span("forward", 1, 0, 0.03, 0.0301), Span("backward", 2, 0, 0.04, 0.08)]),
+        ],
+    )
+)
 
 
 @pytest.fixture(autouse=True)
@@ -34,25 +41,35 @@ def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compare, "draw", lambda runs: {})
 
 
-def kernels(product: float, gaps: float = 0.01, peak: float | None = None, **changed: Any) -> dict[str, Any]:
-    """What `train.kernels` writes of a run with one matrix product and a gap, in seconds of a step."""
-    mm = {"module": "transformer.h.*.mlp", "phase": "forward", "category": "matrix products", "operator": "aten::mm"}
-    gap = {"module": "", "phase": "optimizer", "category": "idle and launch gaps", "operator": "between operators"}
-    rows = [{**mm, "seconds": product, "launches": 24}, {**gap, "seconds": gaps, "launches": 0}]
-    rows = [{**row, "kernel": ""} for row in rows]
-    points = [{**rows[0], "intensity": 40.0, "flops_per_second": 2e9 / product}]
+def row(module: str, phase: str, category: str, operator: str, seconds: float, launches: float = 0) -> dict[str, Any]:
+    names = (module, phase, category, operator, "")
+    return asdict(Row(*names, seconds, seconds, launches, 0, 0, flops_per_second=None, bytes_per_second=None))
+
+
+ROW = row("transformer.h.*.mlp", "forward", "matmul", "aten::mm", 0.1)
+
+
+def kernels(matmul: float, gaps: float = 0.01, peak: float | None = None, **changed: Any) -> dict[str, Any]:
+    """What `train.kernels` writes of a run with one matmul and a gap, in seconds of a step."""
+    mm = row("transformer.h.*.mlp", "forward", "matmul", "aten::mm", matmul, launches=24)
+    mm |= {"flops": 2e9, "bytes": 5e7, "flops_per_second": 2e9 / matmul, "bytes_per_second": 5e7 / matmul}
+    gap = row("", "optimizer", "idle and launch gaps", "between operators", gaps)
+    of_peak = {"peak_flops": peak, "peak_bytes_per_second": peak and peak / 100}
     run = {
-        "step_seconds": {"mean": product + gaps, "min": product, "max": 1.0},
-        "categories": [{"category": row["category"], "seconds": row["seconds"]} for row in rows],
-        "rows": rows,
-        "roofline": {
-            "peak_flops": peak,
-            "peak_bytes_per_second": peak and peak / 100,
-            "points": [*points, {**points[0], "intensity": None}],
-        },
+        "label": "a",
+        "path": "a",
+        "processes": 1,
+        "facts": {**RUN_FACTS, **of_peak},
+        "step_seconds": matmul + gaps,
+        "step_seconds_min": matmul,
+        "step_seconds_max": 1.0,
+        "attributed_share": 1.0,
+        "unattributed_seconds": 0.0,
+        "rows": [mm, gap],
+        **{part: [] for part in ("categories", "phases", "modules", "layers")},
+        "pipeline": None,
     }
-    facts = {"run_type": "a", "tokens_per_step": 1000, "block_size": 250}
-    return {"schema": 1, "runs": [{"facts": facts} | run | changed], "comparison": None}
+    return {"schema": SCHEMA, "runs": [run | changed], "comparison": None}
 
 
 def finished(folder: Path) -> Path:
@@ -74,7 +91,7 @@ def report(folders: list[Path], out: Path) -> Page:
 def test_no_section_where_no_run_was_profiled(tmp_path: Path) -> None:
     folders = [finished(tmp_path / "a"), write_run(tmp_path / "b")]
     assert "Kernels" not in report(folders, tmp_path / "out").texts["h2"]
-    assert read_kernels(read_run(folders[0], "a")) is None
+    assert read_profile(folders[0], METRICS) is None
 
 
 def test_which_operator_made_the_difference(tmp_path: Path) -> None:
@@ -85,8 +102,9 @@ def test_which_operator_made_the_difference(tmp_path: Path) -> None:
     ]
     page = report(folders, tmp_path / "out")
     assert (
-        "A profiled step of c takes 62.00 ms, of a 210: 3.39× as fast. Saved, and the share of the gain: "
-        "transformer.h.*.mlp, forward: matrix products +150 ms (101%); optimizer: idle and launch gaps -2.00 ms (-1%)."
+        "A profiled step takes 62.00 ms in c and 210 ms in a: 3.39× as fast. Time saved, with its share of the gain: "
+        "transformer.h.*.mlp, forward: matmul +150 ms (101%); optimizer: idle and launch gaps -2.00 ms (-1%). "
+        "The largest change is aten::mm in transformer.h.*.mlp, forward: 200 ms, then 50.00 ms."
     ) in page.texts["p"]
     [sentence] = [found for found in page.texts["p"] if found.startswith("A profiled step")]
     assert f"\n## Kernels\n\n{sentence}\n" in (tmp_path / "out" / "report.md").read_text()
@@ -96,9 +114,9 @@ def test_which_operator_made_the_difference(tmp_path: Path) -> None:
     assert cells[places : places + 6] == ["200", "50.00", "+150", "101.4%", "24 → 24", "aten::mm"]
     assert cells[places + 6 : places + 12] == ["10.00", "12.00", "-2.00", "-1.4%", "0 → 0", "between operators"]
     assert cells[operators : operators + 6] == ["200", "50.00", "+150", "10.00", "12.00", "-2.00"]
-    assert "transformer.h.*.mlp, forward: matrix products" in page.texts["th"]
+    assert "transformer.h.*.mlp, forward: matmul" in page.texts["th"]
     assert "between operators in optimizer" in page.texts["th"]
-    assert {"matrix products", "idle and launch gaps", "200 · 50.00 ms", "10.00 · 12.00 ms"} <= {
+    assert {"matmul", "idle and launch gaps", "200 · 50.00 ms", "10.00 · 12.00 ms"} <= {
         *page.texts["span"], *page.texts["strong"],
     }  # fmt: skip
     assert "What made the difference, in ms a step" in page.texts["h3"]
@@ -108,8 +126,7 @@ def test_other_kernels_of_the_same_work_are_in_one_row(tmp_path: Path) -> None:
     contents = []
     for operator, seconds in (("aten::bmm", 0.3), ("aten::_scaled_dot_product_flash_attention", 0.1)):
         content = kernels(0.2)
-        row = {"module": "transformer.h.*.attn", "phase": "forward", "category": "attention", "operator": operator}
-        content["runs"][0]["rows"].append({**row, "kernel": "", "seconds": seconds, "launches": 2})
+        content["runs"][0]["rows"].append(row("transformer.h.*.attn", "forward", "attention", operator, seconds, 2))
         contents.append(content)
     folders = [profiled(tmp_path / name, content) for name, content in zip("ab", contents, strict=True)]
     page = report(folders, tmp_path / "out")
@@ -122,7 +139,7 @@ def test_other_kernels_of_the_same_work_are_in_one_row(tmp_path: Path) -> None:
 def test_traces_alone_are_enough_and_newer_ones_count(tmp_path: Path) -> None:
     folders = [finished(tmp_path / "a"), write_run(tmp_path / "b")]
     content = gpu_trace()
-    content["gpt2flash"] |= {"run_type": "a", "tokens_per_step": 1000, "block_size": 250}
+    content["gpt2flash"] |= METRICS
     trace = write_trace(folders[0], content)
     page = report(folders, tmp_path / "out")
     made = folders[0] / "profile" / "kernels.json"
@@ -130,9 +147,11 @@ def test_traces_alone_are_enough_and_newer_ones_count(tmp_path: Path) -> None:
     first = made.read_bytes()
     assert json.loads(first)["runs"][0]["label"] == "a"
     made.write_text(json.dumps(kernels(0.2)))
-    assert read_kernels(read_run(folders[0], "a")) == kernels(0.2)["runs"][0], "newer than the trace: taken as it is"
+    found = read_profile(folders[0], METRICS)
+    assert found is not None
+    assert asdict(found) == kernels(0.2)["runs"][0], "newer than the trace: taken as it is"
     os.utime(trace, ns=(2**62, 2**62))
-    read_kernels(read_run(folders[0], "a"))
+    read_profile(folders[0], METRICS)
     assert made.read_bytes() == first, "older than the trace: made anew"
 
 
@@ -140,7 +159,7 @@ def test_a_damaged_trace_is_named_before_anything_is_written(tmp_path: Path) -> 
     folders = [finished(tmp_path / "a"), write_run(tmp_path / "b")]
     trace = write_trace(folders[1], gpu_trace())
     trace.write_bytes(trace.read_bytes()[:-20])
-    with pytest.raises(UserError, match=r"rank-0.json.gz: is cut short"):
+    with pytest.raises(UserError, match=r"rank-0.json.gz: is truncated"):
         compare.main([*map(str, folders), "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
 
@@ -175,18 +194,14 @@ def test_the_roofline(tmp_path: Path) -> None:
 
 
 def test_a_run_without_points_and_rows(tmp_path: Path) -> None:
-    empty = kernels(0.1, rows=[], categories=[])
-    empty["runs"][0]["roofline"]["points"] = []
+    empty = kernels(0.1, rows=[])
     page = report([profiled(tmp_path / "a", empty), profiled(tmp_path / "b", empty)], tmp_path / "out")
     assert "nothing was measured" in page.text("text")
 
 
 def test_names_from_a_trace_are_text(tmp_path: Path) -> None:
     hostile = "</td><script>alert(1)</script>"
-    row = {"module": hostile, "phase": hostile, "category": hostile, "operator": hostile, "kernel": hostile}
-    row |= {"seconds": 0.1, "launches": 1}
-    content = kernels(0.1, rows=[row], categories=[{"category": hostile, "seconds": 0.1}])
-    content["runs"][0]["roofline"]["points"] = [{**row, "intensity": 1.0, "flops_per_second": 1.0}]
+    content = kernels(0.1, rows=[{**row(*[hostile] * 4, 0.1, 1), "kernel": hostile}])
     page = report([profiled(tmp_path / "a", content), profiled(tmp_path / "b", kernels(0.1))], tmp_path / "out")
     assert page.count("script") == 1
     assert f"{hostile} ({hostile}) in {hostile}, {hostile}" in page.texts["th"]
@@ -197,25 +212,35 @@ def test_names_from_a_trace_are_text(tmp_path: Path) -> None:
     [
         ("[]", "is JSON, but not what python -m train.kernels writes"),
         ('{"schema": 1, "runs": []}', "is JSON, but not what python -m train.kernels writes"),
-        ('{"schema": 2, "runs": [{}]}', "has schema 2 and 1 runs; this version of compare reads schema 1 of one run"),
-        ('{"schema": 1, "runs": [{}, {}]}', "has schema 1 and 2 runs"),
-        ('{"schema": 1, "runs": [{}]}', '"step_seconds" has None for mean: it is not what train.kernels writes'),
-        ('{"schema": 1, "runs"', "broken JSON"),
+        ('{"schema": 1, "runs": [{}]}', "has schema 1 and 1 runs; this version reads schema 2 of one run"),
+        ('{"schema": 2, "runs": [{}, {}]}', "has schema 2 and 2 runs"),
+        ('{"schema": 2, "runs": [{}]}', '"runs.0.label" is missing: it is not what python -m train.kernels writes'),
+        ('{"schema": 2, "runs"', "broken JSON"),
         ("", "broken JSON"),
-        (json.dumps(kernels(0.1, step_seconds={"mean": 0})), "its steps take 0 seconds"),
-        (json.dumps(kernels(0.1, rows=[{"seconds": "long"}])), '"rows" has None for module'),
-        (json.dumps(kernels(0.1, facts={})), '"facts" has None for run_type'),
+        (json.dumps(kernels(0.1, step_seconds=0)), "its steps take 0 seconds"),
+        (json.dumps(kernels(0.1, rows=[{"seconds": "long"}])), '"runs.0.rows.0.module" is missing'),
         (
-            json.dumps(kernels(0.1, facts={"run_type": "a", "tokens_per_step": 9, "block_size": 250})),
+            json.dumps(kernels(0.1, rows=[{**ROW, "seconds": "long"}])),
+            "\"runs.0.rows.0.seconds\" is 'long', not a number",
+        ),
+        (json.dumps(kernels(0.1, facts={})), '"runs.0.facts.run_type" is missing'),
+        (
+            json.dumps(kernels(0.1, facts={**RUN_FACTS, "tokens_per_step": 9})),
             "is of another run: its tokens_per_step is 9, and 1000 in the run's metrics.json",
         ),
-        (json.dumps(kernels(0.1, categories=None)), '"categories" has None for category'),
-        (json.dumps(kernels(0.1, pipeline=[])), '"pipeline" has None for stages'),
-        (json.dumps(kernels(0.1, pipeline={**PIPELINE, "rows": 3})), '"pipeline.rows" is 3, not a list'),
-        (json.dumps(kernels(0.1, pipeline={**PIPELINE, "one_clock": 1})), '"pipeline" has 1 for one_clock'),
+        (json.dumps(kernels(0.1, categories=None)), '"runs.0.categories" is None, not a list'),
+        (json.dumps(kernels(0.1, pipeline=[])), '"runs.0.pipeline" is [], not an object'),
         (
-            json.dumps(kernels(0.1, pipeline={**PIPELINE, "rows": [{"rank": 0, "pieces": [{"phase": "data"}]}]})),
-            '"pipeline.rows.pieces" has None for start',
+            json.dumps(kernels(0.1, pipeline={**PIPELINE, "processes": 3})),
+            '"runs.0.pipeline.processes" is 3, not a list',
+        ),
+        (
+            json.dumps(kernels(0.1, pipeline={**PIPELINE, "one_clock": 1})),
+            '"runs.0.pipeline.one_clock" is 1, not a boo',
+        ),
+        (
+            json.dumps(kernels(0.1, pipeline={**PIPELINE, "processes": [{"rank": 0, "spans": [{"phase": "data"}]}]})),
+            '"runs.0.pipeline.processes.0.spans.0.stage" is missing',
         ),
     ],
 )

@@ -25,9 +25,11 @@ from train.compare.gate import EXAMPLE as GATE_EXAMPLE
 from train.compare.gate import Result, check, parse_gate
 from train.compare.intervals import spreads
 from train.compare.plots import draw
-from train.compare.report.kernels import Kernels, kernels_sentence, read_kernels
+from train.compare.report.kernels import kernels_sentence
 from train.compare.report.memory import Memory, read_memory
 from train.compare.report.page import page
+from train.kernels.comparison import read_profile
+from train.kernels.summary import RunSummary
 from train.utils.command import run_command
 from train.utils.errors import UserError
 from train.utils.files import atomic_write, write_json, write_text
@@ -57,7 +59,7 @@ def report(
     runs: Sequence[Run],
     found: Sequence[Mapping[str, Any]],
     gate: Sequence[Result],
-    kernels: Sequence[Kernels | None],
+    kernels: Sequence[RunSummary | None],
 ) -> str:
     labels = [run.label for run in runs]
     said = warnings(runs, found)
@@ -160,7 +162,7 @@ def write(
     runs: Sequence[Run],
     found: Sequence[Mapping[str, Any]],
     gate: Sequence[Result],
-    kernels: Sequence[Kernels | None],
+    kernels: Sequence[RunSummary | None],
     memories: Sequence[Memory | None],
 ) -> None:
     """Everything is made before the first byte is written; the reports, which show the rest, come last."""
@@ -188,7 +190,7 @@ def main(argv: list[str] | None = None) -> None:
     runs = read_runs(arguments.runs)
     found = differences(runs)
     gate = check(conditions, runs, found)
-    kernels = [read_kernels(run) for run in runs]
+    kernels = [read_profile(run.folder, run.summary) for run in runs]
     memories = [read_memory(run.folder) for run in runs]
     write(arguments.out, runs, found, gate, kernels, memories)
     said = warnings(runs, found)

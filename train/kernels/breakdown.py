@@ -1,9 +1,9 @@
-"""The account of a run: every second of its steps given to a module, a phase, a category and an operator.
+"""Breakdown of a run's steps: every second is given to one module, phase, category and operator.
 
-On a CPU the second belongs to the innermost operator that the main thread is in, or to the gap between operators. On a
-GPU it belongs to the kernel that runs, of several to the one that computes rather than communicates or copies, or to
-the gap between kernels. So the rows of a step add up to its wall time; a kernel's whole time, hidden or not, is its
-busy time.
+On a CPU a second belongs to the innermost operator that the main thread is in, or to the gap between operators. On a
+GPU it belongs to the kernel that runs (of several to the one that computes rather than communicates or copies), or to
+the gap between kernels. So the rows of a step add up to its wall time; the time in which a kernel runs, hidden or not,
+is its busy time.
 """
 
 import heapq
@@ -11,17 +11,18 @@ import re
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import NamedTuple
 
-from train.kernels.attribution import NOWHERE, Place, Places, categorise
+from train.kernels.attribution import IDLE, NO_SCOPE, Scope, Scopes, categorize
 from train.kernels.op_costs import flops, moved_bytes
+from train.kernels.pipeline_timeline import timeline
+from train.kernels.summary import Row, RunSummary, group
 from train.kernels.traces import Event, Kernel, Recording, Trace, ancestors
 
-IDLE = "idle and launch gaps"
 BETWEEN_OPERATORS, BETWEEN_KERNELS, WAITING = "between operators", "no kernel runs", "waiting for other processes"
-OUTSIDE = "outside of the named regions"
+OUTSIDE = "outside of all annotations"
 MICROSECOND = 1e-6
 LAYER = re.compile(r"(?<=\.h\.)\d+")
 
@@ -35,13 +36,9 @@ class Key(NamedTuple):
     operator: str
     kernel: str
 
-    @property
-    def any_layer(self) -> "Key":
-        return self._replace(module=LAYER.sub("*", self.module))
-
 
 @dataclass
-class Row:
+class Costs:
     """What a key takes: wall seconds (they add up), busy seconds (they may overlap), launches, FLOPs and bytes.
 
     `flops_seconds` are those of the launches whose FLOPs are known, `bytes_seconds` likewise.
@@ -55,125 +52,153 @@ class Row:
     flops_seconds: float = 0.0
     bytes_seconds: float = 0.0
 
-    def add(self, other: "Row", share: float = 1.0) -> None:
+    def add(self, other: "Costs", share: float = 1.0) -> None:
         for name, value in vars(other).items():
             setattr(self, name, getattr(self, name) + share * value)
 
 
 @dataclass
-class Account:
+class Breakdown:
     """Means per step and process. `steps` holds the wall seconds of each recorded step, of each process in turn."""
 
-    rows: dict[Key, Row] = field(default_factory=dict)
+    costs: defaultdict[Key, Costs] = field(default_factory=lambda: defaultdict(Costs))
     steps: list[float] = field(default_factory=list)
-    unaccounted: float = 0.0
-
-    def row(self, key: Key) -> Row:
-        return self.rows.setdefault(key, Row())
+    unattributed: float = 0.0
 
     @property
     def seconds(self) -> float:
         return sum(self.steps) / len(self.steps)
 
 
-def account(recording: Recording) -> Account:
-    """The account of all processes' steps, divided by how many there are."""
-    total = Account()
+def summarize(recording: Recording) -> RunSummary:
+    """Break the steps of a run down and sum them up as `kernels.json` has them."""
+    found = break_down(recording)
+    every = [_row(key, costs) for key, costs in found.costs.items()]
+    rows = list(group([replace(row, module=LAYER.sub("*", row.module)) for row in every], *Key._fields).values())
+    return RunSummary(
+        label=recording.label,
+        path=str(recording.path),
+        processes=len(recording.traces),
+        facts=recording.facts,
+        step_seconds=found.seconds,
+        step_seconds_min=min(found.steps),
+        step_seconds_max=max(found.steps),
+        attributed_share=1 - found.unattributed / found.seconds,
+        unattributed_seconds=found.unattributed,
+        rows=rows,
+        categories=list(group(rows, "category").values()),
+        phases=list(group(rows, "phase").values()),
+        modules=list(group(rows, "module").values()),
+        layers=list(group(every, "module", "phase").values()),
+        pipeline=timeline(recording),
+    )
+
+
+def _row(key: Key, costs: Costs) -> Row:
+    return Row(
+        *key,
+        seconds=costs.seconds,
+        busy_seconds=costs.busy,
+        launches=costs.launches,
+        flops=costs.flops,
+        bytes=costs.bytes,
+        flops_per_second=costs.flops / costs.flops_seconds if costs.flops_seconds else None,
+        bytes_per_second=costs.bytes / costs.bytes_seconds if costs.bytes_seconds else None,
+    )
+
+
+def break_down(recording: Recording) -> Breakdown:
+    """Return the mean over the steps of all processes."""
+    total = Breakdown()
+    total.steps = [(step.end - step.start) * MICROSECOND for trace in recording.traces for step in trace.steps]
     for trace in recording.traces:
-        own = _gpu_account(trace) if trace.kernels else _cpu_account(trace)
-        total.steps += [(step.end - step.start) * MICROSECOND for step in trace.steps]
-        total.unaccounted += own.unaccounted
-        for key, row in own.rows.items():
-            total.row(key).add(row)
-    share = 1 / len(total.steps)
-    total.unaccounted *= share
-    total.rows = {key: _scaled(row, share) for key, row in total.rows.items()}
+        own = _break_down_gpu(trace) if trace.kernels else _break_down_cpu(trace)
+        total.unattributed += own.unattributed / len(total.steps)
+        for key, costs in own.costs.items():
+            total.costs[key].add(costs, 1 / len(total.steps))
     return total
 
 
-def _scaled(row: Row, share: float) -> Row:
-    scaled = Row()
-    scaled.add(row, share)
-    return scaled
-
-
-def _cpu_account(trace: Trace) -> Account:
-    found, places = Account(), Places(trace)
+def _break_down_cpu(trace: Trace) -> Breakdown:
+    found, scopes = Breakdown(), Scopes(trace)
     waits = _merged(_communication_elsewhere(trace))
-    counted = _counted(trace.threads[trace.main])
+    with_costs = _operators_with_costs(trace.threads[trace.main])
     for step in trace.steps:
         for event in _inside(step):
-            place = places[event]
+            scope = scopes[event]
             gaps = list(_gaps(event))
             own = sum(end - start for start, end in gaps) * MICROSECOND
-            if event.kind == "region":
+            if event.kind == "annotation":
                 waited = sum(_overlap(waits, start, end) for start, end in gaps) * MICROSECOND
-                if place.phase == "communication":
+                if scope.phase == "communication":
                     waited = own
-                found.row(Key(place.module, place.phase, "communication", WAITING, "")).seconds += waited
-                if place == NOWHERE:
-                    found.unaccounted += own - waited
+                if waited:
+                    found.costs[Key(scope.module, scope.phase, "communication", WAITING, "")].seconds += waited
+                if own <= waited:
+                    continue
+                if scope == NO_SCOPE:
+                    found.unattributed += own - waited
                     key = Key("", "", "other", OUTSIDE, "")
                 else:
-                    key = Key(place.module, place.phase, IDLE, BETWEEN_OPERATORS, "")
-                found.row(key).seconds += own - waited
+                    key = Key(scope.module, scope.phase, IDLE, BETWEEN_OPERATORS, "")
+                found.costs[key].seconds += own - waited
                 continue
-            row = found.row(Key(place.module, place.phase, categorise(event.name, place, event), event.name, ""))
-            row.seconds += own
-            row.busy += own
-            row.launches += 1
-            if event in counted:
-                _count(row, event, (event.end - event.start) * MICROSECOND)
-    found.rows = {key: row for key, row in found.rows.items() if row.seconds > 0 or row.launches}
+            costs = found.costs[Key(scope.module, scope.phase, categorize(event.name, scope, event), event.name, "")]
+            costs.seconds += own
+            costs.busy += own
+            costs.launches += 1
+            if event in with_costs:
+                _add_work(costs, event, (event.end - event.start) * MICROSECOND)
     return found
 
 
-def _gpu_account(trace: Trace) -> Account:
-    found, places = Account(), Places(trace)
-    windows = [(step.start, step.end) for step in trace.steps]
-    counted = {event for own in trace.threads.values() for event in _counted(own)}
-    keys: list[Key] = []
-    longest: dict[Event, int] = {}
+def _break_down_gpu(trace: Trace) -> Breakdown:
+    found, scopes = Breakdown(), Scopes(trace)
+    steps = [(step.start, step.end) for step in trace.steps]
+    with_costs = {event for own in trace.threads.values() for event in _operators_with_costs(own)}
+    keys = [_kernel_key(kernel, scopes) for kernel in trace.kernels]
+    longest: dict[Event, int] = {}  # the kernel of each operator that takes its FLOPs and bytes
     for index, kernel in enumerate(trace.kernels):
-        launch = kernel.launch
-        place = places[launch] if launch is not None else NOWHERE
-        operator = next((event for event in ancestors(launch) if event.kind == "op"), None)
-        name = operator.name if operator is not None else ""
-        if launch is None:
-            category = categorise(kernel.name, Place(places.phase_at(kernel.start), ""), None)
-        elif kernel.kind != "kernel" and place.phase != "optimizer":
-            category = "copies"
-        else:
-            category = categorise(_telling(kernel.name, name), place, operator)
-        keys.append(Key(place.module, place.phase, category, name, kernel.name))
-        if any(start <= kernel.start < end for start, end in windows):
-            row = found.row(keys[-1])
-            row.busy += (kernel.end - kernel.start) * MICROSECOND
-            row.launches += 1
-            source = next((event for event in ancestors(launch) if event in counted), None)
-            if source is not None:
-                other = longest.get(source)
-                if other is None or _length(trace.kernels[other]) < _length(kernel):
-                    longest[source] = index
-    for source, index in longest.items():
-        _count(found.row(keys[index]), source, _length(trace.kernels[index]) * MICROSECOND)
-    for start, end in windows:
+        if not any(start <= kernel.start < end for start, end in steps):
+            continue
+        costs = found.costs[keys[index]]
+        costs.busy += _length(kernel) * MICROSECOND
+        costs.launches += 1
+        operator = next((event for event in ancestors(kernel.launch) if event in with_costs), None)
+        if operator is not None:
+            other = longest.get(operator)
+            if other is None or _length(trace.kernels[other]) < _length(kernel):
+                longest[operator] = index
+    for operator, index in longest.items():
+        _add_work(found.costs[keys[index]], operator, _length(trace.kernels[index]) * MICROSECOND)
+    for start, end in steps:
         for begin, stop, running in _exclusive(trace.kernels, [key.category for key in keys], start, end):
             if running is not None:
-                found.row(keys[running]).seconds += (stop - begin) * MICROSECOND
+                found.costs[keys[running]].seconds += (stop - begin) * MICROSECOND
                 if not keys[running].phase:
-                    found.unaccounted += (stop - begin) * MICROSECOND
+                    found.unattributed += (stop - begin) * MICROSECOND
                 continue
-            cuts = [begin, *places.phase_changes(begin, stop), stop]
-            for left, right in pairwise(cuts):
-                key = Key("", places.phase_at(left), IDLE, BETWEEN_KERNELS, "")
-                found.row(key).seconds += (right - left) * MICROSECOND
+            for left, right in pairwise([begin, *scopes.phase_changes(begin, stop), stop]):
+                key = Key("", scopes.phase_at(left), IDLE, BETWEEN_KERNELS, "")
+                found.costs[key].seconds += (right - left) * MICROSECOND
     return found
 
 
-def _telling(kernel: str, operator: str) -> str:
-    """The name to judge a kernel by: its operator's; its own where that is all there is, or where it communicates."""
-    return kernel if not operator or "nccl" in kernel.lower() else operator
+def _kernel_key(kernel: Kernel, scopes: Scopes) -> Key:
+    launch = kernel.launch
+    if launch is None:
+        scope = Scope(scopes.phase_at(kernel.start), "")
+        return Key("", "", categorize(kernel.name, scope, None), "", kernel.name)
+    scope = scopes[launch]
+    operator = next((event for event in ancestors(launch) if event.kind == "op"), None)
+    name = operator.name if operator is not None else ""
+    if kernel.kind != "kernel" and scope.phase != "optimizer":
+        category = "copies"
+    else:
+        # An operator's name tells more than its kernel's, apart from NCCL's kernels.
+        by_kernel = not name or "nccl" in kernel.name.lower()
+        category = categorize(kernel.name if by_kernel else name, scope, operator)
+    return Key(scope.module, scope.phase, category, name, kernel.name)
 
 
 def _length(kernel: Kernel) -> float:
@@ -183,7 +208,7 @@ def _length(kernel: Kernel) -> float:
 def _exclusive(
     kernels: list[Kernel], categories: list[str], start: float, end: float
 ) -> Iterator[tuple[float, float, int | None]]:
-    """The time from `start` to `end` in pieces, each with the one kernel that it is given to, or None."""
+    """Yield the intervals from `start` to `end`, each with the index of the one kernel that it belongs to, or None."""
     ranks = {"communication": 1, "copies": 2}
     edges = sorted({start, end, *(t for k in kernels for t in (k.start, k.end) if start < t < end)})
     waiting = sorted(range(len(kernels)), key=lambda index: kernels[index].start)
@@ -200,7 +225,7 @@ def _exclusive(
 
 
 def _inside(step: Event) -> Iterator[Event]:
-    """The step itself and everything in it."""
+    """Yield the step itself and everything in it."""
     pending = [step]
     while pending:
         event = pending.pop()
@@ -209,7 +234,7 @@ def _inside(step: Event) -> Iterator[Event]:
 
 
 def _gaps(event: Event) -> Iterator[tuple[float, float]]:
-    """The stretches of an event in which none of its children runs."""
+    """Yield the intervals of an event in which none of its children runs."""
     cursor = event.start
     for child in event.children:
         if child.start > cursor:
@@ -219,41 +244,43 @@ def _gaps(event: Event) -> Iterator[tuple[float, float]]:
         yield cursor, event.end
 
 
-def _counted(events: list[Event]) -> set[Event]:
-    """The innermost operators with FLOPs, and those with bytes that have none with FLOPs around them."""
-    with_flops = {event for event in events if event.kind == "op" and flops(event.name, event.args)}
-    outer = {above for event in with_flops for above in ancestors(event.parent)}
-    innermost = with_flops - outer
+def _operators_with_costs(events: list[Event]) -> set[Event]:
+    """Return the innermost operators with FLOPs, and outside of them the innermost with bytes."""
+    operators = [event for event in events if event.kind == "op"]
+    innermost = _innermost({event for event in operators if flops(event.name, event.args)})
+    outer = {above for event in innermost for above in ancestors(event.parent)}
     rest = {
         event
-        for event in events
-        if event.kind == "op"
-        and event not in outer
+        for event in operators
+        if event not in outer
         and not any(above in innermost for above in ancestors(event))
         and moved_bytes(event.name, event.args)
     }
-    within = {above for event in rest for above in ancestors(event.parent)}
-    return innermost | (rest - within)
+    return innermost | _innermost(rest)
 
 
-def _count(row: Row, event: Event, seconds: float) -> None:
-    operations, moved = flops(event.name, event.args), moved_bytes(event.name, event.args)
-    if operations:
-        row.flops += operations
-        row.flops_seconds += seconds
-    if moved:
-        row.bytes += moved
-        row.bytes_seconds += seconds
+def _innermost(events: set[Event]) -> set[Event]:
+    return events - {above for event in events for above in ancestors(event.parent)}
+
+
+def _add_work(costs: Costs, event: Event, seconds: float) -> None:
+    """Add the FLOPs and bytes of an operator that takes some seconds."""
+    if operations := flops(event.name, event.args):
+        costs.flops += operations
+        costs.flops_seconds += seconds
+    if moved := moved_bytes(event.name, event.args):
+        costs.bytes += moved
+        costs.bytes_seconds += seconds
 
 
 def _communication_elsewhere(trace: Trace) -> list[tuple[float, float]]:
-    """When other threads than the main one communicate: gloo does so in its own."""
+    """Return when threads other than the main one communicate, as gloo's does."""
     return [
         (event.start, event.end)
         for thread, own in trace.threads.items()
         if thread != trace.main
         for event in own
-        if categorise(event.name, NOWHERE, event) == "communication"
+        if categorize(event.name, NO_SCOPE, event) == "communication"
     ]
 
 
@@ -274,19 +301,3 @@ def _overlap(merged: list[tuple[float, float]], start: float, end: float) -> flo
             break
         total += max(0.0, min(stop, end) - max(begin, start))
     return total
-
-
-def by(rows: dict[Key, Row], *fields: str) -> dict[tuple[str, ...], Row]:
-    """The rows summed over all but some fields of their keys, the longest first; layers are added up."""
-    sums: dict[tuple[str, ...], Row] = {}
-    for key, row in rows.items():
-        sums.setdefault(tuple(getattr(key.any_layer, name) for name in fields), Row()).add(row)
-    return dict(sorted(sums.items(), key=lambda item: -item[1].seconds))
-
-
-def by_layer(rows: dict[Key, Row]) -> dict[tuple[str, str], float]:
-    """Wall seconds of every single module in every phase."""
-    seconds: defaultdict[tuple[str, str], float] = defaultdict(float)
-    for key, row in rows.items():
-        seconds[key.module, key.phase] += row.seconds
-    return dict(sorted(seconds.items(), key=lambda item: -item[1]))

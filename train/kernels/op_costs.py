@@ -1,37 +1,54 @@
 """FLOPs and bytes of an operator, from the shapes that its trace event recorded.
 
-A product of (m, k) and (k, n) is 2·m·k·n FLOPs. Attention is counted as its products, two forward and (the scores are
-computed again) five backward, without the causal mask's halving, as in `train.metrics.flops`. Bytes are each input
-read once and each output written once: what the operator cannot do without, not what caches and kernels made of it.
+FLOPs are those of torch's own formulas (`torch.utils.flop_counter`): 2·m·k·n of a matmul of (m, k) and (k, n);
+attention as its matmuls, two in the forward pass and (the scores are computed again) five in the backward pass,
+without the causal mask's halving, as in `train.metrics.flops`. Bytes are each input read once and each output written
+once: what the operator needs at least, whatever its kernels and the caches make of it.
 """
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+aten = torch.ops.aten
 
 ITEM_BYTES = {
     "float": 4, "double": 8, "c10::BFloat16": 2, "c10::Half": 2, "long int": 8, "long": 8, "int": 4, "bool": 1,
     "unsigned char": 1, "signed char": 1, "short": 2,
 }  # fmt: skip
 
-# Where the two factors of a product stand among an operator's inputs.
-PRODUCTS = {
-    "aten::mm": 0, "aten::bmm": 0, "aten::addmm": 1, "aten::addmm_": 1, "aten::baddbmm": 1, "aten::baddbmm_": 1,
-    "aten::_addmm_activation": 1,
-}  # fmt: skip
 
-# Where queries, keys and values stand, how many products are made of them, and which dimension is the sequence.
-ATTENTION = {
-    "aten::_scaled_dot_product_flash_attention_for_cpu": (0, 2, 2),
-    "aten::_scaled_dot_product_flash_attention_for_cpu_backward": (1, 5, 2),
-    "aten::_scaled_dot_product_flash_attention": (0, 2, 2),
-    "aten::_scaled_dot_product_flash_attention_backward": (1, 5, 2),
-    "aten::_scaled_dot_product_efficient_attention": (0, 2, 2),
-    "aten::_scaled_dot_product_efficient_attention_backward": (1, 5, 2),
-    "aten::_scaled_dot_product_cudnn_attention": (0, 2, 2),
-    "aten::_scaled_dot_product_cudnn_attention_backward": (1, 5, 2),
-    "flash_attn::_flash_attn_forward": (0, 2, 1),
-    "flash_attn::_flash_attn_backward": (1, 5, 1),
+class Formula(NamedTuple):
+    """FLOPs of an operator from the shapes of its first `inputs` inputs."""
+
+    flops: Callable[..., int]
+    inputs: int
+
+
+def _batch_first(count: Callable[..., int]) -> Callable[..., int]:
+    """flash-attn has (batch, tokens, heads, width) where torch has (batch, heads, tokens, width)."""
+    return lambda *shapes: count(*([batch, heads, tokens, width] for batch, tokens, heads, width in shapes))
+
+
+# The last two inputs are the factors. The in-place and fused variants are not in torch's registry.
+MATMULS = {
+    "aten::mm": Formula(flop_registry[aten.mm], 2),
+    "aten::bmm": Formula(flop_registry[aten.bmm], 2),
+    **dict.fromkeys(("aten::addmm", "aten::addmm_", "aten::_addmm_activation"), Formula(flop_registry[aten.addmm], 3)),
+    **dict.fromkeys(("aten::baddbmm", "aten::baddbmm_"), Formula(flop_registry[aten.baddbmm], 3)),
 }
+# The last three inputs are queries, keys and values.
+ATTENTION = {
+    "flash_attn::_flash_attn_forward": Formula(_batch_first(sdpa_flop_count), 3),
+    "flash_attn::_flash_attn_backward": Formula(_batch_first(sdpa_backward_flop_count), 4),
+}
+for _kernel in ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention"):
+    ATTENTION[f"aten::_scaled_dot_product_{_kernel}"] = Formula(sdpa_flop_count, 3)
+    ATTENTION[f"aten::_scaled_dot_product_{_kernel}_backward"] = Formula(sdpa_backward_flop_count, 4)
+FORMULAS = MATMULS | ATTENTION
 
 # One pass over the inputs, one output as large as the largest of them.
 ELEMENTWISE = {
@@ -48,44 +65,39 @@ REDUCTIONS = {"aten::sum", "aten::amax", "aten::linalg_vector_norm"}
 
 
 def flops(name: str, args: dict[str, Any]) -> int | None:
-    """FLOPs of an operator; None where its name or its shapes do not tell."""
+    """Return the FLOPs of an operator, or None where its name or its shapes do not determine them."""
     dims = args.get("Input Dims") or []
-    if name in PRODUCTS:
-        left, right = dims[PRODUCTS[name] : PRODUCTS[name] + 2] or ([], [])
-        if len(left) < 2 or len(left) != len(right):
-            return None
-        return 2 * math.prod(left) * right[-1]
-    if name in ATTENTION:
-        first, products, sequence = ATTENTION[name]
-        if len(dims) < first + 2 or any(len(shape) != 4 for shape in dims[first : first + 2]):
-            return None
-        return 2 * products * math.prod(dims[first]) * dims[first + 1][sequence]
-    return None
+    formula = FORMULAS.get(name)
+    if formula is None or len(dims) < formula.inputs:
+        return None
+    try:
+        return formula.flops(*dims[: formula.inputs])
+    except (AssertionError, TypeError, ValueError):  # shapes of another layout, as of nested tensors
+        return None
 
 
 def moved_bytes(name: str, args: dict[str, Any]) -> int | None:
-    """Bytes that an operator reads and writes at least; None where its name or its shapes do not tell."""
+    """Return the bytes that an operator reads and writes at least, or None where its name or shapes do not tell."""
     dims, types = args.get("Input Dims") or [], args.get("Input type") or []
     strides = args.get("Input Strides") or [[1] * len(shape) for shape in dims]
     sizes = [
-        # A dimension of stride 0 was expanded: the same numbers again.
-        math.prod(length for length, step in zip(shape, steps, strict=True) if step) * ITEM_BYTES[kind]
+        # A dimension of stride 0 is expanded: the same elements again.
+        math.prod(length for length, stride in zip(shape, steps, strict=True) if stride) * ITEM_BYTES[kind]
         for shape, steps, kind in zip(dims, strides, types, strict=False)
         if kind in ITEM_BYTES and len(steps) == len(shape) and all(isinstance(length, int) for length in shape)
     ]
     if not sizes:
         return None
-    if name in PRODUCTS:
-        first = PRODUCTS[name]
+    if name in MATMULS:
+        first = MATMULS[name].inputs - 2
         left, right = dims[first : first + 2]
         if len(left) < 2 or len(left) != len(right) or types[first] not in ITEM_BYTES:
             return None
-        item = ITEM_BYTES[types[first]]
         read = math.prod(left) + math.prod(right) + (math.prod(dims[0]) if first else 0)
-        return item * (read + math.prod(left[:-1]) * right[-1])
-    if name in ATTENTION:  # what the forward pass gives is as large as the queries; backward, as all that is read
-        first, products, _ = ATTENTION[name]
-        return sum(sizes) + (sizes[first] if products == 2 else sum(sizes[first : first + 3]))
+        return ITEM_BYTES[types[first]] * (read + math.prod(left[:-1]) * right[-1])
+    if name in ATTENTION:  # forward writes as much as the queries have; backward, as queries, keys and values have
+        first = ATTENTION[name].inputs - 3
+        return sum(sizes) + (sum(sizes[first : first + 3]) if first else sizes[0])
     if name in ELEMENTWISE:
         return sum(sizes) + max(sizes)
     if name in IN_PLACE:

@@ -1,17 +1,17 @@
-"""What each process of a pipeline does when, and the share of a step in which its stages wait for one another.
+"""Timeline of a pipeline: what each process does when, and the share of a step in which its stages are idle.
 
 A stage is at work while it runs a micro-batch forward or backward: on a GPU from the first of its kernels to the last,
-on a CPU as long as the call takes. All else between a pipeline's first forward and its last backward is idle,
-communication too. The processes of one machine share a clock; those of several machines need not.
+on a CPU as long as the call takes. Everything else between a pipeline's first forward and its last backward is idle
+time, communication included. The processes of one machine share a clock; those of several machines need not.
 """
 
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import replace
 
 from train.kernels.attribution import COMMUNICATION
+from train.kernels.summary import PipelineTimeline, ProcessTimeline, Span
 from train.kernels.traces import Event, Kernel, Recording, Trace, ancestors
 from train.metrics.annotations import PHASES, stage_of
 
@@ -19,62 +19,37 @@ AT_WORK = ("forward", "backward")
 MICROSECOND = 1e-6
 
 
-@dataclass(frozen=True)
-class Piece:
-    """Something that a process does, in seconds since the step began in any process.
-
-    `stage` is None, and `micro_batch` (from 0, in the order of the schedule) too, for what belongs to none.
-    """
-
-    phase: str
-    stage: int | None
-    micro_batch: int | None
-    start: float
-    end: float
-
-
-def timeline(recording: Recording) -> dict[str, Any] | None:
-    """A pipelined run's last recorded step as it ran, and how idle its steps were; None for a run without stages.
-
-    - `idle_share`: of the time from the first forward to the last backward, over all recorded steps and processes;
-      `steps` has each step's. `theory`: (p - 1) / (m + p - 1) of 1F1B with p `stages` and m `micro_batches`, all alike
-      (Huang et al., GPipe, 2019, section 2.3); null for other schedules.
-    - `one_clock`: whether all processes ran on one machine; else their rows may be shifted against one another.
-    - `rows`: for each pipeline rank (of the first data-parallel replica) its global `rank` and its `pieces`.
-    """
+def timeline(recording: Recording) -> PipelineTimeline | None:
+    """Return the timeline of a pipelined run, or None for a run without stages."""
     facts = recording.facts
-    size = facts.get("pipeline_stages") or 1
-    if size < 2 or len(recording.traces) < facts["world_size"]:
+    size = facts.pipeline_stages or 1
+    if size < 2 or len(recording.traces) < facts.world_size:
         return None
-    steps = min(len(trace.steps) for trace in recording.traces)
     launched = [_launched(trace) for trace in recording.traces]
-    every = [
-        [_pieces(trace, trace.steps[index], own) for trace, own in zip(recording.traces, launched, strict=True)]
-        for index in range(steps)
+    steps = [
+        [_spans(trace, trace.steps[index], own) for trace, own in zip(recording.traces, launched, strict=True)]
+        for index in range(min(len(trace.steps) for trace in recording.traces))
     ]
-    works = [_work(step) for step in every]
-    shares = [1 - busy / whole for busy, whole in works if whole > 0]
+    works = [_work(step) for step in steps]
+    shares = [1 - busy / total for busy, total in works if total > 0]
     if not shares:
         return None
-    micro_batches = facts["accumulation"]
     replicas = len(recording.traces) // size
-    return {
-        "schedule": facts.get("pipeline_schedule"),
-        "stages": size,
-        "micro_batches": micro_batches,
-        "idle_share": 1 - sum(busy for busy, _ in works) / sum(whole for _, whole in works),
-        "theory": (size - 1) / (micro_batches + size - 1) if facts.get("pipeline_schedule") == "1f1b" else None,
-        "steps": shares,
-        "one_clock": len({trace.host for trace in recording.traces}) == 1,
-        "rows": [
-            {"rank": rank, "pieces": [asdict(piece) for piece in pieces]}
-            for rank, pieces in list(enumerate(_aligned(recording.traces, steps - 1, every[-1])))[::replicas]
-        ],
-    }
+    on_one_clock = _shifted(recording.traces, len(steps) - 1, steps[-1])
+    return PipelineTimeline(
+        schedule=facts.pipeline_schedule,
+        stages=size,
+        micro_batches=facts.accumulation,
+        idle_share=1 - sum(busy for busy, _ in works) / sum(total for _, total in works),
+        theory=(size - 1) / (facts.accumulation + size - 1) if facts.pipeline_schedule == "1f1b" else None,
+        steps=shares,
+        one_clock=len({trace.host for trace in recording.traces}) == 1,
+        processes=[ProcessTimeline(rank, spans) for rank, spans in list(enumerate(on_one_clock))[::replicas]],
+    )
 
 
 def _launched(trace: Trace) -> list[tuple[Event, Kernel]]:
-    """The kernels of a trace with what launched them, in that order."""
+    """Return the kernels of a trace with the calls that launched them, in the order of the calls."""
     found = [(kernel.launch, kernel) for kernel in trace.kernels if kernel.launch is not None]
     return sorted(found, key=_launch_time)
 
@@ -83,10 +58,10 @@ def _launch_time(launched: tuple[Event, Kernel]) -> float:
     return launched[0].start
 
 
-def _pieces(trace: Trace, step: Event, launched: Sequence[tuple[Event, Kernel]]) -> list[Piece]:
-    """What the process does in a step, in seconds of its own clock since the step began there."""
+def _spans(trace: Trace, step: Event, launched: Sequence[tuple[Event, Kernel]]) -> list[Span]:
+    """Return what a process does in a step, in seconds of its own clock since the step began there."""
     counted: Counter[tuple[str, int | None]] = Counter()
-    pieces = []
+    spans = []
     for event in _phases(step):
         stages = [stage_of(child.name) for child in event.children]
         stage = next((each for each in stages if each is not None), None)
@@ -97,16 +72,16 @@ def _pieces(trace: Trace, step: Event, launched: Sequence[tuple[Event, Kernel]])
         extent = _extent(event, launched) if trace.kernels else (event.start, event.end)
         if extent is not None:
             start, end = ((time - step.start) * MICROSECOND for time in extent)
-            pieces.append(Piece(event.name, stage, micro_batch, start, end))
-    return pieces
+            spans.append(Span(event.name, stage, micro_batch, start, end))
+    return spans
 
 
 def _phases(step: Event) -> list[Event]:
-    """The outermost regions of phases in a step, in their order."""
+    """Return the outermost phases of a step, in order."""
     found, pending = [], [step]
     while pending:
         event = pending.pop()
-        if event.kind == "region" and event.name in PHASES:
+        if event.kind == "annotation" and event.name in PHASES:
             found.append(event)
         else:
             pending += reversed(event.children)
@@ -114,9 +89,9 @@ def _phases(step: Event) -> list[Event]:
 
 
 def _extent(event: Event, launched: Sequence[tuple[Event, Kernel]]) -> tuple[float, float] | None:
-    """When the kernels of a phase begin and end, whichever thread has launched them; None where it has none.
+    """Return when the kernels of a phase begin and end, whichever thread launched them, or None if it has none.
 
-    Communication beside a forward or backward pass does not prolong it.
+    Communication that overlaps with a forward or backward pass does not prolong it.
     """
     first, last = (bisect_left(launched, time, key=_launch_time) for time in (event.start, event.end))
     kernels = [
@@ -133,27 +108,27 @@ def _communicates(kernel: str, launch: Event) -> bool:
     return any(map(COMMUNICATION.search, [kernel, *(above.name for above in ancestors(launch) if above.kind == "op")]))
 
 
-def _work(processes: Sequence[Sequence[Piece]]) -> tuple[float, float]:
-    """(seconds at work, seconds from the first forward to the last backward), both summed over the processes.
+def _work(processes: Sequence[Sequence[Span]]) -> tuple[float, float]:
+    """Return the seconds at work and those from the first forward to the last backward, summed over the processes.
 
-    The longest of the processes' own spans stands for all: the first pipeline rank begins first and ends last. So
-    clocks that differ do no harm.
+    The longest of the processes' own durations stands for all, since the first pipeline rank begins first and ends
+    last; so clocks that differ do not matter.
     """
-    busy, span = 0.0, 0.0
-    for pieces in processes:
-        work = [piece for piece in pieces if piece.phase in AT_WORK]
+    busy, longest = 0.0, 0.0
+    for spans in processes:
+        work = [span for span in spans if span.phase in AT_WORK]
         if work:
-            busy += sum(piece.end - piece.start for piece in work)
-            span = max(span, max(piece.end for piece in work) - min(piece.start for piece in work))
-    return busy, span * len(processes)
+            busy += sum(span.end - span.start for span in work)
+            longest = max(longest, max(span.end for span in work) - min(span.start for span in work))
+    return busy, longest * len(processes)
 
 
-def _aligned(traces: Sequence[Trace], index: int, processes: Sequence[Sequence[Piece]]) -> list[list[Piece]]:
-    """The pieces of a step on the clock of the machine, from when it begins in the first process."""
-    # In whole nanoseconds, of which a float would lose some hundreds.
+def _shifted(traces: Sequence[Trace], index: int, processes: Sequence[Sequence[Span]]) -> list[list[Span]]:
+    """Move the spans of a step to the machine's clock, from when the step begins in the first process."""
+    # In integer nanoseconds, of which a float would lose some hundreds.
     begins = [trace.began + round(trace.steps[index].start * 1000) for trace in traces]
     shifts = [(begin - min(begins)) * 1e-9 for begin in begins]
     return [
-        [Piece(p.phase, p.stage, p.micro_batch, p.start + shift, p.end + shift) for p in pieces]
-        for shift, pieces in zip(shifts, processes, strict=True)
+        [replace(span, start=span.start + shift, end=span.end + shift) for span in spans]
+        for shift, spans in zip(shifts, processes, strict=True)
     ]

@@ -1,4 +1,4 @@
-"""A profile's traces, read and checked: which events ran in which thread, inside of which, on the CPU and the GPU.
+"""The traces of a profile, read and checked: which events ran in which thread, inside of which, and which kernels.
 
 The format is that of torch.profiler's `export_chrome_trace`. Times are microseconds of the trace's own clock.
 """
@@ -9,31 +9,61 @@ import re
 import zlib
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from train.utils.errors import UserError
+from train.utils.json_files import from_json
 
 SCHEMA = 1
-"""Version of the facts under "gpt2flash" that are understood."""
+METADATA_KEY = "gpt2flash"
+"""Where `train.run.profiling` puts the facts of the run into a trace."""
 
 STEP = "ProfilerStep#"
-CPU_CATEGORIES = {"cpu_op": "op", "user_annotation": "region", "cuda_runtime": "launch", "cuda_driver": "launch"}
+CPU_CATEGORIES = {"cpu_op": "op", "user_annotation": "annotation", "cuda_runtime": "launch", "cuda_driver": "launch"}
 GPU_CATEGORIES = {"kernel", "gpu_memcpy", "gpu_memset"}
-# torch.compile marks its graphs as annotations, but what they take is their own work, not time between operators.
+# torch.compile marks its graphs as annotations, but their time is their own work, not time between operators.
 COMPILED = re.compile(r"(## Call )?Compiled|Torch-Compiled|triton_|CompiledFunction")
-NEEDED = (
-    "rank", "world_size", "first_step", "steps", "device_name", "run_type", "tokens_per_step", "block_size", "model",
-)  # fmt: skip
-HOW = "make one with python -m train --profile"
+HINT = "make one with python -m train --profile"
 
 Thread = tuple[Any, Any]
 
 
+@dataclass(frozen=True)
+class RunFacts:
+    """What a reader of a trace needs to know of its run. Peaks are those of one device, None where unknown."""
+
+    run_type: str
+    world_size: int
+    first_step: int
+    steps: int
+    tokens_per_step: int
+    block_size: int
+    micro_batch_size: int
+    accumulation: int
+    model: dict[str, Any]
+    attn_implementation: str
+    activation_checkpointing: int | str | None
+    torch_compile: bool
+    precision: str
+    device: str
+    device_name: str
+    peak_flops: float | None
+    peak_bytes_per_second: float | None
+    torch: str
+    pipeline_stages: int | None
+    pipeline_schedule: str | None
+
+
+def trace_metadata(facts: RunFacts, rank: int) -> str:
+    """Return the JSON that a trace has under `METADATA_KEY`."""
+    return json.dumps({"schema": SCHEMA, "rank": rank, **asdict(facts)})
+
+
 @dataclass(slots=True, eq=False)
 class Event:
-    """Something that ran in a thread. `kind` is "op", "region" or "launch"; parents hold their children wholly."""
+    """Something that ran in a thread. `kind` is "op", "annotation" or "launch"; a parent encloses its children."""
 
     name: str
     kind: str
@@ -47,7 +77,7 @@ class Event:
 
 @dataclass(slots=True, eq=False)
 class Kernel:
-    """Work of a GPU. `launch`: the call on the CPU that began it, where the trace has it."""
+    """A kernel, copy or fill on a GPU. `launch`: the call on the CPU that launched it, where the trace has it."""
 
     name: str
     kind: str
@@ -58,15 +88,16 @@ class Kernel:
 
 @dataclass
 class Trace:
-    """One process's trace. `began`: the time of the machine's clock, in nanoseconds, at which its own begins."""
+    """The trace of one process. `began`: when its own clock was 0, in nanoseconds of the machine's clock."""
 
     file: Path
-    facts: dict[str, Any]
+    rank: int
+    facts: RunFacts
     host: str
     began: int
-    threads: dict[Thread, list[Event]]  # by start, outer ones first
+    threads: dict[Thread, list[Event]]  # by start, outer events first
     kernels: list[Kernel]
-    links: dict[tuple[Thread, float], tuple[Thread, float]]  # starts of a backward node and of its operator
+    links: dict[tuple[Thread, float], tuple[Thread, float]]  # start of a backward node -> of its operator
     steps: list[Event]
 
     @property
@@ -83,30 +114,26 @@ class Recording:
     traces: list[Trace]
 
     @property
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> RunFacts:
         return self.traces[0].facts
-
-    @property
-    def device(self) -> str:
-        return "cuda" if any(trace.kernels for trace in self.traces) else "cpu"
 
 
 def read_recording(path: Path) -> Recording:
-    """The traces of a run folder, of its profile folder, or one trace file by itself.
+    """Read the traces of a run folder, of its profile folder, or one trace file by itself.
 
     Raises:
-        UserError: naming the file that is missing, empty, cut short, foreign, or of another run than the others.
+        UserError: naming the file that is missing, empty, truncated, foreign, or of another run than the others.
     """
     if path.is_dir():
         folder = path if path.name == "profile" else path / "profile"
         run = folder.parent
         files = sorted(folder.glob("rank-*.json.gz"))
         if not files:
-            raise UserError(f"{path}: holds no trace (profile/rank-*.json.gz); {HOW}")
+            raise UserError(f"{path}: holds no trace (profile/rank-*.json.gz); {HINT}")
     elif path.exists():
         run, files = path.parent.parent, [path]
     else:
-        raise UserError(f"{path}: there is no such run folder or trace; {HOW}")
+        raise UserError(f"{path}: there is no such run folder or trace; {HINT}")
     traces = [read_trace(file) for file in files]
     if path.is_dir():
         _check_same_run(path, traces)
@@ -116,65 +143,71 @@ def read_recording(path: Path) -> Recording:
 def _check_same_run(path: Path, traces: list[Trace]) -> None:
     first = traces[0]
     for trace in traces[1:]:
-        for key, value in first.facts.items():
-            if key != "rank" and trace.facts.get(key) != value:
+        for key, value in vars(trace.facts).items():
+            if value != (expected := getattr(first.facts, key)):
                 raise UserError(
-                    f"{trace.file}: is of another run than {first.file}: {key} is {trace.facts.get(key)!r} and there "
-                    f"{value!r}; profile the run again"
+                    f"{trace.file}: is of another run than {first.file}: {key} is {value!r} and there {expected!r}; "
+                    "profile the run again"
                 )
-    expected = first.facts["world_size"]
-    if sorted(trace.facts["rank"] for trace in traces) != list(range(expected)):
-        raise UserError(f"{path}: holds {len(traces)} traces of a run of {expected} processes; profile the run again")
+    world_size = first.facts.world_size
+    if sorted(trace.rank for trace in traces) != list(range(world_size)):
+        raise UserError(
+            f"{path}: holds {len(traces)} traces of a run of {world_size} processes; profile the run again"
+        )
 
 
 def read_trace(file: Path) -> Trace:
-    """One file, `.json` or `.json.gz`.
+    """Read one file, `.json` or `.json.gz`.
 
     Raises:
-        UserError: when it is not a whole trace of `python -m train --profile`.
+        UserError: when it is not a complete trace of `python -m train --profile`.
     """
     content = _read_json(file)
     events = content.get("traceEvents") if isinstance(content, dict) else None
     if not isinstance(events, list):
-        raise UserError(f"{file}: is JSON, but no trace of torch.profiler; {HOW}")
-    facts = content.get("gpt2flash")
+        raise UserError(f"{file}: is JSON, but not a trace of torch.profiler; {HINT}")
+    facts = content.get(METADATA_KEY)
     if not isinstance(facts, dict):
-        raise UserError(f"{file}: is a trace of another program, without the facts of a run; {HOW}")
-    if facts.get("schema") != SCHEMA:
-        raise UserError(f"{file}: has facts of version {facts.get('schema')!r}, not {SCHEMA}; read it with its own")
-    missing = [key for key in NEEDED if key not in facts]
-    if missing:
-        raise UserError(f"{file}: its facts of the run lack {', '.join(missing)}; {HOW}")
+        raise UserError(f"{file}: is a trace of another program, without the facts of a run; {HINT}")
+    if facts.get("schema") != SCHEMA or not isinstance(facts.get("rank"), int):
+        raise UserError(
+            f"{file}: has facts of version {facts.get('schema')!r} and rank {facts.get('rank')!r}; this version reads "
+            f"version {SCHEMA}: {HINT}"
+        )
     host, began = content.get("host_name", ""), content.get("baseTimeNanoseconds", 0)
     if not isinstance(host, str) or not isinstance(began, int):
-        raise UserError(f"{file}: has {host!r} for host_name and {began!r} for baseTimeNanoseconds; {HOW}")
+        raise UserError(f"{file}: has {host!r} for host_name and {began!r} for baseTimeNanoseconds; {HINT}")
+    run = from_json(RunFacts, facts, file, "python -m train --profile")
     try:
         threads, kernels = _sort_events(events)
         links = _links(events)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{file}: has an event that torch.profiler does not write ({error!r}); {HOW}") from None
+        raise UserError(f"{file}: has an event that torch.profiler does not write ({error!r}); {HINT}") from None
     steps = [
-        event for own in threads.values() for event in own if event.name.startswith(STEP) and event.kind == "region"
+        event
+        for own in threads.values()
+        for event in own
+        if event.name.startswith(STEP) and event.kind == "annotation"
     ]
     if not steps:
-        raise UserError(f"{file}: holds no whole step; {HOW}")
-    return Trace(file, facts, host, began, threads, kernels, links, steps)
+        raise UserError(f"{file}: holds no complete step; {HINT}")
+    return Trace(file, facts["rank"], run, host, began, threads, kernels, links, steps)
 
 
 def _read_json(file: Path) -> Any:
     if not file.stat().st_size:
-        raise UserError(f"{file}: is empty; {HOW}")
+        raise UserError(f"{file}: is empty; {HINT}")
     try:
         with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
             return json.load(stream)
     except EOFError:
-        raise UserError(f"{file}: is cut short; {HOW}") from None
+        raise UserError(f"{file}: is truncated; {HINT}") from None
     except (gzip.BadGzipFile, zlib.error):
-        raise UserError(f"{file}: is not a gzip file, or damaged; {HOW}") from None
+        raise UserError(f"{file}: is not a gzip file, or damaged; {HINT}") from None
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: is not JSON, or cut short ({error}); {HOW}") from None
+        raise UserError(f"{file}: is not JSON, or truncated ({error}); {HINT}") from None
 
 
 def _sort_events(events: list[Any]) -> tuple[dict[Thread, list[Event]], list[Kernel]]:
@@ -210,7 +243,7 @@ def _sort_events(events: list[Any]) -> tuple[dict[Thread, list[Event]], list[Ker
 
 
 def _nest(events: list[Event]) -> None:
-    """Give the events of one thread, in place, their order and their parents."""
+    """Sort the events of one thread in place and give each its parent."""
     events.sort(key=lambda event: (event.start, -event.end))
     open_events: list[Event] = []
     for event in events:
@@ -219,12 +252,12 @@ def _nest(events: list[Event]) -> None:
         if open_events:
             event.parent = open_events[-1]
             event.parent.children.append(event)
-            event.end = min(event.end, event.parent.end)  # times are rounded to nanoseconds, each by itself
+            event.end = min(event.end, event.parent.end)  # each time is rounded to nanoseconds by itself
         open_events.append(event)
 
 
 def _links(events: list[Any]) -> dict[tuple[Thread, float], tuple[Thread, float]]:
-    """torch's own links between operators and the backward nodes that they left, found by their sequence numbers."""
+    """Return torch's own links from backward nodes to the operators that created them, by their sequence numbers."""
     ends: dict[Any, dict[str, tuple[Thread, float]]] = defaultdict(dict)
     for event in events:
         if event.get("cat") == "fwdbwd" and event.get("ph") in ("s", "f"):
@@ -233,7 +266,7 @@ def _links(events: list[Any]) -> dict[tuple[Thread, float], tuple[Thread, float]
 
 
 def ancestors(event: Event | None) -> Iterator[Event]:
-    """The event itself, what it is inside of, and so on to the outermost."""
+    """Yield the event itself, what it is inside of, and so on to the outermost."""
     while event is not None:
         yield event
         event = event.parent

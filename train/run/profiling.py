@@ -6,7 +6,6 @@ every tensor, for RUN/profile/memory.json; after them all is gone, so that other
 
 import functools
 import gzip
-import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -18,6 +17,7 @@ from tqdm import tqdm
 
 from modeling_gpt2flash import GPT2FlashForCausalLM
 from train.engines.base import Engine
+from train.kernels.traces import METADATA_KEY, RunFacts, trace_metadata
 from train.metrics.annotations import LOSS, module_annotation
 from train.metrics.flops import peak_bandwidth, peak_flops
 from train.metrics.memory_tracker import MemoryTracker
@@ -25,9 +25,6 @@ from train.metrics.summary import versions
 from train.run.setup import Run
 from train.utils import devices
 from train.utils.files import atomic_write
-
-SCHEMA = 1
-"""Version of the facts in a trace, under its key "gpt2flash"."""
 
 
 class Profiler(AbstractContextManager):
@@ -51,7 +48,7 @@ class Profiler(AbstractContextManager):
                 tqdm.write(f"--profile_steps {run.config.profile_steps}: nothing is recorded after step {done}")
             return
         self.folder = run.config.run_folder / "profile"
-        self.facts = json.dumps(facts(run, engine, self.recorded))
+        self.facts = trace_metadata(run_facts(run, engine, self.recorded), engine.rank)
         if engine.is_main:
             shutil.rmtree(self.folder, ignore_errors=True)  # of an earlier attempt, perhaps with more processes
         self.profile = profile(
@@ -93,7 +90,7 @@ class Profiler(AbstractContextManager):
         self._prepare_if_next()
         if self.done == self.recorded.start - 1:
             # Kineto takes metadata while it records, and at no other time.
-            self.profile.add_metadata_json("gpt2flash", self.facts)
+            self.profile.add_metadata_json(METADATA_KEY, self.facts)
             if self.run.config.memory_snapshot:
                 devices.record_memory_history()
         if self.done == self.recorded.stop - 1:
@@ -168,32 +165,29 @@ class Names:
         self._undo.append(lambda: setattr(owner, attribute, call) if own else delattr(owner, attribute))
 
 
-def facts(run: Run, engine: Engine, recorded: range) -> dict[str, Any]:
-    """What a reader of the trace has to know of its run. Rates are those of one device, None where unknown."""
+def run_facts(run: Run, engine: Engine, recorded: range) -> RunFacts:
     config = run.config
     precision = devices.matmul_precision(config.mixed_precision, config.optimized)
     device_name = devices.device_name(engine.device)
-    return {
-        "schema": SCHEMA,
-        "run_type": config.run_type,
-        "rank": engine.rank,
-        "world_size": engine.world_size,
-        "pipeline_stages": config.pipeline_stages,
-        "pipeline_schedule": config.pipeline_schedule,
-        "first_step": recorded.start,
-        "steps": len(recorded),
-        "tokens_per_step": run.tokens_per_step,
-        "block_size": run.train.block_size,
-        "micro_batch_size": run.micro_batch_size,
-        "accumulation": run.accumulation,
-        "model": run.shape,
-        "attn_implementation": run.attention[0],
-        "activation_checkpointing": config.activation_checkpointing,
-        "torch_compile": config.torch_compile,
-        "precision": precision,
-        "device": engine.device.type,
-        "device_name": device_name,
-        "peak_flops": peak_flops(device_name, precision),
-        "peak_bytes_per_second": peak_bandwidth(device_name),
-        "torch": versions()["torch"],
-    }
+    return RunFacts(
+        run_type=config.run_type,
+        world_size=engine.world_size,
+        first_step=recorded.start,
+        steps=len(recorded),
+        tokens_per_step=run.tokens_per_step,
+        block_size=run.train.block_size,
+        micro_batch_size=run.micro_batch_size,
+        accumulation=run.accumulation,
+        model=run.shape,
+        attn_implementation=run.attention[0],
+        activation_checkpointing=config.activation_checkpointing,
+        torch_compile=config.torch_compile,
+        precision=precision,
+        device=engine.device.type,
+        device_name=device_name,
+        peak_flops=peak_flops(device_name, precision),
+        peak_bytes_per_second=peak_bandwidth(device_name),
+        torch=versions()["torch"],
+        pipeline_stages=config.pipeline_stages,
+        pipeline_schedule=config.pipeline_schedule,
+    )

@@ -29,11 +29,12 @@ from train.compare.figures import (
 from train.compare.gate import Result
 from train.compare.intervals import spreads
 from train.compare.plots import limits, series, smoothing_window, trailing_mean
-from train.compare.report.kernels import Kernels, kernels_part
+from train.compare.report.kernels import kernels_part
 from train.compare.report.memory import Memory, memory_part
 from train.compare.report.parts import card, cell, legend, scrolling, text
 from train.compare.report.style import STYLE
 from train.compare.report.svg import Line, Row, line_chart, row_chart
+from train.kernels.summary import RunSummary
 
 FIGURE = {figure.key: figure for figure in FIGURES}
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
@@ -45,11 +46,11 @@ def page(
     runs: Sequence[Run],
     found: Sequence[Mapping[str, Any]],
     gate: Sequence[Result],
-    kernels: Sequence[Kernels | None],
+    kernels: Sequence[RunSummary | None],
     memories: Sequence[Memory | None],
     data: Mapping[str, Any],
 ) -> str:
-    """The whole document: the differences and the gate's results, what `read_kernels` and `read_memory` gave for
+    """The whole document: the differences and the gate's results, what `read_profile` and `read_memory` returned for
     each run, and the content of `comparison.json`, which travels in it for programs.
     """
     title = text("Comparison: " + " and ".join(run.label for run in runs))
