@@ -21,8 +21,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from benchmarks.rounds import machine, speed_up, spread
 from modeling_gpt2flash import GPT2FlashConfig, GPT2FlashForCausalLM
 from train.checkpoints.loading import SIZES
-from train.generate.cpu_layers import laid_out, quantized
-from train.generate.inference import Decoding, timed
+from train.generate.cpu_layers import pack_weights, quantize_int8
+from train.generate.decoding import Decoding
+from train.generate.latency import timed
 from train.utils.third_party_warnings import silence_third_party_warnings
 
 INT8_TOLERANCE = 0.1  # of the logits' norm, for random weights; trained ones are an order better
@@ -54,8 +55,8 @@ def make_sides(names: list[str], size: str, rows: int, new_tokens: int, static: 
     compiled = Decoding(new_tokens, temperature=0, static_cache=True, compiled=True)
     make = {
         "stock": lambda: Side(stock, plain),
-        "ours": lambda: Side(laid_out(ours, rows), chosen),
-        "int8": lambda: Side(quantized(ours), chosen),
+        "ours": lambda: Side(pack_weights(ours, rows), chosen),
+        "int8": lambda: Side(quantize_int8(ours), chosen),
         "compiled": lambda: Side(ours, compiled),
     }
     return {name: make[name]() for name in names}
@@ -68,21 +69,21 @@ def check_same(sides: dict[str, Side], ids: Tensor) -> None:
     settings = {"attention_mask": mask, "eos_token_id": None, "pad_token_id": 0}
     with torch.no_grad():
         expected = sides[first].model(ids).logits
-        tokens = sides[first].model.generate(ids, **settings, **sides[first].decoding.options())
+        tokens = sides[first].model.generate(ids, **settings, **sides[first].decoding.arguments())
         for name in others:
             model, decoding = sides[name]
             error = ((model(ids).logits - expected).norm() / expected.norm()).item()
             if name == "int8" and error > INT8_TOLERANCE:
                 raise SystemExit(f"int8's logits are {error:.1%} off, more than {INT8_TOLERANCE:.0%}")
-            if name != "int8" and not torch.equal(model.generate(ids, **settings, **decoding.options()), tokens):
+            if name != "int8" and not torch.equal(model.generate(ids, **settings, **decoding.arguments()), tokens):
                 raise SystemExit(f"{name} does not write what {first} does")
             print(f"{name}: {'the same tokens, ' if name != 'int8' else ''}logits off by {error:.1e} of their norm")
 
 
 def run(side: Side, ids: Tensor) -> Round:
     cpu = time.process_time()
-    stopwatch = timed(side.model, ids, side.decoding)
-    return Round(stopwatch.times[-1] - stopwatch.times[0], time.process_time() - cpu, stopwatch.latency.first_token)
+    timer = timed(side.model, ids, side.decoding)
+    return Round(timer.times[-1] - timer.times[0], time.process_time() - cpu, timer.first_token_seconds)
 
 
 def main() -> None:

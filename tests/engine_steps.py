@@ -19,10 +19,12 @@ import torch._dynamo
 from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from train.checkpoints.loading import load_for_inference, load_tokenizer
 from train.config.run_config import parse
 from train.engines.base import Engine
 from train.engines.pipeline.engine import PipelinedEngine
-from train.generate.inference import complete, load_model, load_tokenizer
+from train.generate.decoding import Decoding
+from train.generate.texts import generate_text
 from train.metrics.memory_tracker import MemoryTracker
 from train.run import validate
 from train.run.loop import save
@@ -67,8 +69,10 @@ def interrupted(engine: Engine, run: Run) -> Iterator[dict[str, Any]]:
         validate(engine, run.val, run.micro_batch_size + 1, max_steps=2)
         save(engine, run, step + 1)
         if engine.is_main:
-            model = load_model(run.config.run_folder)
-            complete(model, load_tokenizer(run.config.run_folder, model), run.config.prompt, 4, seed=step)
+            model = load_for_inference(run.config.run_folder)
+            tokenizer = load_tokenizer(run.config.run_folder, model.config)
+            assert tokenizer is not None
+            generate_text(model, tokenizer, run.config.prompt, Decoding(4), seed=step)
         engine.wait()
 
 

@@ -15,12 +15,12 @@ from tests.tiny_gpt2 import make_ours, make_pair, pad, tokens
 from train.data.token_file import VOCABULARY_SIZE
 from train.generate.cpu_layers import (
     LARGE_PAGE,
-    MOST_THREADS_ALONE,
+    MAX_THREADS_SINGLE_ROW,
     PackedLinear,
     TransposedLinear,
     in_large_pages,
-    laid_out,
-    quantized,
+    pack_weights,
+    quantize_int8,
 )
 
 
@@ -34,24 +34,24 @@ def one_thread() -> Iterator[None]:
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("rows", [1, 3])
-def test_laid_out_computes_the_same(rows: int, tmp_path: Path) -> None:
+def test_pack_weights_computes_the_same(rows: int, tmp_path: Path) -> None:
     stock, ours = make_pair(tmp_path)
     ids, mask = pad(tokens(rows), list(range(rows)), "left")
     with torch.no_grad():
         expected = stock(ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0)).logits
-        found = laid_out(ours, rows)(ids, attention_mask=mask).logits
+        found = pack_weights(ours, rows)(ids, attention_mask=mask).logits
     torch.testing.assert_close(found[mask == 1], expected[mask == 1], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.usefixtures("one_thread")
 def test_the_layout_is_chosen_by_rows_and_threads() -> None:
     ours = make_ours()
-    alone = laid_out(ours, 1)
+    alone = pack_weights(ours, 1)
     assert type(alone.lm_head) is type(alone.transformer.h[0].mlp.c_fc) is TransposedLinear
     assert type(alone.transformer.h[0].mlp.c_proj) is torch.nn.Linear
-    assert type(laid_out(ours, 2).lm_head) is PackedLinear
-    torch.set_num_threads(MOST_THREADS_ALONE + 1)
-    assert type(laid_out(ours, 1).lm_head) is PackedLinear
+    assert type(pack_weights(ours, 2).lm_head) is PackedLinear
+    torch.set_num_threads(MAX_THREADS_SINGLE_ROW + 1)
+    assert type(pack_weights(ours, 1).lm_head) is PackedLinear
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -64,7 +64,7 @@ def test_large_tensors_begin_on_a_large_page(dtype: torch.dtype) -> None:
     assert torch.equal(in_large_pages(tensor[:3]), tensor[:3])
 
 
-@pytest.mark.parametrize("make", [lambda model: laid_out(model, 2), quantized])
+@pytest.mark.parametrize("make", [lambda model: pack_weights(model, 2), quantize_int8])
 def test_the_model_itself_stays_as_it_is(make) -> None:
     ours = make_ours()
     before = {name: value.clone() for name, value in ours.state_dict().items()}
@@ -80,7 +80,7 @@ def test_the_model_itself_stays_as_it_is(make) -> None:
 def test_quantizing_warns_of_nothing() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert quantized(make_ours())(tokens()).logits.isfinite().all()
+        assert quantize_int8(make_ours())(tokens()).logits.isfinite().all()
 
 
 def perplexity(model: GPT2FlashForCausalLM, ids: Tensor) -> float:
@@ -107,7 +107,7 @@ def test_int8_costs_a_trained_model_a_percent_of_perplexity_at_most(corpus: Path
     model.eval()
     fp32 = perplexity(model, batch)
     assert fp32 < len(words) / 20
-    int8 = perplexity(quantized(model), batch)
+    int8 = perplexity(quantize_int8(model), batch)
     assert int8 == pytest.approx(fp32, rel=0.01)
     assert int8 != pytest.approx(fp32, rel=1e-6), "it is not fp32 in disguise"
 
@@ -115,5 +115,5 @@ def test_int8_costs_a_trained_model_a_percent_of_perplexity_at_most(corpus: Path
 def test_int8_opens_stock_checkpoints(small_model: Path) -> None:
     ours = GPT2FlashForCausalLM.from_pretrained(small_model).eval()
     expected = GPT2LMHeadModel.from_pretrained(small_model).eval()(tokens()).logits
-    found = quantized(ours)(tokens()).logits
+    found = quantize_int8(ours)(tokens()).logits
     assert (found - expected).norm() < 0.03 * expected.norm()

@@ -8,8 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 
 from tests.tiny_gpt2 import make_ours
+from train.checkpoints.loading import load_for_inference
 from train.export import __main__ as export
-from train.generate.inference import load_model
 from train.utils.errors import UserError
 
 IDS = torch.arange(1, 31)[None]
@@ -34,7 +34,7 @@ def test_transformers_own_gpt2_opens_it(finished: Path, tmp_path: Path, dtype: s
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert type(stock) is GPT2LMHeadModel
     assert (stock.dtype, stock.generation_config.eos_token_id) == (getattr(torch, dtype), 50256)
-    ours = load_model(finished, "float32", device="cpu").to(stock.dtype).float()
+    ours = load_for_inference(finished, "float32", device="cpu").to(stock.dtype).float()
     torch.testing.assert_close(logits(stock.float()), logits(ours), rtol=0, atol=1e-5)
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("Hello world").input_ids == [15496, 995]
 
@@ -82,7 +82,7 @@ def test_an_empty_folder_is_filled_and_any_other_refused(finished: Path, tmp_pat
 
 
 def test_what_a_dtype_cannot_hold_is_refused(finished: Path, tmp_path: Path) -> None:
-    ours = load_model(finished, "float32", device="cpu")
+    ours = load_for_inference(finished, "float32", device="cpu")
     with torch.no_grad():
         ours.transformer.wte.weight[0, 0] = 1e5
     ours.save_pretrained(tmp_path / "ours")
@@ -109,7 +109,7 @@ def test_onnx_runtime_computes_the_same(finished: Path, tmp_path: Path, capsys) 
     from train.export.onnx_graph import run
 
     export.main([str(finished), str(tmp_path / "out"), "--format", "onnx"])
-    ours = load_model(finished, "float32", device="cpu")
+    ours = load_for_inference(finished, "float32", device="cpu")
     for rows, length, padding in ((1, 1, 0), (1, 64, 0), (3, 17, 5)):
         ids = torch.randint(50257, (rows, length), generator=torch.Generator().manual_seed(0))
         mask = torch.ones_like(ids)

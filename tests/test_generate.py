@@ -8,17 +8,12 @@ from transformers import CompileConfig, GPT2Config, GPT2LMHeadModel
 
 from tests.conftest import SMALL, python
 from tests.tiny_gpt2 import TINY, make_ours, pad, tokens
+from train.checkpoints.loading import load_for_inference, load_tokenizer
 from train.generate.__main__ import SEPARATOR, main
-from train.generate.cpu_layers import laid_out
-from train.generate.inference import (
-    Decoding,
-    complete,
-    load_model,
-    load_tokenizer,
-    measure_latency,
-    measure_speed,
-    write,
-)
+from train.generate.cpu_layers import pack_weights
+from train.generate.decoding import Decoding
+from train.generate.latency import measure_latency, measure_speed
+from train.generate.texts import generate_text, generate_texts
 from train.metrics.summary import versions
 from train.utils.errors import UserError
 
@@ -53,7 +48,7 @@ def writer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def greedy(writer: Path) -> list[str]:
     """What stock GPT-2 writes after each of the prompts, alone."""
     stock = GPT2LMHeadModel.from_pretrained(writer).eval()
-    tokenizer = load_tokenizer(writer, stock)
+    tokenizer = load_tokenizer(writer, stock.config)
     texts = []
     for prompt in PROMPTS:
         inputs = tokenizer(prompt or tokenizer.eos_token, return_tensors="pt")
@@ -117,7 +112,7 @@ def test_without_a_cache_and_compiled_the_same_tokens_come(tmp_path: Path) -> No
     assert torch.equal(ours.generate(ids, attention_mask=mask, **static, **settings), expected)
     assert ours._compiled_call is not None
     for rows in (1, 3):
-        assert torch.equal(laid_out(ours, rows).generate(ids, attention_mask=mask, **settings), expected)
+        assert torch.equal(pack_weights(ours, rows).generate(ids, attention_mask=mask, **settings), expected)
 
 
 @pytest.mark.slow
@@ -151,6 +146,14 @@ def test_several_texts_for_each_prompt(writer: Path, capsys: pytest.CaptureFixtu
     assert printed(capsys, *words, "--batch_size", 2, "--temperature", 2, "--seed", 1) != again
 
 
+def test_top_p_of_almost_nothing_keeps_the_most_likely_token(
+    writer: Path, greedy: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--checkpoint", writer, "--max_new_tokens", 12, "--prompt", PROMPTS[1], "--temperature", 2, "--top_k", 0]
+    assert printed(capsys, *words, "--top_p", 1e-6) == greedy[1] + "\n"
+    assert printed(capsys, *words) == printed(capsys, *words, "--top_p", 1) != greedy[1] + "\n"
+
+
 def test_a_drawn_text_is_streamed_as_it_is_printed(writer: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--checkpoint", writer, "--max_new_tokens", 30, "--prompt", "def ", "x\ny", "--temperature", 1]
     assert printed(capsys, *words, "--stream") == printed(capsys, *words)
@@ -172,11 +175,11 @@ def test_a_stock_folder_without_a_tokenizer_works(small_model: Path, capsys: pyt
     assert printed(capsys, "--checkpoint", small_model, "--prompt", "def", "--max_new_tokens", 2).startswith("def")
 
 
-def test_complete_writes_one_prompt(writer: Path, greedy: list[str]) -> None:
-    model = load_model(writer)
-    tokenizer = load_tokenizer(writer, model)
-    assert complete(model, tokenizer, PROMPTS[1], 12, temperature=0) == [greedy[1]]
-    assert list(write(model, tokenizer, PROMPTS, GREEDY, batch_size=2)) == [[text] for text in greedy]
+def test_generate_text_continues_one_prompt(writer: Path, greedy: list[str]) -> None:
+    model = load_for_inference(writer)
+    tokenizer = load_tokenizer(writer, model.config)
+    assert generate_text(model, tokenizer, PROMPTS[1], GREEDY) == greedy[1]
+    assert list(generate_texts(model, tokenizer, PROMPTS, GREEDY, batch_size=2)) == [[text] for text in greedy]
 
 
 @pytest.mark.parametrize(
@@ -186,6 +189,7 @@ def test_complete_writes_one_prompt(writer: Path, greedy: list[str]) -> None:
         ("--checkpoint .", [".", "config.json"]),
         ("--max_new_tokens 0", ["--max_new_tokens 0", "at least 1"]),
         ("--temperature -1", ["--temperature", "at least 0"]),
+        ("--top_p 1.5", ["--top_p 1.5", "at most 1"]),
         ("--batch_size 0", ["--batch_size 0", "at least 1"]),
         ("--prompt a_b --max_new_tokens 64", ["64", "67", "61 or fewer"]),
         ("--prompt LONG --max_new_tokens 1", ["--max_new_tokens 1", "shorten the prompt"]),
@@ -233,20 +237,20 @@ def test_a_mistake_ends_with_exit_code_2(finished: Path, tmp_path: Path) -> None
 
 
 def test_latency_has_both_parts(small_model: Path) -> None:
-    latencies = measure_latency(load_model(small_model), torch.arange(8)[None], new_tokens=48)
+    latencies = measure_latency(load_for_inference(small_model), torch.arange(8)[None], new_tokens=48)
     assert (len(latencies.first_tokens), len(latencies.further_tokens)) == (3 + 20, 3 * 47)
-    assert min(latencies.first_tokens) <= latencies.median.first_token <= max(latencies.first_tokens)
-    assert min(latencies.further_tokens) <= latencies.median.per_token <= max(latencies.further_tokens)
+    assert min(latencies.first_tokens) <= latencies.median_first_token <= max(latencies.first_tokens)
+    assert min(latencies.further_tokens) <= latencies.median_per_token <= max(latencies.further_tokens)
     assert min(latencies.first_tokens + latencies.further_tokens) > 0
 
 
 def test_speed_is_coherent(small_model: Path) -> None:
     ids = torch.arange(16).view(2, 8)
-    speed = measure_speed(load_model(small_model), ids, Decoding(24))
+    speed = measure_speed(load_for_inference(small_model), ids, Decoding(24))
     assert speed.batch_size == 2
     seconds = 2 * 24 / speed.tokens_per_second
     assert 0 < speed.first_token_seconds < 1.5 * seconds, "medians of different rounds"
-    weights = 4 * load_model(small_model).num_parameters()
+    weights = 4 * load_for_inference(small_model).num_parameters()
     assert weights < speed.memory_bytes < 64e9
 
 
@@ -258,7 +262,7 @@ def test_the_benchmark_prints_a_row_for_each_batch_size(
 ) -> None:
     words = ["--checkpoint", finished, "--benchmark", "--batch_sizes", 1, 3, "--max_new_tokens", 4, *way.split()]
     table = [line for line in printed(capsys, *words).splitlines() if line.startswith("|")]
-    assert [row.split(" | ")[0] for row in table[2:]] == ["| 1", "| 3"]
+    assert [row.split("|")[1].strip() for row in table[2:]] == ["1", "3"]
     figures = json.loads(printed(capsys, *words, "--json"))
     assert [speed["batch_size"] for speed in figures["speeds"]] == [1, 3]
     assert all(value > 0 for speed in figures["speeds"] for value in speed.values())

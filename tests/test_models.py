@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
 from tests.conftest import losses, python
-from train.checkpoints.loading import own_tokenizer, place
+from train.checkpoints.loading import load_for_inference, own_tokenizer, pretrained_arguments
 from train.config.run_config import parse
 from train.data.token_file import gpt2_tokenizer, write_token_file
 from train.run.setup import Run, settle
@@ -66,10 +67,27 @@ def write_of(path: Path, says: dict[str, str]) -> str:
 
 
 def test_a_hub_id_may_be_pinned(tmp_path: Path) -> None:
-    assert place("owner/name") == {"pretrained_model_name_or_path": "owner/name"}
-    assert place("owner/name@1a2b") == {"pretrained_model_name_or_path": "owner/name", "revision": "1a2b"}
+    assert pretrained_arguments("owner/name") == {"pretrained_model_name_or_path": "owner/name"}
+    assert pretrained_arguments("owner/name@1a2b") == {
+        "pretrained_model_name_or_path": "owner/name",
+        "revision": "1a2b",
+    }
     (tmp_path / "a@b").mkdir()
-    assert place(f"{tmp_path}/a@b") == {"pretrained_model_name_or_path": f"{tmp_path}/a@b"}
+    assert pretrained_arguments(f"{tmp_path}/a@b") == {"pretrained_model_name_or_path": f"{tmp_path}/a@b"}
+
+
+def test_missing_weights_are_refused_and_foreign_ones_reported(
+    small_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(small_model, tmp_path / "model")
+    weights = load_file(small_model / "model.safetensors")
+    save_file(weights | {"score.weight": torch.ones(2)}, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    load_for_inference(tmp_path / "model")
+    assert capsys.readouterr().err.endswith("ignoring 1 tensors that GPT-2 does not have, score.weight first\n")
+    weights.pop("transformer.h.0.attn.c_attn.weight")
+    save_file(weights, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"^--checkpoint .*: 1 weights are missing, transformer\.h\.0\.attn\.c_attn"):
+        load_for_inference(tmp_path / "model")
 
 
 @pytest.mark.slow

@@ -15,9 +15,9 @@ import torch
 from tests.conftest import losses, python
 from tests.test_benchmark_train_step import STAND_IN
 from train.checkpoints import nanogpt
+from train.checkpoints.loading import load_for_inference
 from train.data.token_file import gpt2_vocab_and_merges
 from train.export import __main__ as export
-from train.generate.inference import load_model
 from train.utils.errors import UserError
 
 CHECKOUT = os.environ.get("NANOGPT")
@@ -61,7 +61,7 @@ def test_a_checkpoint_is_as_nanogpt_writes_it(exported: Path, finished: Path, st
     assert content["best_val_loss"] == min(record["val_loss"] for record in records if "val_loss" in record)
     assert (content["config"]["batch_size"], content["config"]["learning_rate"]) == (4, 1e-2)
     assert content["model"].keys() == model.state_dict().keys()
-    ours = load_model(finished, "float32", device="cpu")
+    ours = load_for_inference(finished, "float32", device="cpu")
     ours.config.activation_function = "gelu"
     for block in ours.transformer.h:
         block.mlp.act = torch.nn.GELU()  # exact, as nanoGPT has it
@@ -97,9 +97,9 @@ def test_there_and_back(exported: Path, finished: Path, tmp_path: Path, bias: bo
         content |= {"model": weights, "model_args": {**content["model_args"], "bias": False}}
     torch.save(content, file)
     export.main([str(file), str(tmp_path / "gpt2")])
-    again = load_model(tmp_path / "gpt2", "float32", device="cpu")
+    again = load_for_inference(tmp_path / "gpt2", "float32", device="cpu")
     assert again.config.activation_function == "gelu"
-    for name, parameter in load_model(finished, "float32", device="cpu").named_parameters():
+    for name, parameter in load_for_inference(finished, "float32", device="cpu").named_parameters():
         found = again.get_parameter(name)
         assert torch.equal(found, parameter if bias or "bias" not in name else torch.zeros_like(parameter)), name
 
@@ -143,11 +143,11 @@ def test_what_is_no_checkpoint_is_a_sentence(exported: Path, tmp_path: Path, dam
     if file.exists() and file.stat().st_mtime_ns == before:
         torch.save(content, file)
     with pytest.raises(UserError, match=says):
-        load_model(file, "float32", device="cpu")
+        load_for_inference(file, "float32", device="cpu")
 
 
 def test_what_nanogpt_would_compute_otherwise_is_refused(finished: Path) -> None:
-    config = load_model(finished, "float32", device="cpu").config
+    config = load_for_inference(finished, "float32", device="cpu").config
     nanogpt.check_writable(config)
     config.n_inner = 48
     with pytest.raises(UserError, match="n_inner=48"):
@@ -186,7 +186,7 @@ def test_a_real_checkout_resumes_and_samples(exported: Path, corpus: Path, tmp_p
         "iter 8", "iter 9", "iter 10", "iter 11",
     ]  # fmt: skip
     assert torch.load(place / "out" / "ckpt.pt", weights_only=False)["iter_num"] == 10
-    assert load_model(place / "out" / "ckpt.pt", "float32", device="cpu").config.n_positions == 64
+    assert load_for_inference(place / "out" / "ckpt.pt", "float32", device="cpu").config.n_positions == 64
 
     vocab, merges = gpt2_vocab_and_merges()  # where tiktoken would put what it downloads
     address = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"

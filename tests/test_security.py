@@ -12,9 +12,8 @@ from transformers import AutoConfig, GPT2LMHeadModel
 from tests.conftest import ROOT
 from train.checkpoints import nanogpt
 from train.checkpoints import step_folder as checkpoint
-from train.checkpoints.loading import build_model, model_config, own_tokenizer
+from train.checkpoints.loading import load_for_inference, load_model, model_config, own_tokenizer
 from train.config.run_config import read_yaml
-from train.generate.inference import load_model
 from train.utils.errors import UserError
 
 SOURCES = sorted(
@@ -103,9 +102,9 @@ def test_a_pickle_is_not_run(model_folder: Path, tmp_path: Path) -> None:
     (model_folder / "model.safetensors").unlink()
     torch.save(bomb, model_folder / "pytorch_model.bin")
     with pytest.raises(UserError, match="cannot be read"):
-        build_model(str(model_folder), model_config(str(model_folder), **CONFIG), "eager")
-    with pytest.raises(UserError, match="cannot be loaded"):
-        load_model(model_folder)
+        load_model(str(model_folder), model_config(str(model_folder), **CONFIG))
+    with pytest.raises(UserError, match="cannot be read"):
+        load_for_inference(model_folder)
     assert not (tmp_path / "run").exists()
     torch.load(tmp_path / "ckpt.pt", weights_only=False)
     assert (tmp_path / "run").exists(), "it does go off where it is run"
@@ -127,8 +126,8 @@ def test_code_beside_the_weights_is_not_run(
     fields |= {"auto_map": {"AutoTokenizer": ["theirs.Theirs", "theirs.Theirs"]}, "tokenizer_class": "Theirs"}
     replaced(model_folder / "tokenizer_config.json", json.dumps(fields))
     config = model_config(str(model_folder), **CONFIG)
-    build_model(str(model_folder), config, "eager")
-    load_model(model_folder)
+    load_model(str(model_folder), config)
+    load_for_inference(model_folder)
     assert own_tokenizer(str(model_folder), 64) is not None
     assert not (tmp_path / "run").exists()
     with pytest.raises(AttributeError):
@@ -145,9 +144,9 @@ def test_an_index_names_weights_beside_it(model_folder: Path, small_model: Path,
     index = {"metadata": {}, "weight_map": weights}
     replaced(model_folder / "model.safetensors.index.json", json.dumps(index))
     with pytest.raises(UserError, match="is not a file beside it"):
-        build_model(str(model_folder), model_config(str(model_folder), **CONFIG), "eager")
+        load_model(str(model_folder), model_config(str(model_folder), **CONFIG))
     with pytest.raises(UserError, match="is not a file beside it"):
-        load_model(model_folder)
+        load_for_inference(model_folder)
 
 
 @pytest.mark.parametrize("name", ["../elsewhere/step-8", "/elsewhere/step-8", ".", "step-8/..", "step-x"])

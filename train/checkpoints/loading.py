@@ -1,6 +1,7 @@
-"""The model a run trains: a named size freshly initialised, or the weights of a folder, a Hub id or nanoGPT's file."""
+"""Models and tokenizers by name: a size, a model folder, a Hub id, or nanoGPT's `ckpt.pt`."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from modeling_gpt2flash import GPT2FlashConfig, GPT2FlashForCausalLM
 from train.checkpoints import nanogpt
 from train.data.token_file import VOCABULARY_SIZE, gpt2_tokenizer
+from train.utils import processes
+from train.utils.devices import device_type
 from train.utils.errors import UserError, first_line
 
 # Layers, heads, width, standard deviation of the initial weights; 1024 positions. The first four are OpenAI's (Radford
@@ -27,39 +30,66 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
 
 
 def model_config(name: str, *, dropout: float, loss_chunk_size: int) -> GPT2FlashConfig:
-    """Configuration of a named size, or of the weights that `name` names, with the run's dropout and loss.
+    """Configuration of the model called `name`, with the run's dropout and loss.
 
     Raises:
-        UserError: when `name` is neither a size nor a readable model.
+        UserError: if `name` is neither a size nor a model that can be read.
     """
-    run: dict[str, Any] = {
-        "embd_pdrop": dropout,
-        "attn_pdrop": dropout,
-        "resid_pdrop": dropout,
-        "loss_chunk_size": loss_chunk_size,
-        "use_cache": True,
-    }
+    return load_config(
+        name,
+        embd_pdrop=dropout,
+        attn_pdrop=dropout,
+        resid_pdrop=dropout,
+        loss_chunk_size=loss_chunk_size,
+        use_cache=True,
+    )
+
+
+def load_config(name: str, *, flag: str = "--model", **overrides: Any) -> GPT2FlashConfig:
+    """Configuration of the model called `name`, with `overrides` of its fields. `flag` is for error messages.
+
+    Raises:
+        UserError: if `name` is neither a size nor a model that can be read.
+    """
     if name in SIZES:
         n_layer, n_head, n_embd, deviation = SIZES[name]
-        return GPT2FlashConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd, initializer_range=deviation, **run)
+        return GPT2FlashConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd, initializer_range=deviation, **overrides)
     if nanogpt.is_named(name):
-        return nanogpt.read_config(Path(name), **run)
+        return nanogpt.read_config(Path(name), **overrides)
     if "/" not in name and not Path(name).exists():
         raise UserError(
-            f"--model {name}: choose from {', '.join(SIZES)}, or name a model folder, an owner/name Hub id or "
+            f"{flag} {name}: choose from {', '.join(SIZES)}, or name a model folder, an owner/name Hub id or "
             "nanoGPT's ckpt.pt"
         )
     try:
-        return GPT2FlashConfig.from_pretrained(**place(name), **run)
+        return GPT2FlashConfig.from_pretrained(**pretrained_arguments(name), **overrides)
     except Exception as error:  # a foreign or damaged folder fails in many ways
-        raise UserError(f"--model {name}: not a GPT-2 model that can be read: {first_line(error)}") from None
+        raise UserError(f"{flag} {name}: not a GPT-2 model that can be read: {first_line(error)}") from None
 
 
-def build_model(name: str, config: GPT2FlashConfig, attn_implementation: str) -> GPT2FlashForCausalLM:
-    """The model in fp32, its weights drawn from the global seed or read from what `name` names."""
+def load_model(
+    name: str,
+    config: GPT2FlashConfig,
+    *,
+    attn_implementation: str = "sdpa",
+    dtype: str = "float32",
+    flag: str = "--model",
+) -> GPT2FlashForCausalLM:
+    """Model called `name` with this configuration: weights drawn from the global seed for a size, otherwise loaded.
+
+    Args:
+        name: a size, a model folder, a Hub id or nanoGPT's `ckpt.pt`.
+        config: as `load_config` or `model_config` returns it for `name`.
+        attn_implementation: the attention kernel.
+        dtype: of loaded weights; "auto" keeps the dtype of the file.
+        flag: the flag that named the model, for messages.
+
+    Raises:
+        UserError: if the weights cannot be read, or if some are missing.
+    """
     if name in SIZES:
         return GPT2FlashForCausalLM._from_config(config, attn_implementation=attn_implementation)
-    source: dict[str, Any] = place(name)
+    source = pretrained_arguments(name)
     if nanogpt.is_named(name):
         source = {"pretrained_model_name_or_path": None, "state_dict": nanogpt.read_weights(Path(name), config)}
     check_shards(Path(name))
@@ -68,22 +98,49 @@ def build_model(name: str, config: GPT2FlashConfig, attn_implementation: str) ->
             **source,
             config=config,
             attn_implementation=attn_implementation,
-            dtype="float32",
+            dtype=dtype,
             output_loading_info=True,
         )
-    except Exception as error:  # as above
-        raise UserError(f"--model {name}: its weights cannot be read: {first_line(error)}") from None
+    except Exception as error:  # a foreign or damaged folder fails in many ways
+        raise UserError(f"{flag} {name}: its weights cannot be read: {first_line(error)}") from None
     model, report = loaded
-    if report["missing_keys"]:
-        missing = sorted(report["missing_keys"])
-        raise UserError(f"--model {name}: {len(missing)} weights are missing, {missing[0]} first; is it a GPT-2?")
+    missing, unexpected = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
+    if missing:
+        raise UserError(f"{flag} {name}: {len(missing)} weights are missing, {missing[0]} first; is it a GPT-2?")
+    if unexpected and processes.rank() == 0:
+        print(f"{flag} {name}: ignoring {len(unexpected)} tensors that GPT-2 does not have, {unexpected[0]} first",
+              file=sys.stderr)  # fmt: skip
     return model
 
 
-def check_shards(folder: Path) -> None:
-    """Refuse an index that names weights outside of its folder: transformers would go and read them.
+def load_for_inference(
+    path: str | Path, dtype: str = "auto", *, device: str | None = None, flag: str = "--checkpoint"
+) -> Any:
+    """Model of a folder or of nanoGPT's `ckpt.pt` on a device, in evaluation mode.
 
-    In a repository of the Hub its own client refuses such names.
+    Args:
+        path: a run folder, a step folder in it, any other GPT-2 folder, or the file.
+        dtype: of the weights; "auto" keeps the dtype of the file.
+        device: None for this machine's accelerator if there is one.
+        flag: the flag that named the path, for messages.
+
+    Raises:
+        UserError: if there is no such folder, or it holds no GPT-2.
+    """
+    if not nanogpt.is_named(path):
+        if not Path(path).is_dir():
+            raise UserError(f"{flag} {path}: there is no such folder")
+        if not (Path(path) / "config.json").exists():
+            raise UserError(f"{flag} {path}: has no config.json; name a step-N folder or a finished run's folder")
+    name = str(path)
+    model: Any = load_model(name, load_config(name, flag=flag), dtype=dtype, flag=flag)
+    return model.to(device or device_type()).eval()
+
+
+def check_shards(folder: Path) -> None:
+    """Refuse an index that names weights outside of its folder: transformers would read them.
+
+    For a repository of the Hub, huggingface_hub refuses such names itself.
 
     Raises:
         UserError: naming the index and the file.
@@ -93,16 +150,21 @@ def check_shards(folder: Path) -> None:
             shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
             outside = [shard for shard in shards if Path(shard).name != shard]
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
-            continue  # transformers says what is wrong with it
+            continue  # transformers reports what is wrong with it
         if outside:
             raise UserError(f"{index}: names {outside[0]}, which is not a file beside it; there is no such model")
 
 
-def own_tokenizer(name: str, n_positions: int) -> PreTrainedTokenizerBase | None:
-    """The tokenizer that a folder or Hub id brings with it, able to pad; None where there is none.
+def load_tokenizer(name: str | Path, config: GPT2FlashConfig, *, flag: str = "--model") -> Any:
+    """The model's own tokenizer, otherwise GPT-2's if the model has its vocabulary, otherwise None."""
+    return own_tokenizer(str(name), config.n_positions, flag=flag) or default_tokenizer(config)
+
+
+def own_tokenizer(name: str, n_positions: int, *, flag: str = "--model") -> PreTrainedTokenizerBase | None:
+    """The tokenizer in a model folder or Hub repository, with a padding token; None if it has none.
 
     Raises:
-        UserError: when it cannot be read.
+        UserError: if it cannot be read.
     """
     if name in SIZES or nanogpt.is_named(name):
         return None
@@ -110,16 +172,16 @@ def own_tokenizer(name: str, n_positions: int) -> PreTrainedTokenizerBase | None
     if folder.is_dir() and not any((folder / file).exists() for file in TOKENIZER_FILES):
         return None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(**place(name), trust_remote_code=False)
-    except Exception as error:  # as above
-        raise UserError(f"{name}: its tokenizer cannot be read: {first_line(error)}") from None
-    if len(tokenizer) < 2:  # what transformers makes up for a repository without one
+        tokenizer = AutoTokenizer.from_pretrained(**pretrained_arguments(name), trust_remote_code=False)
+    except Exception as error:  # a foreign or damaged folder fails in many ways
+        raise UserError(f"{flag} {name}: its tokenizer cannot be read: {first_line(error)}") from None
+    if len(tokenizer) < 2:  # what transformers returns for a repository without one
         return None
     templates = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
     for template in templates:
         if Path(template).name != template:  # each is saved under its name
             raise UserError(
-                f"{name}: its tokenizer has a chat template named {template!r}, which is no name of a file"
+                f"{flag} {name}: its tokenizer has a chat template named {template!r}, which is not a file name"
             )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -127,8 +189,8 @@ def own_tokenizer(name: str, n_positions: int) -> PreTrainedTokenizerBase | None
     return tokenizer
 
 
-def gpt2s_tokenizer(config: GPT2FlashConfig) -> PreTrainedTokenizerBase | None:
-    """GPT-2's tokenizer, where the model has its vocabulary."""
+def default_tokenizer(config: GPT2FlashConfig) -> PreTrainedTokenizerBase | None:
+    """GPT-2's tokenizer, if the model has its vocabulary."""
     return gpt2_tokenizer(model_max_length=config.n_positions) if config.vocab_size >= VOCABULARY_SIZE else None
 
 
@@ -136,8 +198,8 @@ def default_learning_rate(name: str) -> float:
     return FRESH_LEARNING_RATE if name in SIZES else TUNING_LEARNING_RATE
 
 
-def place(name: str) -> dict[str, Any]:
-    """Where transformers finds `name`, a folder or a Hub id, which may be pinned as owner/name@revision."""
+def pretrained_arguments(name: str) -> dict[str, Any]:
+    """Arguments of `from_pretrained` for a folder or a Hub id, which may be pinned as owner/name@revision."""
     if Path(name).exists() or "@" not in name:
         return {"pretrained_model_name_or_path": name}
     name, _, revision = name.partition("@")

@@ -63,9 +63,9 @@ def main(argv: list[str] | None = None) -> None:
     from train.utils.third_party_warnings import silence_third_party_warnings
 
     silence_third_party_warnings()
-    from train.generate.inference import load_model
+    from train.checkpoints.loading import load_for_inference
 
-    model = load_model(args.checkpoint, "float32", device="cpu", flag="CKPT")
+    model = load_for_inference(args.checkpoint, "float32", device="cpu", flag="CKPT")
     rounded = _rounded(model, args.dtype)
     temporary = args.out.with_name(f".{args.out.name}.{os.getpid()}.tmp")
     temporary.mkdir(parents=True)
@@ -124,9 +124,9 @@ def checked(written: "torch.Tensor", reference: "torch.Tensor") -> str:
 
 def write_tokenizer(checkpoint: str, folder: Path, model: Any) -> str:
     """Write the checkpoint's tokenizer, else GPT-2's; what there is to say of it."""
-    from train.checkpoints.loading import gpt2s_tokenizer, own_tokenizer
+    from train.checkpoints.loading import load_tokenizer
 
-    tokenizer = own_tokenizer(checkpoint, model.config.n_positions) or gpt2s_tokenizer(model.config)
+    tokenizer = load_tokenizer(checkpoint, model.config, flag="CKPT")
     if tokenizer is None:
         return (
             f"no tokenizer: there is none beside the model, and its {model.config.vocab_size} tokens are not GPT-2's"
@@ -172,9 +172,8 @@ def write_nanogpt(checkpoint: str, folder: Path, model: Any, dtype: str) -> list
 
     from train.checkpoints import nanogpt
     from train.checkpoints import step_folder as checkpoints
-    from train.checkpoints.loading import TUNING_LEARNING_RATE
+    from train.checkpoints.loading import TUNING_LEARNING_RATE, load_for_inference
     from train.config.run_config import RunConfig
-    from train.generate.inference import load_model
 
     nanogpt.check_writable(model.config)
     trained = training_of(checkpoint)
@@ -188,7 +187,7 @@ def write_nanogpt(checkpoint: str, folder: Path, model: Any, dtype: str) -> list
     weights = {name: parameter.to(getattr(torch, dtype)) for name, parameter in model.named_parameters()}
     file = folder / "ckpt.pt"
     nanogpt.write(file, model.config, weights, moments, step=step, best_val_loss=best, settings=settings)
-    theirs, expected = load_model(file, "float32", device="cpu"), logits_of(model)
+    theirs, expected = load_for_inference(file, "float32", device="cpu"), logits_of(model)
     exact = logits_of(theirs)
     for block in theirs.transformer.h:
         block.mlp.act = model.transformer.h[0].mlp.act

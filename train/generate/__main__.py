@@ -1,122 +1,121 @@
-"""Write text with a trained model: `python -m train.generate --checkpoint checkpoint/optimized --prompt "def "`."""
+"""Generate text with a trained model: `python -m train.generate --checkpoint checkpoint/optimized --prompt "def "`."""
 
 import argparse
 import dataclasses
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from train.generate.decoding import Decoding, add_flags, from_flags
+from train.utils.arguments import ArgumentParser
 from train.utils.command import run_command
 from train.utils.compilers import check_cpp_compiler
 from train.utils.errors import UserError
 
-if TYPE_CHECKING:
-    from train.generate.inference import Decoding
-
-BENCHMARK_PROMPT = 32  # tokens before the ones that --benchmark times
+BENCHMARK_PROMPT_TOKENS = 32
+BENCHMARK_BATCH_SIZES = (1, 8, 32)
 SEPARATOR = "-" * 80
 EXAMPLES = """examples:
-  one text, the likeliest at each step, on the screen as it is written
+  one text, the most likely token at each step, on the screen as it is generated
     python -m train.generate --checkpoint checkpoint/optimized --prompt "def " --temperature 0 --stream
   three texts for each line of a file, eight lines at a time, a JSON object a line
     python -m train.generate --checkpoint checkpoint/optimized --prompt_file prompts.txt --batch_size 8 \\
         --num_return_sequences 3 --json
   int8 on a CPU: several times as fast, at a small loss
     python -m train.generate --checkpoint checkpoint/optimized --prompt "def " --quantize int8
-  a smaller model proposes, the larger one decides: its own text, sooner
+  assisted generation: a smaller model proposes tokens and the larger one decides, for the same text in less time
     python -m train.generate --checkpoint large --assistant small --prompt "def "
   time to first token, tokens/s and memory at batch 1, 8 and 32
     python -m train.generate --checkpoint checkpoint/optimized --benchmark
 """
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+def build_parser() -> argparse.ArgumentParser:
+    parser = ArgumentParser(
         prog="python -m train.generate",
-        description="Write text with a trained model.",
+        description="Generate text with a trained model.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
-    add = parser.add_argument_group("what to write").add_argument
+    group = parser.add_argument_group("generation")
+    add = group.add_argument
     add("--checkpoint", required=True, help="a run folder, a step-N folder in it, or any GPT-2 folder")
     add(
         "--prompt",
         nargs="+",
         action="extend",
         metavar="TEXT",
-        help="texts to go on from; an empty one, or none at all: from the start of a document",
+        help="texts to continue; an empty one, or none at all: from the start of a document",
     )
     add("--prompt_file", metavar="FILE", help="a file with a prompt on each line that is not empty")
-    add("--max_new_tokens", type=int, default=100, help="tokens to write after each prompt (%(default)s)")
-    add("--num_return_sequences", type=int, default=1, help="texts to write for each prompt (%(default)s)")
-    add("--temperature", type=float, default=0.8, help="0 takes the likeliest token each time (%(default)s)")
-    add("--top_k", type=int, default=50, help="draw from so many of the likeliest tokens; 0: from all (%(default)s)")
-    add("--seed", type=int, default=0, help="of the drawing: the same command draws the same texts (%(default)s)")
-    add = parser.add_argument_group("how to show it").add_argument
-    add("--stream", action="store_true", help="show a text while it is written; one at a time")
+    add_flags(group)
+    add("--seed", type=int, default=0, help="of the sampling: the same command generates the same texts (%(default)s)")
+    add = parser.add_argument_group("output").add_argument
+    add("--stream", action="store_true", help="print a text while it is generated; one at a time")
     add("--json", action="store_true", help="a JSON object a line: prompt and text, or the figures of --benchmark")
-    add = parser.add_argument_group("how to be quick").add_argument
-    add("--batch_size", type=int, default=1, help="prompts to go on from at the same time (%(default)s)")
+    add = parser.add_argument_group("speed").add_argument
+    add("--batch_size", type=int, default=1, help="prompts to continue at the same time (%(default)s)")
     add(
         "--cache",
         choices=["dynamic", "static"],
-        help="keys and values that grow, or in a place of fixed size (static with --compile, else dynamic)",
+        help="a cache of keys and values that grows, or one of fixed size (static with --compile, otherwise dynamic)",
     )
-    add("--compile", action="store_true", help="compile the step of a static cache: pays after minutes of writing")
-    add("--quantize", choices=["int8"], help="multiply in int8, on the CPU: faster and a little less exact")
+    add("--compile", action="store_true", help="compile the step of a static cache: pays off after minutes of text")
+    add("--quantize", choices=["int8"], help="multiply in int8, on the CPU: faster and slightly less exact")
     add(
         "--assistant",
         metavar="CHECKPOINT",
-        help="a smaller model whose proposals the model accepts or corrects, several tokens at once",
+        help="a smaller model that proposes several tokens at once, which the model accepts or corrects",
     )
-    add = parser.add_argument_group("how quick it is").add_argument
+    add = parser.add_argument_group("benchmark").add_argument
     add(
         "--benchmark",
         action="store_true",
-        help=f"time the model after {BENCHMARK_PROMPT} random tokens instead of writing",
+        help=f"time the model after {BENCHMARK_PROMPT_TOKENS} random tokens instead of printing text",
     )
-    add("--batch_sizes", type=int, nargs="+", metavar="N", help="sequences at a time for --benchmark (1 8 32)")
-    return parser.parse_args(argv)
+    sizes = " ".join(map(str, BENCHMARK_BATCH_SIZES))
+    add("--batch_sizes", type=int, nargs="+", metavar="N", help=f"batch sizes for --benchmark ({sizes})")
+    return parser
 
 
-def refuse_impossible(args: argparse.Namespace) -> None:
-    """Raise a UserError for what no model could do, before one is loaded."""
-    for key, least in (("max_new_tokens", 1), ("num_return_sequences", 1), ("batch_size", 1), ("top_k", 0),
-                       ("temperature", 0)):  # fmt: skip
-        if getattr(args, key) < least:
-            raise UserError(f"--{key} {getattr(args, key)}: must be at least {least}")
+def check_flags(args: argparse.Namespace) -> None:
+    """Refuse combinations that no model supports, before one is loaded.
+
+    Raises:
+        UserError: naming the flags.
+    """
+    if args.batch_size < 1:
+        raise UserError(f"--batch_size {args.batch_size}: must be at least 1")
     if args.num_return_sequences > 1 and args.temperature == 0:
         raise UserError(
-            f"--num_return_sequences {args.num_return_sequences}: at --temperature 0 all would be the same; "
+            f"--num_return_sequences {args.num_return_sequences}: at --temperature 0 all texts would be the same; "
             "raise the temperature, or ask for one"
         )
-    at_once = args.batch_size > 1 or args.num_return_sequences > 1
+    several = args.batch_size > 1 or args.num_return_sequences > 1
     for key in ("stream", "assistant"):
-        if getattr(args, key) and at_once:
+        if getattr(args, key) and several:
             raise UserError(
                 f"--{key}: works on one sequence at a time; leave --batch_size and --num_return_sequences at 1"
             )
     if args.stream and args.json:
-        raise UserError("--stream: --json prints whole texts; drop one of the two")
+        raise UserError("--stream: --json prints complete texts; drop one of the two")
     if args.compile and args.cache == "dynamic":
-        raise UserError("--cache dynamic: --compile needs a cache of one shape; take --cache static, or leave it out")
+        raise UserError("--cache dynamic: --compile needs a cache of fixed size; use --cache static, or drop --cache")
     if args.assistant and (args.cache == "static" or args.compile):
-        raise UserError("--assistant: takes back keys and values of rejected tokens, which a static cache cannot; "
-                        "leave --cache static and --compile out")  # fmt: skip
+        raise UserError("--assistant: removes the keys and values of rejected tokens, which a static cache cannot; "
+                        "drop --cache static and --compile")  # fmt: skip
     if args.quantize and args.compile:
         raise UserError("--quantize int8: its kernels cannot be compiled; drop --compile")
     if args.compile:
         check_cpp_compiler("--compile")
     if not args.benchmark and args.batch_sizes:
-        raise UserError("--batch_sizes: belongs to --benchmark; add it, or say --batch_size")
+        raise UserError("--batch_sizes: belongs to --benchmark; add it, or use --batch_size")
     if args.benchmark:
         for key in ("prompt", "prompt_file", "stream", "assistant"):
             if getattr(args, key):
-                raise UserError(f"--{key}: --benchmark writes nothing to read; drop one of the two")
-        if at_once:
-            raise UserError("--benchmark: its sequences are counted by --batch_sizes; "
+                raise UserError(f"--{key}: --benchmark prints no text; drop one of the two")
+        if several:
+            raise UserError("--benchmark: takes its batch sizes from --batch_sizes; "
                             "drop --batch_size and --num_return_sequences")  # fmt: skip
         if min(args.batch_sizes or [1]) < 1:
             raise UserError(f"--batch_sizes {min(args.batch_sizes)}: must be at least 1")
@@ -128,7 +127,7 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     """All prompts, those of the command line first; one empty prompt if there are none.
 
     Raises:
-        UserError: when the file cannot be read or has none.
+        UserError: if the file cannot be read or has no prompts.
     """
     prompts = list(args.prompt or [])
     if args.prompt_file is not None:
@@ -146,65 +145,62 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     return prompts or [""]
 
 
-def check_room(name: str, n_positions: int, prompt: int, new: int) -> None:
-    """Raise a UserError if `prompt` and `new` tokens are more than the model called `name` has positions for."""
+def check_positions(name: str, n_positions: int, prompt: int, new: int) -> None:
+    """Raise a `UserError` if `prompt` and `new` tokens exceed the positions of the model called `name`."""
     over = prompt + new - n_positions
     if over <= 0:
         return
     remedy = f"ask for {new - over} or fewer" if over < new else "shorten the prompt"
     raise UserError(
-        f"--max_new_tokens {new}: the longest prompt and the new tokens make {prompt + new}, {name} has {n_positions} "
-        f"positions; {remedy}"
+        f"--max_new_tokens {new}: the longest prompt and the new tokens are {prompt + new} tokens, {name} has "
+        f"{n_positions} positions; {remedy}"
     )
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse(argv)
-    refuse_impossible(args)
+    args = build_parser().parse_args(argv)
+    static = args.compile or args.cache == "static"
+    decoding = from_flags(args, static_cache=static, compiled=args.compile)
+    check_flags(args)
     # Read by torch at its first tensor. In pages of 2 MB a CPU reads the weights a fifth faster.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     from train.utils.third_party_warnings import silence_third_party_warnings
 
     silence_third_party_warnings()
-    from train.generate.inference import Decoding
-
-    static = args.compile or args.cache == "static"
-    decoding = Decoding(
-        args.max_new_tokens,
-        args.temperature,
-        args.top_k,
-        args.num_return_sequences,
-        static_cache=static,
-        compiled=args.compile,
-    )
-    (benchmark if args.benchmark else write_prompts)(args, decoding)
+    (benchmark if args.benchmark else print_texts)(args, decoding)
 
 
-def write_prompts(args: argparse.Namespace, decoding: "Decoding") -> None:
-    """The texts of all prompts to stdout, each batch as soon as it is there."""
+def print_texts(args: argparse.Namespace, decoding: Decoding) -> None:
+    """Print the texts of all prompts, each batch as soon as it is generated."""
     from transformers import TextStreamer
 
-    from train.generate.inference import load_model, load_tokenizer, prompt_ids, write
+    from train.checkpoints.loading import load_for_inference, load_tokenizer
+    from train.generate.texts import encode_prompt, generate_texts
 
     prompts = read_prompts(args)
-    model = load_model(args.checkpoint, **_precision(args))
-    tokenizer = load_tokenizer(args.checkpoint, model)
-    longest = max(len(prompt_ids(tokenizer, prompt)) for prompt in prompts)
-    check_room("the model", model.config.n_positions, longest, args.max_new_tokens)
+    model = load_for_inference(args.checkpoint, **_loading_arguments(args))
+    tokenizer = load_tokenizer(args.checkpoint, model.config, flag="--checkpoint")
+    if tokenizer is None:
+        raise UserError(
+            f"--checkpoint {args.checkpoint}: has no tokenizer, and its {model.config.vocab_size} tokens are not "
+            "GPT-2's; save one into it"
+        )
+    longest = max(len(encode_prompt(tokenizer, prompt)) for prompt in prompts)
+    check_positions("the model", model.config.n_positions, longest, args.max_new_tokens)
     assistant = None
     if args.assistant is not None:
-        assistant = load_model(args.assistant, **_precision(args), flag="--assistant")
+        assistant = load_for_inference(args.assistant, **_loading_arguments(args), flag="--assistant")
         if assistant.config.vocab_size != model.config.vocab_size:
             raise UserError(
                 f"--assistant {args.assistant}: has {assistant.config.vocab_size} tokens, the model "
                 f"{model.config.vocab_size}; the two need the same vocabulary"
             )
-        check_room("the assistant", assistant.config.n_positions, longest, args.max_new_tokens)
-        assistant = ready(assistant, args, rows=1)
+        check_positions("the assistant", assistant.config.n_positions, longest, args.max_new_tokens)
+        assistant = optimize(assistant, args, rows=1)
 
-    model = ready(model, args, rows=min(args.batch_size, len(prompts)) * args.num_return_sequences)
+    model = optimize(model, args, rows=min(args.batch_size, len(prompts)) * args.num_return_sequences)
     streamer: Any = TextStreamer(tokenizer, skip_special_tokens=True) if args.stream else None
-    texts = write(
+    texts = generate_texts(
         model,
         tokenizer,
         prompts,
@@ -224,28 +220,30 @@ def write_prompts(args: argparse.Namespace, decoding: "Decoding") -> None:
                 print(f"{SEPARATOR}\n{text}" if number + copy > 0 else text, flush=True)
 
 
-def benchmark(args: argparse.Namespace, decoding: "Decoding") -> None:
-    """Time to first token, tokens/s and memory of each batch size, as a table or, with --json, as an object."""
+def benchmark(args: argparse.Namespace, decoding: Decoding) -> None:
+    """Print time to first token, tokens/s and memory of each batch size, as a table or, with --json, as an object."""
     import torch
 
-    from train.generate.inference import load_model, measure_speed
+    from train.checkpoints.loading import load_for_inference
+    from train.generate.latency import measure_speed
     from train.metrics.summary import hardware, versions
     from train.utils.devices import device_name
+    from train.utils.tables import markdown_table
 
     speeds = []
-    for batch_size in args.batch_sizes or [1, 8, 32]:
-        model = load_model(args.checkpoint, **_precision(args))  # anew, so that the memory is of one copy
-        check_room("the model", model.config.n_positions, BENCHMARK_PROMPT, args.max_new_tokens)
+    for batch_size in args.batch_sizes or BENCHMARK_BATCH_SIZES:
+        model = load_for_inference(args.checkpoint, **_loading_arguments(args))  # again, so that only one is in memory
+        check_positions("the model", model.config.n_positions, BENCHMARK_PROMPT_TOKENS, args.max_new_tokens)
         parameters = model.num_parameters()
-        model = ready(model, args, rows=batch_size)
+        model = optimize(model, args, rows=batch_size)
         torch.manual_seed(args.seed)
-        ids = torch.randint(model.config.vocab_size, (batch_size, BENCHMARK_PROMPT)).to(model.device)
+        ids = torch.randint(model.config.vocab_size, (batch_size, BENCHMARK_PROMPT_TOKENS)).to(model.device)
         speeds.append(measure_speed(model, ids, decoding))
     machine, libraries = hardware(), versions()
     if args.json:
         print(json.dumps({
             "parameters": parameters,
-            "prompt_tokens": BENCHMARK_PROMPT,
+            "prompt_tokens": BENCHMARK_PROMPT_TOKENS,
             "new_tokens": args.max_new_tokens,
             "speeds": [dataclasses.asdict(speed) for speed in speeds],
             "hardware": machine,
@@ -256,30 +254,36 @@ def benchmark(args: argparse.Namespace, decoding: "Decoding") -> None:
     device = cpu if model.device.type == "cpu" else device_name(model.device)
     precision = args.quantize or str(model.dtype).removeprefix("torch.")
     print(
-        f"{parameters / 1e6:.1f}M parameters, {precision}, {BENCHMARK_PROMPT} tokens of prompt, "
+        f"{parameters / 1e6:.1f}M parameters, {precision}, {BENCHMARK_PROMPT_TOKENS} tokens of prompt, "
         f"{args.max_new_tokens} new; {device}, torch {libraries['torch']}, transformers {libraries['transformers']}\n"
-        "\n| batch | time to first token (ms) | tokens/s | memory (MB) |\n| ---: | ---: | ---: | ---: |"
     )
-    for speed in speeds:
-        print(f"| {speed.batch_size} | {1e3 * speed.first_token_seconds:.1f} | {speed.tokens_per_second:.1f} "
-              f"| {speed.memory_bytes / 1e6:.0f} |")  # fmt: skip
+    header = ["batch", "time to first token (ms)", "tokens/s", "memory (MB)"]
+    print(markdown_table(header, [
+        [
+            str(speed.batch_size),
+            f"{1e3 * speed.first_token_seconds:.1f}",
+            f"{speed.tokens_per_second:.1f}",
+            f"{speed.memory_bytes / 1e6:.0f}",
+        ]
+        for speed in speeds
+    ]))  # fmt: skip
 
 
-def _precision(args: argparse.Namespace) -> dict[str, Any]:
-    """As the folder has it, or for int8 what that is made from."""
+def _loading_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """The folder's dtype on this machine's accelerator; int8 is made from fp32 on the CPU."""
     return {"dtype": "float32", "device": "cpu"} if args.quantize else {}
 
 
-def ready(model: Any, args: argparse.Namespace, rows: int) -> Any:
-    """The model in the form in which it writes `rows` sequences soonest, of those that the flags allow."""
+def optimize(model: Any, args: argparse.Namespace, rows: int) -> Any:
+    """The model in the form that generates `rows` sequences fastest, within what the flags allow."""
     import torch
 
-    from train.generate.cpu_layers import laid_out, quantized
+    from train.generate.cpu_layers import pack_weights, quantize_int8
 
     if args.quantize:
-        return quantized(model)
+        return quantize_int8(model)
     if model.device.type == "cpu" and model.dtype == torch.float32 and not args.compile:
-        return laid_out(model, rows)
+        return pack_weights(model, rows)
     return model
 
 

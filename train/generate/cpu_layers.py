@@ -1,10 +1,10 @@
-"""A copy of a GPT-2 for writing text on a CPU: the same weights, in layouts that CPUs multiply quickly.
+"""A copy of a GPT-2 for text generation on a CPU: the same weights, in layouts that CPUs multiply fast.
 
-At a handful of rows a matrix product is bound by the reading of its weights, and how they lie in memory decides how
-well cores read them. The weights of a checkpoint stay as they are; here each Conv1D and the head give way, in a copy
-of the model, to a module that holds the same numbers in oneDNN's blocks, or in int8.
+With a handful of rows a matmul is limited by reading its weights, and their memory layout decides how fast the cores
+read them. The model itself is not changed: in a copy of it, each Conv1D and the head are replaced by a module that
+holds the same weights packed for oneDNN, or in int8.
 
-Shapes: B batch, T positions, I numbers in, O numbers out.
+Shapes: B batch, T positions, I input features, O output features.
 """
 
 import copy
@@ -21,13 +21,13 @@ from transformers.pytorch_utils import Conv1D
 from train.engines.transforms import fuse_gelu
 from train.utils.errors import UserError
 
-PACKED_ROWS = 8  # oneDNN blocks weights for a number of rows; what it takes for 8 was good for 1 to 32 as well
+PACKED_ROWS = 8  # oneDNN packs weights for a number of rows; its layout for 8 was good for 1 to 32 as well
 LARGE_PAGE = 2 << 20
-MOST_THREADS_ALONE = 2  # up to so many, one row is read as quickly by one of them
+MAX_THREADS_SINGLE_ROW = 2  # up to this many threads, one of them reads the weights of a single row as fast as all
 
 
 class PackedLinear(nn.Module):
-    """`nn.Linear` on weights that oneDNN has laid out for itself: fp32, on CPUs, without gradients."""
+    """`nn.Linear` with weights packed by oneDNN: fp32, on CPUs, without gradients."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         """`weight` (O, I), `bias` (O,)."""
@@ -41,7 +41,7 @@ class PackedLinear(nn.Module):
 
 
 class TransposedLinear(nn.Module):
-    """`nn.Linear` on weights that lie as Conv1D's do, one input after the other."""
+    """`nn.Linear` with weights in Conv1D's layout, (I, O)."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         """`weight` (O, I), `bias` (O,)."""
@@ -57,9 +57,9 @@ class TransposedLinear(nn.Module):
 
 
 def in_large_pages(tensor: Tensor) -> Tensor:
-    """The tensor, contiguous, and if it is large in pages of 2 MB where Linux gives them: fewer addresses to look up.
+    """The tensor, contiguous and, if it is large, in pages of 2 MB where Linux has them: fewer TLB misses.
 
-    torch's own allocator asks for such pages only if `THP_MEM_ALLOC_ENABLE` was set before its first tensor.
+    torch's own allocator uses such pages only if `THP_MEM_ALLOC_ENABLE` was set before its first tensor.
     """
     if tensor.nbytes < LARGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return tensor.contiguous()
@@ -70,31 +70,31 @@ def in_large_pages(tensor: Tensor) -> Tensor:
     return aligned.view(tensor.shape).copy_(tensor)
 
 
-def laid_out(model: PreTrainedModel, rows: int) -> PreTrainedModel:
-    """A copy of an fp32 model on a CPU that computes the same, sooner, for `rows` sequences; it cannot be saved.
+def pack_weights(model: PreTrainedModel, rows: int) -> PreTrainedModel:
+    """A copy of an fp32 model on a CPU that computes the same result faster for `rows` sequences; it cannot be saved.
 
-    One row is multiplied quickest by weights that lie along their longer side: Conv1D's do, but for the MLP's second,
-    and the head's do not; in large pages, as it is memory that it waits for. MKL gives it to one thread; oneDNN shares
-    it out, which two threads do not make up for. More rows are oneDNN's.
+    A single row is bound by memory: it is multiplied fastest by weights that are contiguous along their longer side
+    (Conv1D's are, except for the MLP's second; the head's are not), in large pages. MKL runs it on one thread; oneDNN
+    distributes it, which with two threads costs more than it gains. Several rows use oneDNN.
     """
-    alone = rows == 1 and torch.get_num_threads() <= MOST_THREADS_ALONE
+    alone = rows == 1 and torch.get_num_threads() <= MAX_THREADS_SINGLE_ROW
     return _copy_with(model, _along_longer_side if alone or not torch.backends.mkldnn.is_available() else PackedLinear)
 
 
-def quantized(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy that multiplies in int8: weights rounded now, a scale for each output, activations at each call.
+def quantize_int8(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy that multiplies in int8: weights quantized now, with a scale for each output; activations at each call.
 
-    The activations of a call share one scale, so what a sequence gets depends a little on the others in its batch.
+    The activations of a call share one scale, so a sequence's result depends slightly on the others in its batch.
 
     Raises:
-        UserError: when this machine's torch has no int8 kernels.
+        UserError: if this machine's torch has no int8 kernels.
     """
     if not {"x86", "fbgemm", "qnnpack", "onednn"} & set(torch.backends.quantized.supported_engines):
         raise UserError("--quantize int8: this build of torch has no int8 kernels for this CPU; leave it out")
     with warnings.catch_warnings():
-        # Deprecated in favour of torchao, a package more; torch itself has no other int8 of this speed.
+        # Deprecated in favour of torchao, which is another package; torch itself has no other int8 of this speed.
         warnings.filterwarnings("ignore", message=r"torch\..* deprecated")
-        return _copy_with(model, _int8)
+        return _copy_with(model, _int8_linear)
 
 
 def _along_longer_side(weight: Tensor, bias: Tensor | None) -> nn.Module:
@@ -103,9 +103,9 @@ def _along_longer_side(weight: Tensor, bias: Tensor | None) -> nn.Module:
     return _linear(in_large_pages(weight), bias)
 
 
-def _int8(weight: Tensor, bias: Tensor | None) -> nn.Module:
-    how = {nn.Linear: torch.ao.quantization.per_channel_dynamic_qconfig}
-    return torch.ao.quantization.quantize_dynamic(nn.Sequential(_linear(weight, bias)), how, inplace=True)[0]
+def _int8_linear(weight: Tensor, bias: Tensor | None) -> nn.Module:
+    spec = {nn.Linear: torch.ao.quantization.per_channel_dynamic_qconfig}
+    return torch.ao.quantization.quantize_dynamic(nn.Sequential(_linear(weight, bias)), spec, inplace=True)[0]
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
@@ -117,15 +117,14 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 
 def _copy_with(model: PreTrainedModel, make: Callable[[Tensor, Tensor | None], nn.Module]) -> PreTrainedModel:
-    """A copy with `make(weight (O, I), bias (O,))` in place of each Conv1D and the head; other tensors are shared."""
+    """A copy with `make(weight (O, I), bias (O,))` in place of each Conv1D and the head; it shares other tensors."""
     shared: dict[int, Any] = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
-    twin = copy.deepcopy(model, shared)
-    for name, module in list(twin.named_modules()):
+    replaced = copy.deepcopy(model, shared)
+    for name, module in list(replaced.named_modules()):
         if isinstance(module, Conv1D):
-            twin.set_submodule(name, make(module.weight.detach().t().contiguous(), module.bias.detach()))
+            replaced.set_submodule(name, make(module.weight.detach().t().contiguous(), module.bias.detach()))
         elif isinstance(module, nn.Linear):
-            twin.set_submodule(
-                name, make(module.weight.detach(), None if module.bias is None else module.bias.detach())
-            )
-    fuse_gelu(twin)
-    return twin
+            bias = None if module.bias is None else module.bias.detach()
+            replaced.set_submodule(name, make(module.weight.detach(), bias))
+    fuse_gelu(replaced)
+    return replaced

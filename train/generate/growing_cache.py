@@ -1,4 +1,4 @@
-"""Keys and values of the text so far, in memory that has room for what comes."""
+"""A cache of keys and values with spare memory for the tokens to come."""
 
 from typing import Any
 
@@ -7,14 +7,14 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 
 class GrowingLayer(DynamicLayer):
-    """transformers' dynamic layer without its copy of everything at each token: new positions go behind the others.
+    """transformers' dynamic layer without copying all keys and values at each token.
 
-    `keys` and `values`, (B, H, S, K), begin a room of (B, H, C, K), which is left for one twice as large when it is
-    full, or when something else has been put in their place, as beam search does.
+    `keys` and `values`, (B, H, S, K), are views of the first S positions of buffers (B, H, C, K). A buffer is replaced
+    by one twice as large when it is full, or when something else has replaced `keys` or `values`, as beam search does.
     """
 
-    key_room: Tensor | None = None
-    value_room: Tensor | None = None
+    key_buffer: Tensor | None = None
+    value_buffer: Tensor | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """(B, H, T, K) of the new positions -> (B, H, S + T, K) of all."""
@@ -23,8 +23,8 @@ class GrowingLayer(DynamicLayer):
         assert self.keys is not None
         assert self.values is not None
         length = self.get_seq_length()
-        self.keys, self.key_room = _append(self.keys, length, key_states, self.key_room)
-        self.values, self.value_room = _append(self.values, length, value_states, self.value_room)
+        self.keys, self.key_buffer = _append(self.keys, length, key_states, self.key_buffer)
+        self.values, self.value_buffer = _append(self.values, length, value_states, self.value_buffer)
         return self.keys, self.values
 
 
@@ -33,13 +33,13 @@ def growing_cache() -> Cache:
     return Cache(layer_class_to_replicate=GrowingLayer)
 
 
-def _append(old: Tensor, length: int, new: Tensor, room: Tensor | None) -> tuple[Tensor, Tensor]:
+def _append(old: Tensor, length: int, new: Tensor, buffer: Tensor | None) -> tuple[Tensor, Tensor]:
     batch, heads, added, width = new.shape
     total = length + added
-    in_place = room is not None and old.data_ptr() == room.data_ptr() and old.shape[:2] == room.shape[:2]
-    if room is None or not in_place or total > room.shape[2]:
-        room = new.new_empty((batch, heads, 2 * total, width))
+    in_place = buffer is not None and old.data_ptr() == buffer.data_ptr() and old.shape[:2] == buffer.shape[:2]
+    if buffer is None or not in_place or total > buffer.shape[2]:
+        buffer = new.new_empty((batch, heads, 2 * total, width))
         if length:
-            room[:, :, :length] = old
-    room[:, :, length:total] = new
-    return room[:, :, :total], room
+            buffer[:, :, :length] = old
+    buffer[:, :, length:total] = new
+    return buffer[:, :, :total], buffer

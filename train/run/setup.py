@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from modeling_gpt2flash import GPT2FlashConfig
 from modeling_gpt2flash.attention import choose_attention
 from train.checkpoints import step_folder as checkpoints
-from train.checkpoints.loading import build_model, default_learning_rate, gpt2s_tokenizer, model_config, own_tokenizer
+from train.checkpoints.loading import default_learning_rate, default_tokenizer, load_model, model_config, own_tokenizer
 from train.config import deepspeed_config as deepspeed_json
 from train.config import launcher_env as launcher
 from train.config.run_config import DEFAULTS, RunConfig
@@ -62,7 +62,7 @@ class Run:
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The model's own, else GPT-2's where the vocabulary has room for it."""
-        return self.own_tokenizer or gpt2s_tokenizer(self.model_config)
+        return self.own_tokenizer or default_tokenizer(self.model_config)
 
     @property
     def shape(self) -> dict[str, int | None]:
@@ -287,7 +287,7 @@ def build(run: Run) -> Engine:
             "give all machines the same command and the same folders"
         )
     set_seed(run.config.seed)
-    model = build_model(run.config.model, run.model_config, run.attention[0])
+    model = load_model(run.config.model, run.model_config, attn_implementation=run.attention[0])
     tensors = checkpoints.read_tensors(checkpoint, model) if checkpoint else None
     engine.wait()  # until everything is read, for what is claimed may be emptied
     if engine.is_main:

@@ -7,9 +7,12 @@ from typing import Any
 
 import torch
 
+from train.checkpoints.loading import load_for_inference
 from train.data.batches import describe
 from train.data.token_file import TokenFile
-from train.generate import inference
+from train.generate.decoding import Decoding
+from train.generate.latency import measure_latency
+from train.generate.texts import generate_text
 from train.metrics.energy import Energy
 from train.metrics.flops import peak_flops
 from train.metrics.summary import hardware, latency_percentiles, summarise, versions
@@ -31,15 +34,15 @@ def write_summary(
     config = run.config
     precision = matmul_precision(config.mixed_precision, config.optimized)
     folder = config.run_folder / f"step-{run.total_steps}"
-    model = inference.load_model(folder, dtype="bfloat16" if precision == "bf16" else "float32")
+    model = load_for_inference(folder, dtype="bfloat16" if precision == "bf16" else "float32")
     length = min(LATENCY_TOKENS, run.model_config.n_positions // 2)
     prompt_ids = torch.tensor(run.val.tokens.ids[None, :length].astype("int64"), device=model.device)
-    latencies = inference.measure_latency(model, prompt_ids, length)
+    latencies = measure_latency(model, prompt_ids, length)
     sample = None
     tokenizer = run.tokenizer
     if config.max_new_tokens > 0 and tokenizer is not None:
         room = run.model_config.n_positions - len(tokenizer(config.prompt).input_ids)
-        text = inference.complete(model, tokenizer, config.prompt, min(config.max_new_tokens, room))[0]
+        text = generate_text(model, tokenizer, config.prompt, Decoding(min(config.max_new_tokens, room)))
         sample = {"prompt": config.prompt, "text": text}
     summary = summarise(
         run_type=config.run_type,
@@ -65,8 +68,8 @@ def write_summary(
         config=dataclasses.asdict(config),
         hardware=hardware(),
         versions=versions(),
-        inference_latency_seconds=latencies.median.first_token,
-        inference_seconds_per_token=latencies.median.per_token,
+        inference_latency_seconds=latencies.median_first_token,
+        inference_seconds_per_token=latencies.median_per_token,
         inference_percentiles={
             "first_token": latency_percentiles(latencies.first_tokens),
             "per_token": latency_percentiles(latencies.further_tokens),

@@ -1,0 +1,106 @@
+"""Time and memory of generation: latency of the first and of each further token, tokens/s of a batch."""
+
+import time
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import median
+from typing import Any
+
+import psutil
+import torch
+from transformers.generation import BaseStreamer
+
+from train.generate.decoding import Decoding
+from train.utils.devices import peak_memory, reset_peak_memory
+
+
+@dataclass(frozen=True)
+class Latencies:
+    """Seconds of every first token (prompt included) and of every further token, and their medians over the rounds."""
+
+    first_tokens: list[float]
+    further_tokens: list[float]
+    median_first_token: float
+    median_per_token: float  # of each round's mean
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Medians over some rounds at one batch size, and the peak memory of generation."""
+
+    batch_size: int
+    first_token_seconds: float
+    tokens_per_second: float  # of all sequences together, the prompt's time included
+    memory_bytes: int
+
+
+class TokenTimer(BaseStreamer):
+    """Streamer for `generate()` that records the time of the prompt and of each token."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+        self.memory_bytes = 0
+        self._process = psutil.Process()
+
+    def put(self, value: torch.Tensor) -> None:
+        self.times.append(time.perf_counter())
+        self.memory_bytes = max(self.memory_bytes, self._process.memory_info().rss)
+
+    def end(self) -> None:
+        pass
+
+    @property
+    def first_token_seconds(self) -> float:
+        return self.times[1] - self.times[0]
+
+    @property
+    def seconds_per_token(self) -> float:
+        return (self.times[-1] - self.times[1]) / (len(self.times) - 2)
+
+
+def measure_latency(
+    model: Any, prompt_ids: torch.Tensor, new_tokens: int, rounds: int = 3, first_tokens: int = 20
+) -> Latencies:
+    """Time greedy generation from `prompt_ids` (B, T), `rounds` times after a warm-up.
+
+    The first token alone is timed `first_tokens` times more, enough for a 95th percentile.
+    """
+    decoding = Decoding(new_tokens, temperature=0)
+    runs = [timed(model, prompt_ids, decoding) for _ in range(1 + rounds)][1:]
+    alone = [timed(model, prompt_ids, Decoding(1, temperature=0)) for _ in range(first_tokens)]
+    return Latencies(
+        first_tokens=[run.first_token_seconds for run in [*runs, *alone]],
+        further_tokens=[after - before for run in runs for before, after in pairwise(run.times[1:])],
+        median_first_token=median(run.first_token_seconds for run in runs),
+        median_per_token=median(run.seconds_per_token for run in runs),
+    )
+
+
+def measure_speed(model: Any, prompt_ids: torch.Tensor, decoding: Decoding, rounds: int = 3) -> Speed:
+    """Time generation from `prompt_ids` (B, T), `rounds` times after a warm-up."""
+    reset_peak_memory(prompt_ids.device)
+    runs = [timed(model, prompt_ids, decoding) for _ in range(1 + rounds)][1:]
+    peak = peak_memory(prompt_ids.device)
+    tokens = len(prompt_ids) * decoding.max_new_tokens
+    return Speed(
+        batch_size=len(prompt_ids),
+        first_token_seconds=median(run.first_token_seconds for run in runs),
+        tokens_per_second=median(tokens / (run.times[-1] - run.times[0]) for run in runs),
+        # The peak of resident memory is that of loading the model.
+        memory_bytes=max(run.memory_bytes for run in runs)
+        if peak["peak_memory_kind"] == "rss"
+        else peak["peak_memory_bytes"],
+    )
+
+
+def timed(model: Any, prompt_ids: torch.Tensor, decoding: Decoding) -> TokenTimer:
+    """One call of `generate()` that no end-of-text token ends early."""
+    timer = TokenTimer()
+    model.generate(
+        prompt_ids,
+        attention_mask=torch.ones_like(prompt_ids),
+        streamer=timer,
+        eos_token_id=None,
+        **decoding.arguments(),
+    )
+    return timer
