@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from train.metrics.summary import hardware, versions
+from train.metrics.hardware import hardware, versions
 from train.utils.devices import device_name
 
 

@@ -1,11 +1,65 @@
 """Folders of finished runs for tests to compare, made of the figures that a test wants to see in them."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
 from typing import Any
 
-from train.metrics.summary import summarise
+from train.metrics.flops import count_flops
+from train.metrics.summary import RunFacts, summarise
+
+FACTS = RunFacts(
+    run_type="baseline",
+    tokens_per_step=1000,
+    block_size=250,
+    precision="fp32",
+    world_size=1,
+    parameters=5000,
+    attn_implementation="sdpa",
+    attn_reason="no GPU here",
+    model={"n_layer": 2, "n_head": 2, "n_embd": 8, "n_positions": 250, "vocab_size": 101},
+    data={
+        "train": {"path": "train.bin", "tokens": 100_000, "sha256": "a" * 64},
+        "val": {"path": "val.bin", "tokens": 1000, "sha256": "b" * 64},
+    },
+    config={"seed": 1, "learning_rate": 1e-3},
+    hardware={"cpu": "Some CPU", "gpus": []},
+    versions={"torch": "2.13.0"},
+    sample={"prompt": "Once", "text": "upon a time\n```\ncode"},
+)
+MEASURED = {
+    "peak_memory_bytes": 2**30,
+    "peak_memory_kind": "rss",
+    "peak_memory_reserved_bytes": None,
+    "inference_latency_seconds": 0.05,
+    "inference_tokens_per_second": 100.0,
+}
+
+
+def summary(
+    records: list[dict[str, Any]],
+    measured: dict[str, Any] | None = None,
+    tokens_per_epoch: int | None = 100_000,
+    device_peak_flops: float | None = None,
+    **facts: Any,
+) -> dict[str, Any]:
+    """A `metrics.json` of these records, with what differs from `FACTS` and `MEASURED`."""
+    changed = dataclasses.replace(FACTS, **facts)
+    shape = changed.model
+    flops = count_flops(
+        *(shape["n_layer"], shape["n_embd"], None, shape["vocab_size"]),
+        changed.block_size,
+        fused_attention=changed.attn_implementation != "eager",
+    )
+    return summarise(
+        changed,
+        records,
+        MEASURED | (measured or {}),
+        flops,
+        tokens_per_epoch=tokens_per_epoch,
+        device_peak_flops=device_peak_flops,
+    )
 
 
 def write_run(
@@ -15,7 +69,8 @@ def write_run(
     steps: int = 40,
     val_loss: float = 2.0,
     wobble: float = 0.0,
-    **changed: Any,
+    measured: dict[str, Any] | None = None,
+    **facts: Any,
 ) -> Path:
     """A finished run of `steps` steps of 1,000 tokens, as the training loop leaves it."""
     records: list[dict[str, Any]] = []
@@ -27,34 +82,8 @@ def write_run(
         records.append(record)
     for record in records[steps // 2 - 1 :: steps // 2]:
         record |= {"val_loss": val_loss, "perplexity": math.exp(val_loss)}
-    arguments: dict[str, Any] = {
-        "run_type": folder.name,
-        "records": records,
-        "tokens_per_step": 1000,
-        "tokens_per_epoch": 100_000,
-        "block_size": 250,
-        "precision": "fp32",
-        "model": {"n_layer": 2, "n_head": 2, "n_embd": 8, "n_positions": 250, "vocab_size": 101},
-        "n_inner": None,
-        "parameters": 5000,
-        "world_size": 1,
-        "device_peak_flops": None,
-        "memory": {"peak_memory_bytes": peak, "peak_memory_kind": "rss", "peak_memory_reserved_bytes": None},
-        "attn_implementation": "sdpa",
-        "attn_reason": "no GPU here",
-        "data": {
-            "train": {"path": "train.bin", "tokens": 100_000, "sha256": "a" * 64},
-            "val": {"path": "val.bin", "tokens": 1000, "sha256": "b" * 64},
-        },
-        "sample": {"prompt": "Once", "text": "upon a time\n```\ncode"},
-        "config": {"seed": 1, "learning_rate": 1e-3},
-        "hardware": {"cpu": "Some CPU", "gpus": []},
-        "versions": {"torch": "2.13.0"},
-        "inference_latency_seconds": 0.05,
-        "inference_seconds_per_token": 0.01,
-    }
-    summary = summarise(**{**arguments, **changed})
+    found = summary(records, {"peak_memory_bytes": peak, **(measured or {})}, **{"run_type": folder.name, **facts})
     folder.mkdir(parents=True)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    (folder / "metrics.json").write_text(json.dumps(summary, allow_nan=False))
+    (folder / "metrics.json").write_text(json.dumps(found, allow_nan=False))
     return folder

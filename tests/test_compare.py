@@ -15,6 +15,7 @@ from tests.finished_runs import write_run
 from train.checkpoints import run_folder as compare_runs
 from train.compare import __main__ as compare
 from train.compare import plots as compare_plots
+from train.metrics.units import short_count, unit_of
 from train.utils.errors import UserError
 
 REPOSITORY = Path(__file__).parent.parent
@@ -64,7 +65,7 @@ def test_changes_by_hand(two: list[Path], tmp_path: Path, capsys: pytest.Capture
     }
     assert rows[""] == ["baseline", "optimized", "change"]
     assert rows["Training throughput (tokens/s)"] == ["1,000", "2,000", "+100.0 % (2.00×)"]
-    assert rows["Training throughput in windows (tokens/s)"] == [
+    assert rows["Training throughput over intervals (tokens/s)"] == [
         "1,000 (1,000 … 1,000)",
         "2,000 (2,000 … 2,000)",
         "+100.0 % (2.00×)",
@@ -155,16 +156,16 @@ def test_different_work_is_said_on_top(
 ) -> None:
     folders = [write_run(tmp_path / "baseline"), write_run(tmp_path / "optimized", **changed)]
     data = run(folders, tmp_path / "out")
-    warning = f"NOT COMPARABLE LIKE FOR LIKE: {key}: baseline {values[0]}, optimized {values[1]}"
+    warning = f"NOT COMPARABLE: {key}: baseline {values[0]}, optimized {values[1]}"
     printed = capsys.readouterr().out.splitlines()
-    assert printed[0].startswith("NOT COMPARABLE LIKE FOR LIKE: ")
+    assert printed[0].startswith("NOT COMPARABLE: ")
     assert warning in printed
     assert printed.index(warning) < printed.index(next(line for line in printed if line.startswith("|")))
     text = (tmp_path / "out" / "report.md").read_text().splitlines()
-    assert text[2].startswith("> **NOT COMPARABLE LIKE FOR LIKE: ")
+    assert text[2].startswith("> **NOT COMPARABLE: ")
     assert f"> **{warning}**  " in text
     assert data["comparable"] is False
-    assert data["verdict"].startswith("Not like for like (")
+    assert data["verdict"].startswith("Not comparable (")
     assert key in [difference["key"] for difference in data["differences"] if difference["kind"] == "comparability"]
 
 
@@ -189,7 +190,7 @@ def test_other_validation_data_gives_no_difference_in_loss(tmp_path: Path) -> No
 def test_another_machine_is_said_but_the_work_is_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     memory = {"peak_memory_bytes": 2**30, "peak_memory_kind": "cuda_allocated", "peak_memory_reserved_bytes": 2**31}
     gpu = {"cpu": "Some CPU", "gpus": [{"name": "NVIDIA H200"}]}
-    elsewhere = {"hardware": gpu, "versions": {"torch": "2.14.0"}, "world_size": 4, "memory": memory}
+    elsewhere = {"hardware": gpu, "versions": {"torch": "2.14.0"}, "world_size": 4, "measured": memory}
     folders = [write_run(tmp_path / "a"), write_run(tmp_path / "b", **elsewhere)]
     data = run(folders, tmp_path / "out")
     printed = capsys.readouterr().out.splitlines()
@@ -300,7 +301,7 @@ def test_refused_unfinished_and_no_run(two: list[Path], tmp_path: Path) -> None:
         f"{second} has no metrics.json: the run is unfinished (metrics.jsonl has 40 steps); let it end, or resume it"
     )
     (second / "metrics.jsonl").unlink()
-    assert refusal(two, out) == f"{second} has neither metrics.json nor metrics.jsonl: it is no run folder"
+    assert refusal(two, out) == f"{second} has neither metrics.json nor metrics.jsonl: it is not a run folder"
     assert refusal([first, tmp_path], out).endswith(f"did you mean {first}?")
     (first / "metrics.jsonl").unlink()
     assert refusal(two, out).startswith(f"{first} has metrics.json but no metrics.jsonl")
@@ -321,7 +322,7 @@ def test_refused_broken_and_foreign_files(two: list[Path], tmp_path: Path) -> No
     steps.write_text('\n{"step": 1, "tokens": 2, "loss": "low", "tokens_per_second": 1, "step_time_seconds": 1}\n')
     assert refusal(two, out) == f"{steps}, line 2: \"loss\" is 'low', not a number"
     steps.write_bytes(b"\xff\xfe")
-    assert refusal(two, out) == f"{steps} is not text: byte 0 is no UTF-8"
+    assert refusal(two, out) == f"{steps} is not text: byte 0 is not UTF-8"
     steps.write_text(whole)
 
     good = json.loads(summary.read_text())
@@ -331,9 +332,9 @@ def test_refused_broken_and_foreign_files(two: list[Path], tmp_path: Path) -> No
         summary.write_text(foreign)
         assert refusal(two, out).startswith(f"{summary} is JSON, but not the summary of a run")
     summary.write_text(json.dumps({**good, "schema": 2}))
-    assert refusal(two, out) == f"{summary} has schema 2; this version of compare reads schema 1"
+    assert refusal(two, out) == f"{summary} has schema 2; this version reads schema 1"
     summary.write_text(json.dumps({key: value for key, value in good.items() if key not in ("mfu", "model")}))
-    assert refusal(two, out) == f"{summary} lacks mfu, model: it is not a whole summary of a run"
+    assert refusal(two, out) == f"{summary} lacks mfu, model: it is not a complete summary of a run"
     summary.write_text(json.dumps({**good, "val_loss": "low"}))
     assert refusal(two, out) == f"{summary}: \"val_loss\" is 'low', not a number or null"
     summary.write_text(json.dumps({**good, "step_time_seconds": {"median": "low"}}))
@@ -378,8 +379,8 @@ def test_trailing_mean_by_hand() -> None:
     got = compare_plots.trailing_mean(np.array([1.0, 3.0, math.nan, 5.0, math.nan, math.nan]), 2)
     assert got[:5].tolist() == [1.0, 2.0, 3.0, 5.0, 5.0]
     assert math.isnan(got[5])
-    assert compare_plots.short_count(1500) == "1.5K"
-    assert compare_plots.short_count(2e9) == "2B"
+    assert short_count(1500) == "1.5K"
+    assert short_count(2e9) == "2B"
 
 
 @pytest.mark.parametrize(
@@ -397,4 +398,4 @@ def test_trailing_mean_by_hand() -> None:
     ],
 )
 def test_units(kind: str, largest: float, unit: str) -> None:
-    assert compare_runs.unit_of(kind, largest)[1] == unit
+    assert unit_of(kind, largest)[1] == unit

@@ -67,10 +67,10 @@ def test_every_run_but_the_first_is_held_to_every_condition(two: list[Path], tmp
 def test_what_cannot_be_compared_is_missed(tmp_path: Path) -> None:
     memory = {"peak_memory_bytes": 2**20, "peak_memory_kind": "cuda_allocated", "peak_memory_reserved_bytes": None}
     data = {"train": {"path": "t", "tokens": 1, "sha256": "a" * 64}, "val": {"path": "v", "sha256": "d" * 64}}
-    other: dict[str, Any] = {"memory": memory, "data": data}
+    other: dict[str, Any] = {"measured": memory, "data": data}
     folders = [write_run(tmp_path / "a"), write_run(tmp_path / "b", **other)]
     assert sentences("peak_memory<=0.8x,val_loss<=+9,val_loss<=9,mfu>=1x", folders) == [
-        "gate MISSED: peak_memory<=0.8x: b cannot be compared: memory is rss and cuda_allocated",
+        "gate MISSED: peak_memory<=0.8x: b cannot be compared: peak_memory_kind is rss and cuda_allocated",
         "gate MISSED: val_loss<=+9: b cannot be compared: the validation data differ",
         "gate met: val_loss<=9: b 2",
         "gate MISSED: mfu>=1x: b has no mfu",

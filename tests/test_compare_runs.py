@@ -8,7 +8,6 @@ import pytest
 from tests.finished_runs import write_run
 from train.checkpoints.run_folder import read_run
 from train.compare.figures import UNKNOWN, figure_rows
-from train.metrics.energy import Energy
 from train.utils.errors import UserError
 
 
@@ -23,7 +22,8 @@ def test_steps_that_the_summary_does_not_sum_up(kept: int, tmp_path: Path) -> No
     steps = write_run(tmp_path / "run") / "metrics.jsonl"
     steps.write_text("".join(steps.read_text().splitlines(keepends=True)[:kept]))
     assert refusal(tmp_path / "run") == (
-        f"{steps} has {kept} steps and metrics.json sums up 40: they are not of one run, or not whole; train it again"
+        f"{steps} has {kept} steps and metrics.json sums up 40: they are of different runs, or incomplete; "
+        "train it again"
     )
 
 
@@ -41,12 +41,12 @@ def test_a_summary_that_is_empty_or_cut_short(tmp_path: Path) -> None:
 
 def test_energy_has_a_row_where_it_is_known_and_is_compared_where_it_is_of_the_same_devices(tmp_path: Path) -> None:
     runs = [
-        read_run(write_run(tmp_path / name, energy=energy), name)
-        for name, energy in (
-            ("none", None),
-            ("cpus", Energy(1000.0, 10, "CPUs")),
-            ("more", Energy(1500.0, 10, "CPUs")),
-            ("gpus", Energy(100.0, 10, "GPUs")),
+        read_run(write_run(tmp_path / name, measured={"joules_per_token": joules, "energy_covers": covers}), name)
+        for name, joules, covers in (
+            ("none", None, None),
+            ("boards", 0.1, "boards"),
+            ("more", 0.15, "boards"),
+            ("machines", 0.01, "machines"),
         )
     ]
     [row] = [row for row in figure_rows(runs[1:]) if row.title == "Energy per token (mJ)"]

@@ -14,7 +14,7 @@ from train.generate.cpu_layers import pack_weights
 from train.generate.decoding import Decoding
 from train.generate.latency import measure_latency, measure_speed
 from train.generate.texts import generate_text, generate_texts
-from train.metrics.summary import versions
+from train.metrics.hardware import versions
 from train.utils.errors import UserError
 
 PROMPTS = ["import os", "class A:", "", "def f(self, x):\n    return"]

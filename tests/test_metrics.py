@@ -6,8 +6,11 @@ from typing import Any
 import pytest
 import torch
 
+from tests import finished_runs
 from train.metrics import summary as metrics
-from train.metrics.energy import Energy
+from train.metrics.energy import GPUS, Energy, energy_metrics
+from train.metrics.hardware import hardware, torch_build, versions
+from train.utils.json_files import json_safe
 
 MODEL = {"n_layer": 12, "n_head": 12, "n_embd": 768, "n_positions": 1024, "vocab_size": 50257}
 
@@ -17,28 +20,9 @@ def record(step: int, seconds: float, loss: float | None, **more: Any) -> dict[s
 
 
 def summary(records: list[dict[str, Any]], **changed: Any) -> dict[str, Any]:
-    arguments: dict[str, Any] = {
-        "run_type": "baseline",
-        "records": records,
-        "tokens_per_step": 1000,
-        "tokens_per_epoch": 50_000,
-        "block_size": 1024,
-        "precision": "bf16",
-        "model": MODEL,
-        "n_inner": None,
-        "parameters": 124_439_808,
-        "world_size": 2,
-        "device_peak_flops": None,
-        "memory": {"peak_memory_bytes": 7, "peak_memory_kind": "rss", "peak_memory_reserved_bytes": None},
-        "attn_implementation": "sdpa",
-        "attn_reason": "no GPU",
-        "data": {"train": {"path": "train.bin", "tokens": 50_000, "sha256": None}},
-        "sample": {"prompt": "a", "text": "b"},
-        "config": {"seed": 1, "scale": math.inf},
-        "hardware": {},
-        "versions": {},
-    }
-    return metrics.summarise(**{**arguments, **changed})
+    facts: dict[str, Any] = {"block_size": 1024, "model": MODEL, "world_size": 2, "tokens_per_epoch": 50_000}
+    facts["config"] = {"seed": 1, "scale": math.inf}
+    return finished_runs.summary(records, **{**facts, **changed})
 
 
 def test_throughput_leaves_the_first_step_out() -> None:
@@ -69,9 +53,9 @@ def test_steps_under_the_profiler_are_in_the_training_time_alone() -> None:
 
 
 def test_energy_is_for_each_token_of_its_steps() -> None:
-    found = summary([record(1, 1.0, 1.0)], energy=Energy(joules=600.0, steps=3, covers="GPUs"))
-    assert (found["energy_joules"], found["joules_per_token"], found["energy_covers"]) == (600.0, 0.2, "GPUs")
-    unknown = summary([record(1, 1.0, 1.0)])
+    found = summary([record(1, 1.0, 1.0)], measured=energy_metrics(Energy(joules=600.0, steps=3), 1000))
+    assert (found["energy_joules"], found["joules_per_token"], found["energy_covers"]) == (600.0, 0.2, GPUS)
+    unknown = summary([record(1, 1.0, 1.0)], measured=energy_metrics(None, 1000))
     assert unknown["energy_joules"] is unknown["joules_per_token"] is unknown["energy_covers"] is None
 
 
@@ -95,14 +79,14 @@ def test_perplexity_and_what_json_cannot_hold() -> None:
     assert metrics.perplexity(1000.0) == math.inf
     assert math.isnan(metrics.perplexity(math.nan))
     value = {"a": [1.0, math.nan, (math.inf, {"b": -math.inf})], "c": "x", "d": True, "e": 3}
-    assert metrics.json_safe(value) == {"a": [1.0, None, [None, {"b": None}]], "c": "x", "d": True, "e": 3}
+    assert json_safe(value) == {"a": [1.0, None, [None, {"b": None}]], "c": "x", "d": True, "e": 3}
 
 
 def test_summary_by_hand() -> None:
     records = [record(step, 10.0 if step == 1 else 0.5, float(step)) for step in range(1, 21)]
     records[9]["val_loss"] = 7.0
     records[19]["val_loss"] = 2.0
-    got = summary(records, device_peak_flops=1e12, inference_seconds_per_token=0.02, inference_latency_seconds=0.3)
+    got = summary(records, device_peak_flops=1e12)
     assert got["steps"] == 20
     assert got["tokens"] == 20_000
     assert got["tokens_per_second"] == 2000.0
@@ -112,7 +96,7 @@ def test_summary_by_hand() -> None:
     assert got["train_loss"] == 15.5  # mean of 11 … 20
     assert got["val_loss"] == 2.0
     assert got["perplexity"] == math.exp(2.0)
-    assert got["inference_tokens_per_second"] == 50.0
+    assert got["inference_latency_seconds"] == 0.05
     assert got["flops_per_second"] == 854_438_400 * 2000
     assert got["mfu"] == pytest.approx(854_438_400 * 2000 / 2e12)
     assert got["hfu"] == got["mfu"] + 2 * 12 * 768 * 1024 * 2000 / 2e12, "sdpa computes the scores a second time"
@@ -139,22 +123,13 @@ def test_summary_of_no_steps_is_whole() -> None:
     assert got["tokens_per_second"] is got["train_loss"] is got["val_loss"] is got["mfu"] is None
 
 
-def test_physical_cores() -> None:
-    def thread(socket: int, core: int) -> str:
-        return f"processor : 0\nphysical id\t: {socket}\ncore id\t\t: {core}\n\n"
-
-    threads = [thread(socket, core) for socket in (0, 1) for core in (0, 1, 2) for _ in range(2)]
-    assert metrics.physical_cores("".join(threads)) == 6
-    assert metrics.physical_cores("processor : 0\nFeatures : fp\n") is None
-
-
 def test_hardware_and_versions_are_plain_facts() -> None:
-    facts = metrics.hardware()
+    facts = hardware()
     assert facts["cpu_logical_cores"] >= facts["cpu_usable_cores"] >= 1
     assert facts["ram_bytes"] > 100_000_000
     assert facts["torch_threads"] == torch.get_num_threads()
     assert len(facts["gpus"]) == facts["gpu_count"]
-    found = metrics.versions()
+    found = versions()
     assert {"python", "transformers", "accelerate"} <= found.keys()
     json.dumps([facts, found], allow_nan=False)
 
@@ -163,8 +138,8 @@ def test_hardware_and_versions_are_plain_facts() -> None:
 def test_versions_record_the_build_of_torch() -> None:
     build = os.environ.get("TORCH_BUILD")  # of a stand-in: `tests.torch_builds`
     assert build in (None, torch.__version__)
-    assert metrics.versions()["torch"] == metrics.torch_build(torch.__version__, torch.version.cuda)
-    assert metrics.torch_build("2.13.0+cpu", None) == "2.13.0+cpu"
-    assert metrics.torch_build("2.13.0+cu130", "13.0") == "2.13.0+cu130"
-    assert metrics.torch_build("2.13.0", "13.0") == "2.13.0+cu130"
-    assert metrics.torch_build("2.13.0", None) == "2.13.0"
+    assert versions()["torch"] == torch_build(torch.__version__, torch.version.cuda)
+    assert torch_build("2.13.0+cpu", None) == "2.13.0+cpu"
+    assert torch_build("2.13.0+cu130", "13.0") == "2.13.0+cu130"
+    assert torch_build("2.13.0", "13.0") == "2.13.0+cu130"
+    assert torch_build("2.13.0", None) == "2.13.0"

@@ -75,7 +75,7 @@ def test_it_says_what_the_markdown_and_the_json_say(three: list[Path], tmp_path:
     for row in compare_figures.figure_rows(read_runs(three)):
         assert {row.title, *row.cells, *filter(None, row.changes)} <= cells
         assert {value for value in row.values if isinstance(value, float)} <= exact
-    for spread in (spread for of_run in data["windows"].values() for spread in of_run.values()):
+    for spread in (spread for of_run in data["intervals"].values() for spread in of_run.values()):
         assert spread["median"] in exact
     for part in ("config", "model", "data", "hardware", "versions"):
         for entry in data["runs"]:
@@ -116,7 +116,7 @@ def test_curves_and_rows(three: list[Path], tmp_path: Path) -> None:
     page = Page(report(three, tmp_path / "out"))
     assert [title for title in page.texts["h3"] if " against " not in title][:7] == [
         "Training loss over tokens", "Training loss over time", "Validation loss", "Throughput",
-        "Throughput in windows", "Peak memory", "Time per epoch",
+        "Throughput over intervals", "Peak memory", "Time per epoch",
     ]  # fmt: skip
     pictures = [found["aria-label"] for tag, found in page.elements if tag == "svg" and "aria-label" in found]
     assert pictures == ["Training loss over tokens", "Training loss over time", "Validation loss", "Throughput"]
@@ -139,7 +139,7 @@ def test_everything_from_a_run_folder_is_text(tmp_path: Path) -> None:
         "versions": {"torch": HOSTILE},
         "data": {"train": {"path": HOSTILE}, "val": {"path": HOSTILE}},
         "run_type": HOSTILE,
-        "memory": {"peak_memory_bytes": 1, "peak_memory_kind": HOSTILE, "peak_memory_reserved_bytes": None},
+        "measured": {"peak_memory_bytes": 1, "peak_memory_kind": HOSTILE, "peak_memory_reserved_bytes": None},
     }
     folders = [write_run(tmp_path / "a"), write_run(tmp_path / "<img src=x onerror=alert(3)>\"&'", **hostile)]
     source = report(folders, tmp_path / "out")
@@ -178,7 +178,7 @@ def test_runs_of_nothing_and_of_what_is_no_number(tmp_path: Path) -> None:
     assert "not measured" in page.text("strong")
     assert "No sample was taken." in page.text("p")
     one = write_run(tmp_path / "one", steps=2)
-    assert "too short to be cut into windows" in Page(report([one, none], tmp_path / "out")).text("small")
+    assert "too short to be split into intervals" in Page(report([one, none], tmp_path / "out")).text("small")
 
 
 @pytest.mark.parametrize(

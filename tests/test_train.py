@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, GPT2LMHeadModel
 from modeling_gpt2flash import GPT2FlashForCausalLM
 from tests.conftest import ROOT, losses, python, records
 from train.config.run_config import parse
-from train.metrics.summary import versions
+from train.metrics.hardware import versions
 from train.run.setup import settle
 from train.utils.errors import UserError
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from train.checkpoints.run_folder import Run, read_runs
+from train.checkpoints.run_folder import FinishedRun, read_runs
 from train.compare.figures import (
     NOT_COMPARABLE,
     changes,
@@ -15,11 +15,11 @@ from train.compare.figures import (
     differences,
     figure_rows,
     flatten,
+    intervals_note,
     shown,
     side_by_side,
     verdict,
     warnings,
-    windows_note,
 )
 from train.compare.gate import EXAMPLE as GATE_EXAMPLE
 from train.compare.gate import Result, check, parse_gate
@@ -41,7 +41,7 @@ EXAMPLE = "python -m train.compare checkpoint/baseline checkpoint/optimized --ou
 # The tables
 
 
-def figures_table(runs: Sequence[Run]) -> str:
+def figures_table(runs: Sequence[FinishedRun]) -> str:
     header = ["", runs[0].label]
     for run in runs[1:]:
         header += [run.label, "change"]
@@ -56,20 +56,20 @@ def figures_table(runs: Sequence[Run]) -> str:
 
 
 def report(
-    runs: Sequence[Run],
+    runs: Sequence[FinishedRun],
     found: Sequence[Mapping[str, Any]],
     gate: Sequence[Result],
     kernels: Sequence[RunSummary | None],
 ) -> str:
     labels = [run.label for run in runs]
-    said = warnings(runs, found)
-    grave = [line for line in said if line.startswith(NOT_COMPARABLE)]
+    lines = warnings(runs, found)
+    critical = [line for line in lines if line.startswith(NOT_COMPARABLE)]
     parts = ["# Comparison: " + " and ".join(labels)]
-    parts += ["\n".join(f"> **{line}**  " for line in grave)] if grave else []
+    parts += ["\n".join(f"> **{line}**  " for line in critical)] if critical else []
     parts += [f"**{verdict(runs, found)}**"]
-    parts += ["\n".join(f"- {line}" for line in said if line not in grave)] if len(said) > len(grave) else []
+    parts += ["\n".join(f"- {line}" for line in lines if line not in critical)] if len(lines) > len(critical) else []
     parts += ["## Gate", "\n".join(f"- {result.sentence}" for result in gate)] if gate else []
-    parts += ["## Figures", figures_table(runs), f"Changes are against {labels[0]}. {windows_note(runs)}"]
+    parts += ["## Figures", figures_table(runs), f"Changes are against {labels[0]}. {intervals_note(runs)}"]
     changed = kernels_sentence(runs, kernels)
     parts += ["## Kernels", changed] if changed else []
     parts += ["## Plots"]
@@ -96,7 +96,7 @@ def settings_table(settings: Mapping[str, Sequence[Any]], labels: Sequence[str],
     return markdown_table(["", *labels], rows) if rows else empty
 
 
-def sample_of(run: Run) -> str:
+def sample_of(run: FinishedRun) -> str:
     """A run's text in a fence longer than any in the text, which a model may well have learnt to write."""
     sample = run.get("sample")
     if not isinstance(sample, dict):
@@ -109,7 +109,7 @@ def sample_of(run: Run) -> str:
     return f"### {run.label}\n\nPrompt: {prompt}\n\n{fence}text\n{text}\n{fence}"
 
 
-def as_json(runs: Sequence[Run], found: Sequence[Mapping[str, Any]], gate: Sequence[Result]) -> dict[str, Any]:
+def as_json(runs: Sequence[FinishedRun], found: Sequence[Mapping[str, Any]], gate: Sequence[Result]) -> dict[str, Any]:
     return {
         "schema": 1,
         "verdict": verdict(runs, found),
@@ -118,7 +118,7 @@ def as_json(runs: Sequence[Run], found: Sequence[Mapping[str, Any]], gate: Seque
         "warnings": warnings(runs, found),
         "first": runs[0].label,
         "changes": changes(runs),
-        "windows": {run.label: {key: spread.as_json() for key, spread in spreads(run).items()} for run in runs},
+        "intervals": {run.label: {key: spread.as_json() for key, spread in spreads(run).items()} for run in runs},
         "gate": [result.as_json() for result in gate],
         "configuration_differences": {
             key: dict(zip((run.label for run in runs), values, strict=True))
@@ -135,8 +135,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m train.compare",
         description="Compare finished runs: speed, memory and loss of each against the first, as a page that opens "
-        "anywhere, as Markdown with plots, and as JSON. Runs that did different work are compared only with that said "
-        "on top.",
+        "anywhere, as Markdown with plots, and as JSON. Runs that did different work are compared only under a "
+        "warning.",
         epilog=f"examples:\n  {EXAMPLE}\n  {EXAMPLE} \\\n      --gate '{GATE_EXAMPLE}'\n\n"
         "The first run is the one that the others are measured against. A gate's metrics have their names in\n"
         "metrics.json (peak_memory is short for peak_memory_bytes); 1.2x is times the first run's figure, +0.02 is\n"
@@ -159,7 +159,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def write(
     folder: Path,
-    runs: Sequence[Run],
+    runs: Sequence[FinishedRun],
     found: Sequence[Mapping[str, Any]],
     gate: Sequence[Result],
     kernels: Sequence[RunSummary | None],
@@ -193,8 +193,8 @@ def main(argv: list[str] | None = None) -> None:
     kernels = [read_profile(run.folder, run.summary) for run in runs]
     memories = [read_memory(run.folder) for run in runs]
     write(arguments.out, runs, found, gate, kernels, memories)
-    said = warnings(runs, found)
-    print("\n".join([*said, ""]) if said else "", end="\n" if said else "")
+    lines = warnings(runs, found)
+    print("\n".join([*lines, ""]) if lines else "", end="\n" if lines else "")
     print(f"{verdict(runs, found)}\n\n{figures_table(runs)}\n\nReport: {arguments.out / 'report.html'}")
     for result in gate:
         print(result.sentence)

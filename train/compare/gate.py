@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from train.checkpoints.run_folder import Run
-from train.compare.figures import FIGURES, Figure, shown
+from train.checkpoints.run_folder import FinishedRun
+from train.compare.figures import shown
+from train.metrics.table import METRICS, Metric
 from train.utils.errors import UserError
 
 EXAMPLE = "tokens_per_second>=1.2x,val_loss<=+0.02,peak_memory<=0.8x"
-SHORT = {"peak_memory": "peak_memory_bytes"}
-METRICS = {figure.key: figure for figure in FIGURES if figure.kind != "text"}
+NUMBERS = {metric.key: metric for metric in METRICS if metric.kind != "text"}
+NAMES = {metric.chart: metric for metric in METRICS if metric.chart} | NUMBERS
 
 NUMBER = r"\d+\.?\d*(?:[eE][+-]?\d+)?"
 BOUND = rf"(?P<ratio>{NUMBER})x|(?P<difference>[+-]{NUMBER})|(?P<value>{NUMBER})"
@@ -21,14 +22,14 @@ CONDITION = re.compile(rf"(?P<metric>[a-z][\w.]*)\s*(?P<side>>=|<=)\s*(?:{BOUND}
 
 @dataclass(frozen=True)
 class Condition:
-    """One condition as it was written, taken apart.
+    """One condition, parsed from its text.
 
     kind "ratio" (1.2x): that many times the first run's figure. "difference" (+0.02): the first run's figure and that
     much. "value" (4.5): the figure itself, in the unit of `metrics.json`.
     """
 
     text: str
-    figure: Figure
+    metric: Metric
     side: str
     kind: str
     bound: float
@@ -36,7 +37,7 @@ class Condition:
 
 @dataclass(frozen=True)
 class Result:
-    """A condition held against a run: what was found, in the condition's own terms; None where `why` says."""
+    """A condition checked for a run: what was found, in the condition's own terms; None for the reason `why`."""
 
     condition: Condition
     label: str
@@ -66,7 +67,7 @@ class Result:
 
 
 def parse_gate(text: str) -> list[Condition]:
-    """The conditions of `--gate`, in their order; a `UserError` names the first that is none."""
+    """The conditions of `--gate`, in their order; a `UserError` names the first that is not one."""
     conditions = []
     for part in text.split(","):
         found = CONDITION.fullmatch(part.strip())
@@ -75,30 +76,28 @@ def parse_gate(text: str) -> list[Condition]:
                 f'--gate: "{part.strip()}" is no condition: write METRIC>=BOUND or METRIC<=BOUND, where BOUND is 1.2x '
                 f'(times the first run), +0.02 (more than the first run) or 4.5 (a value), as in "{EXAMPLE}"'
             )
-        name = SHORT.get(found["metric"], found["metric"])
-        if name not in METRICS:
+        if found["metric"] not in NAMES:
             raise UserError(
-                f"--gate: {found['metric']} is no metric that can be held to a bound; there are "
-                f"{', '.join([*SHORT, *METRICS])}"
+                f"--gate: {found['metric']} is no metric that can have a bound; there are {', '.join(NAMES)}"
             )
         kind = next(kind for kind in ("ratio", "difference", "value") if found[kind])
         bound = float(found[kind])
         if not math.isfinite(bound):
             raise UserError(f'--gate: "{part.strip()}": the bound is beyond what a number can hold')
-        conditions.append(Condition(part.strip(), METRICS[name], found["side"], kind, bound))
+        conditions.append(Condition(part.strip(), NAMES[found["metric"]], found["side"], kind, bound))
     return conditions
 
 
 def check(
-    conditions: Sequence[Condition], runs: Sequence[Run], differences: Sequence[Mapping[str, Any]]
+    conditions: Sequence[Condition], runs: Sequence[FinishedRun], differences: Sequence[Mapping[str, Any]]
 ) -> list[Result]:
     """Every condition against every run but the first. What is unknown or cannot be compared is missed, not met."""
     other_validation = {"val_data", "val_tokens"} & {difference["key"] for difference in differences}
     return [result(condition, runs[0], run, bool(other_validation)) for run in runs[1:] for condition in conditions]
 
 
-def result(condition: Condition, first: Run, run: Run, other_validation: bool) -> Result:
-    key = condition.figure.key
+def result(condition: Condition, first: FinishedRun, run: FinishedRun, other_validation: bool) -> Result:
+    key, same = condition.metric.key, condition.metric.same
     before, after = first.get(key), run.get(key)
     if after is None:
         return Result(condition, run.label, None, f"has no {key}")
@@ -106,9 +105,9 @@ def result(condition: Condition, first: Run, run: Run, other_validation: bool) -
         return Result(condition, run.label, after, "")
     if before is None or (before == 0 and condition.kind == "ratio"):
         return Result(condition, run.label, None, f"cannot be compared: {first.label}'s {key} is {shown(before)}")
-    kinds = [each.get("peak_memory_kind") for each in (first, run)]
-    if condition.figure.kind == "bytes" and kinds[0] != kinds[1]:
-        return Result(condition, run.label, None, f"cannot be compared: memory is {kinds[0]} and {kinds[1]}")
-    if key in ("val_loss", "perplexity") and other_validation:
+    if same == "val_data" and other_validation:
         return Result(condition, run.label, None, "cannot be compared: the validation data differ")
+    kinds = [each.get(same) for each in (first, run)] if same else [None, None]
+    if kinds[0] != kinds[1]:
+        return Result(condition, run.label, None, f"cannot be compared: {same} is {kinds[0]} and {kinds[1]}")
     return Result(condition, run.label, after / before if condition.kind == "ratio" else after - before, "")

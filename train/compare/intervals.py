@@ -1,4 +1,4 @@
-"""How much a run's speed varied while it ran: its steps in windows of equal length, each measured by itself."""
+"""How much a run's speed varied while it ran: its steps in intervals of equal length, each measured by itself."""
 
 import math
 from collections.abc import Sequence
@@ -6,16 +6,16 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from train.checkpoints.run_folder import Run
+from train.checkpoints.run_folder import FinishedRun
 
-MOST_WINDOWS = 10
-FEWEST_WINDOWS = 3  # a range of two values says nothing
-FEWEST_STEPS = 3  # in a window
+MOST_INTERVALS = 10
+FEWEST_INTERVALS = 3  # a range of two values says nothing
+FEWEST_STEPS = 3  # in an interval
 
 
 @dataclass(frozen=True)
 class Spread:
-    """A figure's value in each of some consecutive windows of `steps` optimizer steps."""
+    """A metric's value in each of some consecutive intervals of `steps` optimizer steps."""
 
     steps: int
     values: tuple[float, ...]
@@ -38,26 +38,26 @@ class Spread:
     def as_json(self) -> dict[str, Any]:
         """What `comparison.json` holds of it."""
         range_ = {"median": self.median, "low": self.low, "high": self.high}
-        return {"steps_per_window": self.steps, **range_, "values": list(self.values)}
+        return {"steps_per_interval": self.steps, **range_, "values": list(self.values)}
 
 
-def spreads(run: Run) -> dict[str, Spread]:
-    """Throughput (tokens/s) and median step time (seconds) of a run's windows, under their names in `metrics.json`.
+def spreads(run: FinishedRun) -> dict[str, Spread]:
+    """Throughput (tokens/s) and median step time (seconds) of a run's intervals, under their names in `metrics.json`.
 
-    The first step is left out and those under the profiler, as in those figures, and then the few that do not fill a
-    window. Empty for a run that is too short, or of which a step's time is not known.
+    The first step and those under the profiler are left out, as in those metrics, and the few steps after the first
+    that do not fill an interval. Empty for a run that is too short, or in which the time of a step is unknown.
     """
     times = [record["step_time_seconds"] for record in run.steps[1:] if not record.get("profiled")]
-    count = min(MOST_WINDOWS, len(times) // FEWEST_STEPS)
-    if count < FEWEST_WINDOWS or not all(times) or not run.get("tokens_per_step"):
+    count = min(MOST_INTERVALS, len(times) // FEWEST_STEPS)
+    if count < FEWEST_INTERVALS or not all(times) or not run.get("tokens_per_step"):
         return {}
     size = len(times) // count
-    windows = [times[start : start + size] for start in range(len(times) - count * size, len(times), size)]
+    intervals = [times[start : start + size] for start in range(len(times) - count * size, len(times), size)]
     return {
-        "tokens_per_second": Spread(size, tuple(throughput(run, window) for window in windows)),
-        "step_time_seconds.median": Spread(size, tuple(median(window) for window in windows)),
+        "tokens_per_second": Spread(size, tuple(throughput(run, interval) for interval in intervals)),
+        "step_time_seconds.median": Spread(size, tuple(median(interval) for interval in intervals)),
     }
 
 
-def throughput(run: Run, step_times: Sequence[float]) -> float:
+def throughput(run: FinishedRun, step_times: Sequence[float]) -> float:
     return run.get("tokens_per_step") * len(step_times) / math.fsum(step_times)

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from train.checkpoints.run_folder import Run, times, unit_of
+from train.checkpoints.run_folder import FinishedRun as Run
+from train.metrics.units import short_count, times, unit_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -214,11 +215,3 @@ def stroke(index: int) -> dict[str, Any]:
 def plain(label: str) -> str:
     """A label as it stands: no formula between dollar signs, and no leading underscore, which legends leave out."""
     return (" " if label.startswith("_") else "") + label.replace("$", r"\$")
-
-
-def short_count(value: float, position: float = 0) -> str:
-    """1500 → "1.5K", 2e9 → "2B": how token counts are written in this field."""
-    for size, letter in [(1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")]:
-        if abs(value) >= size:
-            return f"{value / size:g}{letter}"
-    return f"{value:g}"

@@ -226,7 +226,7 @@ def benchmark(args: argparse.Namespace, decoding: Decoding) -> None:
 
     from train.checkpoints.loading import load_for_inference
     from train.generate.latency import measure_speed
-    from train.metrics.summary import hardware, versions
+    from train.metrics.hardware import hardware, versions
     from train.utils.devices import device_name
     from train.utils.tables import markdown_table
 

@@ -7,7 +7,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from train.checkpoints.loading import SIZES
-from train.checkpoints.run_folder import Run
+from train.checkpoints.run_folder import FinishedRun
 from train.utils.tables import markdown_table
 
 CHART = "training_loss.png"
@@ -17,7 +17,7 @@ LEFT_OUT = {"checkpoint_path", "push_to_hub", "report_to", "resume_from_checkpoi
             "save_interval", "save_total_limit", "run_type"}  # fmt: skip
 
 
-def card(run: Run, repo: str) -> ModelCard:
+def card(run: FinishedRun, repo: str) -> ModelCard:
     """The card of a finished run that goes to the Hub as `repo`."""
     summary, config = run.summary, run.summary["config"]
     return ModelCard(f"---\n{metadata(summary, config, repo).to_yaml()}\n---\n\n{text(summary, config, repo)}")

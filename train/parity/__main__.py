@@ -22,12 +22,13 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from train.config import packaged as shipped
-from train.metrics.summary import hardware, json_safe, versions
+from train.metrics.hardware import hardware, versions
 from train.parity.differences import TOLERANCES, Difference, differences, is_green
 from train.parity.reference import CLIP, SEQUENCES, STEPS, Oracle, flags, train_oracle, write_problem
 from train.utils.command import run_command
 from train.utils.errors import UserError
 from train.utils.files import write_json, write_text
+from train.utils.json_files import json_safe
 from train.utils.tables import markdown_table
 from train.utils.third_party_warnings import silence_third_party_warnings
 

@@ -46,11 +46,11 @@ def train(run: Run) -> None:
     log = RunLog(engine.accelerator, config.run_folder, dataclasses.asdict(config), run.total_steps)
     first = run.checkpoint.step if run.checkpoint else 0
     log.start(first, run.checkpoint.folder.parent / "metrics.jsonl" if run.checkpoint else log.file)
-    log.say(engine.layout)
+    log.message(engine.layout)
     if run.partition is not None:
-        log.say(f"{run.partition.table()}\nschedule {config.pipeline_schedule}")
+        log.message(f"{run.partition.table()}\nschedule {config.pipeline_schedule}")
     precision = matmul_precision(config.mixed_precision, config.optimized)
-    log.say(f"attention: {run.attention[0]} ({run.attention[1]}); precision: {precision}")
+    log.message(f"attention: {run.attention[0]} ({run.attention[1]}); precision: {precision}")
 
     def micro_batches(step: int) -> list[Batch]:
         return [
@@ -58,7 +58,7 @@ def train(run: Run) -> None:
             for micro_step in range(run.accumulation)
         ]
 
-    energy = EnergyMeter(energy_reader(engine.device, engine.accelerator.is_local_main_process))
+    energy = EnergyMeter(energy_reader(engine.device))
     steps = range(first, run.total_steps)
     data = read_ahead(micro_batches, steps, engine.device)
     with closing(data), Profiler(run, engine, first) as profiler:

@@ -20,8 +20,8 @@ from train.engines.base import Engine
 from train.kernels.traces import METADATA_KEY, RunFacts, trace_metadata
 from train.metrics.annotations import LOSS, module_annotation
 from train.metrics.flops import peak_bandwidth, peak_flops
+from train.metrics.hardware import versions
 from train.metrics.memory_tracker import MemoryTracker
-from train.metrics.summary import versions
 from train.run.setup import Run
 from train.utils import devices
 from train.utils.files import atomic_write

@@ -1,4 +1,4 @@
-"""The end of a run: time the saved model at work, write a sample, and sum everything up in metrics.json."""
+"""The end of a run: measure the saved model's inference, generate a sample, and write metrics.json."""
 
 import dataclasses
 import shlex
@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from train.checkpoints.loading import load_for_inference
 from train.data.batches import describe
@@ -13,14 +14,15 @@ from train.data.token_file import TokenFile
 from train.generate.decoding import Decoding
 from train.generate.latency import measure_latency
 from train.generate.texts import generate_text
-from train.metrics.energy import Energy
-from train.metrics.flops import peak_flops
-from train.metrics.summary import hardware, latency_percentiles, summarise, versions
+from train.metrics.energy import Energy, energy_metrics
+from train.metrics.flops import count_flops, peak_flops
+from train.metrics.hardware import hardware, versions
+from train.metrics.summary import RunFacts, latency_percentiles, summarise
 from train.run.setup import Run
 from train.utils.devices import device_name, matmul_precision
 from train.utils.files import write_json
 
-LATENCY_TOKENS = 32  # generated per timing, after a prompt of as many
+LATENCY_TOKENS = 32  # generated for each timing, after a prompt of as many
 
 
 def write_summary(
@@ -35,51 +37,72 @@ def write_summary(
     precision = matmul_precision(config.mixed_precision, config.optimized)
     folder = config.run_folder / f"step-{run.total_steps}"
     model = load_for_inference(folder, dtype="bfloat16" if precision == "bf16" else "float32")
-    length = min(LATENCY_TOKENS, run.model_config.n_positions // 2)
-    prompt_ids = torch.tensor(run.val.tokens.ids[None, :length].astype("int64"), device=model.device)
-    latencies = measure_latency(model, prompt_ids, length)
-    sample = None
-    tokenizer = run.tokenizer
-    if config.max_new_tokens > 0 and tokenizer is not None:
-        room = run.model_config.n_positions - len(tokenizer(config.prompt).input_ids)
-        text = generate_text(model, tokenizer, config.prompt, Decoding(min(config.max_new_tokens, room)))
-        sample = {"prompt": config.prompt, "text": text}
-    summary = summarise(
+    model_shape = {key: value for key, value in run.shape.items() if value is not None}
+    facts = RunFacts(
         run_type=config.run_type,
-        records=records,
         tokens_per_step=run.tokens_per_step,
-        tokens_per_epoch=run.train.windows * run.train.block_size,
         block_size=run.train.block_size,
         precision=precision,
-        model={key: value for key, value in run.shape.items() if value is not None},
-        n_inner=run.model_config.n_inner,
-        parameters=model.num_parameters(),
         world_size=world_size,
-        device_peak_flops=peak_flops(device_name(model.device), precision),
-        memory=memory,
-        energy=energy,
+        parameters=model.num_parameters(),
         attn_implementation=run.attention[0],
         attn_reason=run.attention[1],
+        model=model_shape,
         data={
-            "train": {"path": str(run.train.tokens.path), **_account(run.train.tokens)},
-            "val": {"path": config.val_data_path, **_account(run.val.tokens)},
+            "train": {"path": str(run.train.tokens.path), **data_facts(run.train.tokens)},
+            "val": {"path": config.val_data_path, **data_facts(run.val.tokens)},
         },
-        sample=sample,
         config=dataclasses.asdict(config),
         hardware=hardware(),
         versions=versions(),
-        inference_latency_seconds=latencies.median_first_token,
-        inference_seconds_per_token=latencies.median_per_token,
-        inference_percentiles={
-            "first_token": latency_percentiles(latencies.first_tokens),
-            "per_token": latency_percentiles(latencies.further_tokens),
-        },
-        activation_checkpointing=config.activation_checkpointing or 0,
-        activation_checkpointing_keeps=config.activation_checkpointing_keeps,
+        sample=generate_sample(run, model),
+        command=shlex.join(["python", "-m", "train", *sys.argv[1:]]),
     )
-    summary["command"] = shlex.join(["python", "-m", "train", *sys.argv[1:]])
+    flops = count_flops(
+        *(run.model_config.n_layer, run.model_config.n_embd, run.model_config.n_inner, run.model_config.vocab_size),
+        run.train.block_size,
+        activation_checkpointing=config.activation_checkpointing or 0,
+        keeps=config.activation_checkpointing_keeps,
+        fused_attention=run.attention[0] != "eager",
+    )
+    measured = memory | energy_metrics(energy, run.tokens_per_step) | measure_inference(run, model)
+    summary = summarise(
+        facts,
+        records,
+        measured,
+        flops,
+        tokens_per_epoch=run.train.windows * run.train.block_size,
+        device_peak_flops=peak_flops(device_name(model.device), precision),
+    )
     write_json(config.run_folder / "metrics.json", summary)
 
 
-def _account(tokens: TokenFile) -> dict[str, Any]:
+def data_facts(tokens: TokenFile) -> dict[str, Any]:
     return {**describe(tokens), "source": (tokens.sidecar or {}).get("source")}
+
+
+def generate_sample(run: Run, model: PreTrainedModel) -> dict[str, str] | None:
+    """The prompt and the text that the model continues it with; None if the run wants none, or has no tokenizer."""
+    config, tokenizer = run.config, run.tokenizer
+    if config.max_new_tokens == 0 or tokenizer is None:
+        return None
+    room = run.model_config.n_positions - len(tokenizer(config.prompt).input_ids)
+    text = generate_text(model, tokenizer, config.prompt, Decoding(min(config.max_new_tokens, room)))
+    return {"prompt": config.prompt, "text": text}
+
+
+def measure_inference(run: Run, model: PreTrainedModel) -> dict[str, Any]:
+    """Latency of one sequence at a time: up to the first token, then of each further one; percentiles over all."""
+    length = min(LATENCY_TOKENS, run.model_config.n_positions // 2)
+    prompt_ids = torch.tensor(run.val.tokens.ids[None, :length].astype("int64"), device=model.device)
+    latencies = measure_latency(model, prompt_ids, length)
+    per_token = latencies.median_per_token
+    return {
+        "inference_latency_seconds": latencies.median_first_token,
+        "inference_seconds_per_token": per_token,
+        "inference_tokens_per_second": 1 / per_token if per_token else None,
+        "inference_percentiles": {
+            "first_token": latency_percentiles(latencies.first_tokens),
+            "per_token": latency_percentiles(latencies.further_tokens),
+        },
+    }

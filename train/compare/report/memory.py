@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from train.checkpoints.run_folder import NUMBER, Run, check_fields, check_text, parse, read, unit_of
-from train.compare.plots import short_count
 from train.compare.report.parts import card, legend, swatches, text
 from train.compare.report.svg import HEIGHT, LEFT, PLOT_HEIGHT, PLOT_WIDTH, TOP, group_chart, nothing, picture, ticks
+from train.metrics.units import short_count
 from train.utils.errors import UserError
 
 MEMORY_FILE = Path("profile") / "memory.json"

@@ -10,20 +10,19 @@ from typing import Any
 
 import numpy as np
 
-from train.checkpoints.run_folder import Run, times, unit_of
+from train.checkpoints.run_folder import FinishedRun as Run
 from train.compare.figures import (
-    FIGURES,
     NOT_COMPARABLE,
     change,
     figure_rows,
     flatten,
+    intervals_note,
     is_good,
     shown,
     side_by_side,
     signed,
     verdict,
     warnings,
-    windows_note,
     written,
 )
 from train.compare.gate import Result
@@ -35,8 +34,9 @@ from train.compare.report.parts import card, cell, legend, scrolling, text
 from train.compare.report.style import STYLE
 from train.compare.report.svg import Line, Row, line_chart, row_chart
 from train.kernels.summary import RunSummary
+from train.metrics.table import BY_KEY
+from train.metrics.units import times, unit_of
 
-FIGURE = {figure.key: figure for figure in FIGURES}
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 SAID_ANYWAY = ("hardware", "versions")
 MEMORY_KINDS = {"rss": "resident memory of a process", "cuda_allocated": "GPU memory in tensors"}
@@ -99,9 +99,9 @@ def tiles(first: Run, run: Run, found: Sequence[Mapping[str, Any]]) -> str:
     """How much faster, how much leaner, how good, and whether it is the same work."""
     parts = []
     for question, key in (("Speed", "tokens_per_second"), ("Peak memory", "peak_memory_bytes")):
-        changed = change(FIGURE[key], first, run)
+        changed = change(BY_KEY[key], first, run)
         answer = times(changed["ratio"]) if changed else shown(None)
-        parts.append(tile(question, answer, against(key, first, run), is_good(FIGURE[key], changed)))
+        parts.append(tile(question, answer, against(key, first, run), is_good(BY_KEY[key], changed)))
     losses = first.get("val_loss"), run.get("val_loss")
     differing = {entry["key"]: entry["values"] for entry in found if entry["kind"] == "comparability"}
     known = None not in losses and "val_data" not in differing
@@ -115,8 +115,8 @@ def tiles(first: Run, run: Run, found: Sequence[Mapping[str, Any]]) -> str:
 
 def against(key: str, first: Run, run: Run) -> str:
     values = [first.get(key), run.get(key)]
-    _, cells = written(FIGURE[key], values)
-    unit = unit_of(FIGURE[key].kind, max((value for value in values if value is not None), default=0))[1]
+    _, cells = written(BY_KEY[key], values)
+    unit = unit_of(BY_KEY[key].kind, max((value for value in values if value is not None), default=0))[1]
     return f"{cells[1]} against {cells[0]} {unit or 'nats per token'}"
 
 
@@ -151,7 +151,7 @@ def figures_part(runs: Sequence[Run]) -> str:
         for written_, value, changed, good in zip(row.cells[1:], row.values[1:], row.changes, row.good, strict=True):
             line += cell("td", written_, exact=value) + cell("td", changed, mood(good))
         lines.append(f"<tr>{line}</tr>")
-    note = f"Changes are against {runs[0].label}. {windows_note(runs)}"
+    note = f"Changes are against {runs[0].label}. {intervals_note(runs)}"
     return f'{scrolling("figures", header, lines)}<p class="quiet"><small>{text(note)}</small></p>'
 
 
@@ -265,17 +265,17 @@ def windows_chart(runs: Sequence[Run]) -> str:
         if spread:
             figure = f"{spread.median:,.0f} ({spread.low:,.0f} … {spread.high:,.0f}) tokens/s"
             rows.append(Row(index, spread.values, run.label, figure))
-    note = "a dot for each window of steps, a stroke at their median"
-    return card("Throughput in windows", note, row_chart(rows)) if rows else ""
+    note = "a dot for each interval of steps, a stroke at their median"
+    return card("Throughput over intervals", note, row_chart(rows)) if rows else ""
 
 
 def figure_chart(runs: Sequence[Run], key: str, title: str, note: str) -> str:
     values = [run.get(key) for run in runs]
-    divisor, unit, decimals = unit_of(FIGURE[key].kind, max((v for v in values if v is not None), default=0))
+    divisor, unit, decimals = unit_of(BY_KEY[key].kind, max((v for v in values if v is not None), default=0))
     rows = []
     for index, (run, value) in enumerate(zip(runs, values, strict=True)):
         figure = "not measured" if value is None else f"{value / divisor:,.{decimals}f} {unit}"
-        changed = change(FIGURE[key], runs[0], run) if index else None
+        changed = change(BY_KEY[key], runs[0], run) if index else None
         figure += f" ({times(changed['ratio'])})" if changed else ""
         rows.append(Row(index, () if value is None else (float(value),), run.label, figure))
     return card(title, note, row_chart(rows))

@@ -7,8 +7,9 @@ from statistics import median
 
 import numpy as np
 
-from train.compare.plots import Curve, limits, short_count
+from train.compare.plots import Curve, limits
 from train.compare.report.parts import text
+from train.metrics.units import short_count
 
 # In units of the picture; the page scales it to the width that there is.
 WIDTH, HEIGHT = 480, 250

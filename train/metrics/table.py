@@ -1,0 +1,104 @@
+"""The table of metrics: each one's key, title, unit, which way is better, and where it is shown.
+
+A new metric is an entry here and the line that measures it: of a step, in the record that `run/loop.py` logs; of a
+run, in `metrics/summary.py` or in what `run/summary.py` passes to it as measured. The progress bar, `metrics.json`,
+its checks, the report with its charts and gates, and the model card follow from the entry.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class StepMetric:
+    """A number in each line of `metrics.jsonl`; `log` is its format in the progress bar, if it is shown there."""
+
+    key: str
+    title: str
+    log: str = ""
+    required: bool = False
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A figure of a finished run in `metrics.json`; null where it is unknown."""
+
+    key: str
+    """Dotted path in `metrics.json`."""
+    title: str
+    kind: str
+    """What `units.unit_of` picks the unit by, or "text"."""
+    better: Literal[-1, 0, 1] = 0
+    """1: higher is better, -1: lower is better, 0: neither."""
+    ratio: bool = False
+    """Whether a change is also written as a ratio."""
+    required: bool = True
+    """Whether a `metrics.json` without the key is refused; a row of optional metrics that no run has is left out."""
+    same: str = ""
+    """Only runs with the same value of this key are compared by the metric."""
+    over_steps: Literal["", "last", "mean"] = ""
+    """How the step metric with the same key becomes the run's: its last value, or the mean of the last steps."""
+    chart: str = ""
+    """Name of the metric's bar chart in the report; also a short name for it in gates."""
+    tile: str = ""
+    """Heading of the metric's tile at the top of the report."""
+    card: bool = False
+    """Whether the model card has it."""
+
+
+STEP_METRICS = (
+    StepMetric("step", "Optimizer step", required=True),
+    StepMetric("tokens", "Training tokens", required=True),
+    StepMetric("loss", "loss", log=".3f", required=True),
+    StepMetric("tokens_per_second", "tokens/s", log=",.0f", required=True),
+    StepMetric("step_time_seconds", "Step time", required=True),
+    StepMetric("val_loss", "val_loss", log=".3f"),
+)
+
+METRICS = (
+    Metric("tokens_per_second", "Training throughput", "rate", 1, ratio=True, tile="Speed", card=True),
+    Metric("step_time_seconds.median", "Step time, median", "seconds", -1),
+    Metric("step_time_seconds.p10", "Step time, 10th percentile", "seconds", -1),
+    Metric("step_time_seconds.p90", "Step time, 90th percentile", "seconds", -1),
+    Metric("data_share", "Waiting for data, share of a step", "fraction", -1),
+    Metric("training_time_seconds", "Training time", "seconds", -1, card=True),
+    Metric("time_per_epoch_seconds", "Time per epoch", "seconds", -1, chart="time_per_epoch"),
+    Metric("train_loss", "Training loss, last steps", "nats", -1, card=True),
+    Metric("val_loss", "Validation loss", "nats", -1, same="val_data", over_steps="last", tile="Validation loss",
+           card=True),
+    Metric("perplexity", "Perplexity", "perplexity", -1, same="val_data", card=True),
+    Metric("peak_memory_bytes", "Peak memory", "bytes", -1, ratio=True, same="peak_memory_kind",
+           chart="peak_memory", tile="Peak memory", card=True),
+    Metric("peak_memory_reserved_bytes", "Peak memory, reserved", "bytes", -1, ratio=True, required=False,
+           same="peak_memory_kind"),
+    Metric("joules_per_token", "Energy per token", "joules", -1, ratio=True, required=False, same="energy_covers",
+           card=True),
+    Metric("inference_latency_seconds", "Inference latency, first token", "seconds", -1),
+    Metric("inference_percentiles.first_token.p95", "First token, 95th percentile", "seconds", -1, required=False),
+    Metric("inference_percentiles.per_token.p50", "Each further token, median", "seconds", -1, required=False),
+    Metric("inference_percentiles.per_token.p95", "Each further token, 95th percentile", "seconds", -1,
+           required=False),
+    Metric("inference_tokens_per_second", "Inference throughput", "rate", 1, ratio=True),
+    Metric("flops_per_second", "Model FLOP/s achieved", "flops", 1),
+    Metric("mfu", "MFU", "fraction", 1, card=True),
+    Metric("steps", "Optimizer steps", "count"),
+    Metric("tokens", "Training tokens", "count"),
+    Metric("tokens_per_step", "Tokens per step", "count"),
+    Metric("parameters", "Parameters", "count"),
+    Metric("world_size", "Processes", "count"),
+    Metric("run_type", "Run type", "text"),
+    Metric("precision", "Precision", "text"),
+    Metric("attn_implementation", "Attention kernel", "text"),
+    Metric("peak_memory_kind", "Memory measured as", "text"),
+)  # fmt: skip
+
+BY_KEY = {metric.key: metric for metric in METRICS}
+
+
+def look_up(summary: Mapping[str, Any], key: str) -> Any:
+    """A value of a summary by its dotted path ("step_time_seconds.median"); None where it is not."""
+    value: Any = summary
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
