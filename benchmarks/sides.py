@@ -4,8 +4,8 @@
     optimized          ours: attention `auto`, loss in chunks, AdamW and GELU as one kernel each, freed memory kept
                        (`train/allocator.py`), blocks compiled as by `--torch_compile`
     uncompiled         the same without compilation
-    checkpointed       optimized, with `--activation_checkpointing`
-    lean               the same with `--activation_checkpointing_keeps products`
+    checkpointed       optimized, with `--activation_checkpointing full`
+    lean               the same with `--activation_checkpointing selective`
     hf-eager, hf-sdpa  stock `GPT2LMHeadModel`, fused AdamW, the default of transformers' Trainer
     hf-compiled        hf-sdpa under `torch.compile`
     nanogpt            `model.py` of a nanoGPT checkout and its `configure_optimizers`; its vocabulary has 50,304 words
@@ -110,7 +110,7 @@ def ours(
     loss_chunk_size: int,
     fused: bool,
     compiled: bool = False,
-    keeps: str = "all",
+    recompute: str = "none",
 ) -> Side:
     config = GPT2FlashConfig(**case.shape, loss_chunk_size=loss_chunk_size)
     chosen, _ = choose_attention(attention, torch.device(case.device).type, dtype, config.n_embd // config.n_head)
@@ -122,9 +122,9 @@ def ours(
         if torch.device(case.device).type == "cpu":
             keep_freed_memory()
     if compiled:
-        compile_blocks(model, checkpoint_arguments(keeps) if keeps == "products" else None)
-    if keeps == "nothing":
-        checkpoint_blocks(model, checkpoint_arguments(keeps))
+        compile_blocks(model, checkpoint_arguments(recompute) if recompute == "selective" else None)
+    if recompute == "full":
+        checkpoint_blocks(model, checkpoint_arguments(recompute))
 
     def loss(ids: Tensor, targets: Tensor) -> Tensor:
         return model(ids, shift_labels=targets, use_cache=False, skip_logits=True).loss
@@ -186,8 +186,8 @@ SIDES: dict[str, Callable[[Case, torch.dtype], Side]] = {
     "baseline": partial(ours, attention="eager", loss_chunk_size=0, fused=False),
     "optimized": partial(ours, **OPTIMIZED, compiled=True),
     "uncompiled": partial(ours, **OPTIMIZED),
-    "checkpointed": partial(ours, **OPTIMIZED, compiled=True, keeps="nothing"),
-    "lean": partial(ours, **OPTIMIZED, compiled=True, keeps="products"),
+    "checkpointed": partial(ours, **OPTIMIZED, compiled=True, recompute="full"),
+    "lean": partial(ours, **OPTIMIZED, compiled=True, recompute="selective"),
     "hf-eager": partial(stock, attention="eager"),
     "hf-sdpa": partial(stock, attention="sdpa"),
     "hf-compiled": partial(stock, attention="sdpa", compiled=True),

@@ -35,8 +35,8 @@ def dynamo():
 
 HOW: dict[str, Callable[[torch.nn.Module], None]] = {
     "all kept": lambda model: None,
-    "recomputed": lambda model: checkpoint_blocks(model, checkpoint_arguments("nothing")),
-    "attention kept": lambda model: checkpoint_blocks(model, checkpoint_arguments("attention")),
+    "recomputed": lambda model: checkpoint_blocks(model, checkpoint_arguments("full")),
+    "recomputed selectively": lambda model: checkpoint_blocks(model, checkpoint_arguments("selective")),
 }
 
 
@@ -93,9 +93,9 @@ def test_all_blocks_share_one_compilation(how: str, kernel: str, documents: Call
 @pytest.mark.usefixtures("dynamo")
 def test_what_is_quick_is_recomputed_inside_of_what_is_compiled() -> None:
     kept, counts, results = {}, {}, {}
-    for keeps in ("all", "products"):
+    for mode in ("none", "selective"):
         model = make_ours(n_layer=3).train()
-        recompute = None if keeps == "all" else checkpoint_arguments(keeps)
+        recompute = None if mode == "none" else checkpoint_arguments(mode)
         compile_blocks(model, recompute, backend="aot_eager_decomp_partition", fullgraph=True)
         ids = tokens(3)
         model(ids, labels=ids, use_cache=False).loss.backward()
@@ -110,13 +110,13 @@ def test_what_is_quick_is_recomputed_inside_of_what_is_compiled() -> None:
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
                 loss = model(ids, labels=ids, use_cache=False).loss
             loss.backward()
-        kept[keeps] = sum(sizes.values())
-        counts[keeps] = {row.key: row.count for row in recorded.key_averages()}
-        results[keeps] = [loss.detach(), *gradients(model).values()]
+        kept[mode] = sum(sizes.values())
+        counts[mode] = {row.key: row.count for row in recorded.key_averages()}
+        results[mode] = [loss.detach(), *gradients(model).values()]
     for operation in ("aten::addmm", "aten::mm", "aten::_scaled_dot_product_flash_attention_for_cpu"):
-        assert counts["products"][operation] == counts["all"][operation] > 0
-    assert kept["products"] < 0.8 * kept["all"]
-    torch.testing.assert_close(results["products"], results["all"], rtol=1e-5, atol=1e-7)
+        assert counts["selective"][operation] == counts["none"][operation] > 0
+    assert kept["selective"] < 0.8 * kept["none"]
+    torch.testing.assert_close(results["selective"], results["none"], rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.usefixtures("dynamo")
@@ -176,17 +176,17 @@ def check(found: list[list[dict[str, Any]]], expected: list[list[dict[str, Any]]
     ("processes", "more"),
     [
         (1, []),
-        (1, ["--activation_checkpointing"]),
-        (1, ["--activation_checkpointing", "--activation_checkpointing_keeps=attention"]),
-        (1, ["--document_mask", "--activation_checkpointing", "--activation_checkpointing_keeps=products"]),
+        (1, ["--activation_checkpointing=full"]),
+        (1, ["--activation_checkpointing=selective"]),
+        (1, ["--document_mask", "--activation_checkpointing=selective"]),
         (1, ["--document_mask"]),
         (2, []),
-        (2, ["--activation_checkpointing"]),
-        (2, ["--document_mask", "--activation_checkpointing", "--activation_checkpointing_keeps=attention"]),
+        (2, ["--activation_checkpointing=full"]),
+        (2, ["--document_mask", "--activation_checkpointing=selective"]),
         (2, zero(1)),
-        (2, [*zero(2), "--activation_checkpointing"]),
+        (2, [*zero(2), "--activation_checkpointing=full"]),
         (2, [*zero(3), "--document_mask"]),
-        (2, [*zero(3), "--activation_checkpointing", "--activation_checkpointing_keeps=products"]),
+        (2, [*zero(3), "--activation_checkpointing=selective"]),
     ],
 )
 def test_inductor_in_every_layout(
@@ -205,8 +205,8 @@ def test_inductor_in_every_layout(
     "recompute",
     [
         [],
-        ["--activation_checkpointing=2"],
-        ["--activation_checkpointing", "--activation_checkpointing_keeps=products"],
+        ["--activation_checkpointing=full", "--activation_checkpointing_interval=2"],
+        ["--activation_checkpointing=selective"],
     ],
 )
 def test_inductor_in_stages(flags: list[str], documents: Path, tmp_path: Path, recompute: list[str]) -> None:

@@ -95,8 +95,13 @@ def test_bf16_follows_flag_then_hardware(tmp_path: Path, asked: str | None, fast
         ({"pipeline": {"stages": 2, "activation_checkpoint_interval": True}}, {}, ["checkpoint_interval", "True"]),
         (
             {"pipeline": {"stages": 2, "activation_checkpoint_interval": 2}},
-            {"activation_checkpointing": 0},
-            ["activation_checkpoint_interval", "is 2", "--activation_checkpointing is 0"],
+            {"activation_checkpointing": "none"},
+            ["activation_checkpoint_interval", "is 2", "--activation_checkpointing is none"],
+        ),
+        (
+            {"pipeline": {"stages": 2, "activation_checkpoint_interval": 2}},
+            {"activation_checkpointing": "full", "activation_checkpointing_interval": 3},
+            ["activation_checkpoint_interval", "is 2", "--activation_checkpointing_interval is 3"],
         ),
         ({"pipeline": {"stages": 2, "partition": 5}}, {}, ["pipeline.partition", "5"]),
         ({"pipeline": {"stages": 2}}, {"pipeline_stages": 1}, ["pipeline.stages", "2", "--pipeline_stages is 1"]),
@@ -136,16 +141,27 @@ def test_stages_come_from_flag_or_json_and_zero_1_with_them(
 @pytest.mark.parametrize("stages", [1, 2])
 @pytest.mark.parametrize(
     ("written", "asked", "expected"),
-    [(None, None, 0), (None, 3, 3), (3, None, 3), (3, 3, 3), ("auto", 3, 3), (0, None, 0)],
+    [
+        (None, (None, None), ("none", 0)),
+        (None, ("full", 3), ("full", 3)),
+        (None, ("selective", None), ("selective", 1)),
+        (3, (None, None), ("full", 3)),
+        (3, ("selective", 3), ("selective", 3)),
+        ("auto", ("full", 3), ("full", 3)),
+        (0, (None, None), ("none", 0)),
+        (0, ("none", None), ("none", 0)),
+    ],
 )
-def test_activation_checkpointing_comes_from_flag_or_json(
-    tmp_path: Path, stages: int, written: Any, asked: int | None, expected: int
+def test_activation_checkpointing_comes_from_flags_or_json(
+    tmp_path: Path, stages: int, written: Any, asked: tuple[Any, Any], expected: tuple[str, int]
 ) -> None:
     block = {"stages": stages} | ({} if written is None else {"activation_checkpoint_interval": written})
-    config, filled = resolve(tmp_path, {"pipeline": block}, activation_checkpointing=asked)
-    assert config.activation_checkpointing == expected
+    flags = dict(zip(("activation_checkpointing", "activation_checkpointing_interval"), asked, strict=True))
+    config, filled = resolve(tmp_path, {"pipeline": block}, **flags)
+    mode, interval = expected
+    assert (config.activation_checkpointing, config.activation_checkpointing_interval) == (mode, max(1, interval))
     if stages > 1:
-        assert filled["pipeline"]["activation_checkpoint_interval"] == expected
+        assert filled["pipeline"]["activation_checkpoint_interval"] == interval
 
 
 def test_one_stage_is_no_pipeline(tmp_path: Path) -> None:

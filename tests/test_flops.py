@@ -30,9 +30,10 @@ def test_gpt2_124m_written_out() -> None:
 
 def test_what_124m_recomputes() -> None:
     forward = 2 * 84_934_656 + 4 * 12 * 768 * 1024 - 2 * 12 * 3072 * 768
-    assert count_flops(12, 768, None, 50257, 1024, activation_checkpointing=1).recomputed == forward
+    assert count_flops(12, 768, None, 50257, 1024, activation_checkpointing="full").recomputed == forward
     assert count_flops(12, 768, None, 50257, 1024, fused_attention=True).recomputed == 2 * 12 * 768 * 1024
-    three = count_flops(12, 768, None, 50257, 1024, activation_checkpointing=3).recomputed
+    grouped = {"activation_checkpointing": "full", "activation_checkpointing_interval": 3}
+    three = count_flops(12, 768, None, 50257, 1024, **grouped).recomputed
     assert three == forward + 2 * 8 * 3072 * 768, "four groups, each without its last product"
 
 
@@ -55,17 +56,14 @@ def counted(run: Any) -> int:
 @pytest.mark.parametrize("accumulation", [1, 3])
 @pytest.mark.parametrize("chunk", [0, 7])
 @pytest.mark.parametrize(
-    ("attention", "checkpointing", "keeps"),
-    [("eager", 0, "nothing"), ("eager", 1, "nothing"), ("sdpa", 0, "nothing"), ("sdpa", 1, "nothing"),
-     ("sdpa", 1, "attention"), ("sdpa", 1, "products")],
-)  # fmt: skip
-def test_formula_and_counter_agree(
-    attention: str, checkpointing: int, keeps: str, chunk: int, accumulation: int
-) -> None:
+    ("attention", "mode"),
+    [("eager", "none"), ("eager", "full"), ("sdpa", "none"), ("sdpa", "full"), ("sdpa", "selective")],
+)
+def test_formula_and_counter_agree(attention: str, mode: str, chunk: int, accumulation: int) -> None:
     model = make_ours(**SIZES, loss_chunk_size=chunk).train()
     model.set_attn_implementation(attention)
-    if checkpointing:
-        checkpoint_blocks(model, checkpoint_arguments(keeps))
+    if mode != "none":
+        checkpoint_blocks(model, checkpoint_arguments(mode))
     ids = tokens(2, 64)
 
     def step() -> None:
@@ -74,8 +72,7 @@ def test_formula_and_counter_agree(
 
     flops = count_flops(
         *(3, 48, None, 101, 64),
-        activation_checkpointing=checkpointing,
-        keeps=keeps,
+        activation_checkpointing=mode,
         fused_attention=attention != "eager",
     )
     assert counted(step) == pytest.approx(flops.hardware * ids.numel() * accumulation, rel=0.01)
@@ -122,7 +119,7 @@ def test_mfu_reproduces_a_published_figure() -> None:
 
 
 def test_hfu_counts_what_is_recomputed() -> None:
-    flops = count_flops(12, 768, None, 50257, 1024, activation_checkpointing=1)
+    flops = count_flops(12, 768, None, 50257, 1024, activation_checkpointing="full")
     mfu, hfu = (utilisation(100_000, figure, 312e12, 2) for figure in (flops.model, flops.hardware))
     assert mfu is not None
     assert hfu == pytest.approx(mfu * flops.hardware / 854_438_400)

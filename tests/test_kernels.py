@@ -56,7 +56,7 @@ def record(run: Path, slow_layer: int | None = None, checkpointing: bool = False
 
         act.forward = slow
     if checkpointing:
-        checkpoint_blocks(model, checkpoint_arguments("nothing"))
+        checkpoint_blocks(model, checkpoint_arguments("full"))
     optimizer = torch.optim.AdamW(model.parameters())
     names = Names()
     names.give(model.named_modules())

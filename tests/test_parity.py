@@ -192,8 +192,8 @@ def test_every_case_has_the_same_global_batch(tmp_path: Path) -> None:
             batch = [int(word.split("=")[1]) for word in words if word.startswith(("--train_micro", "--gradient_acc"))]
             assert math.prod(batch) * layout.data_parallel == 32
             assert f"--max_grad_norm={CLIP}" in words
-            assert "--activation_checkpointing" not in words
-    assert "--activation_checkpointing" in Case(LAYOUTS[0], 1, True, False).words(tmp_path, tmp_path)
+            assert "--activation_checkpointing=full" not in words
+    assert "--activation_checkpointing=full" in Case(LAYOUTS[0], 1, True, False).words(tmp_path, tmp_path)
     assert "--max_grad_norm=0.0" in Case(LAYOUTS[0], 1, True, False).words(tmp_path, tmp_path)
 
 

@@ -125,7 +125,7 @@ def test_activation_checkpointing_changes_nothing(
     two_stages: tuple[Path, str], flags: list[str], tmp_path: Path
 ) -> None:
     launch = ["deepspeed", "--num_gpus", "2", "--master_port", free_port(), "--module", "train"]
-    command(*launch, *flags, *layout(tmp_path, 2, 2), "--activation_checkpointing", cwd=tmp_path)
+    command(*launch, *flags, *layout(tmp_path, 2, 2), "--activation_checkpointing=full", cwd=tmp_path)
     assert losses(tmp_path / "optimized") == losses(two_stages[0])
 
 
@@ -138,6 +138,10 @@ def six_blocks(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> li
     return [*flags, *layout(folder, 2, 2, [4, 5]), f"--model={folder}/model", "--max_steps=2"]
 
 
+def grouped(interval: int) -> list[str]:
+    return ["--activation_checkpointing=full", f"--activation_checkpointing_interval={interval}"]
+
+
 @pytest.fixture(scope="module")
 def without_recomputation(six_blocks: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[list[dict]]:
     return engine_steps("watched", tmp_path_factory.mktemp("all_kept") / "out", *six_blocks)
@@ -148,7 +152,7 @@ def without_recomputation(six_blocks: list[str], tmp_path_factory: pytest.TempPa
 def test_layers_are_recomputed_in_groups_on_every_stage(
     six_blocks: list[str], without_recomputation: list[list[dict]], tmp_path: Path, interval: int
 ) -> None:
-    said = engine_steps("watched", tmp_path / "out", *six_blocks, f"--activation_checkpointing={interval}")
+    said = engine_steps("watched", tmp_path / "out", *six_blocks, *grouped(interval))
     for stage, own in enumerate([[0, 1, 2, 3], [4, 5, 6, 7]]):  # the head is part of the loss and no layer
         groups = [own[start : start + interval] for start in range(0, len(own), interval)]
         for step, all_kept in zip(said[stage], without_recomputation[stage], strict=True):
@@ -176,7 +180,7 @@ def test_dualpipev_recomputes_as_the_json_says(six_blocks: list[str], tmp_path: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("more", [[], ["--activation_checkpointing=2"], ["dualpipev"]])
+@pytest.mark.parametrize("more", [[], grouped(2), ["dualpipev"]])
 def test_packed_documents_across_stages(flags: list[str], tmp_path: Path, more: list[str]) -> None:
     one = [*flags, "--attn_implementation=sdpa"]
     [expected] = engine_steps("in_packs", tmp_path / "one", *one, processes=1)
@@ -292,13 +296,13 @@ def test_dualpipev_is_refused_where_it_cannot_be(
 
 
 def test_groups_of_layers_are_recomputed_in_a_pipeline_only(flags: list[str], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"--activation_checkpointing 2: without a pipeline .*; write 1 .*stages"):
-        settle(parse([*flags, "--activation_checkpointing=2"]))
+    with pytest.raises(UserError, match=r"checkpointing_interval 2: without a pipeline .*; write 1 .*stages"):
+        settle(parse([*flags, *grouped(2)]))
     (tmp_path / "ds.json").write_text('{"pipeline": {"stages": 1, "activation_checkpoint_interval": 2}}')
     one = ["--run_type=optimized", f"--deepspeed_config={tmp_path}/ds.json", "--mixed_precision=no"]
-    with pytest.raises(UserError, match=r"--activation_checkpointing 2: .* \(in the JSON too\)"):
+    with pytest.raises(UserError, match=r"--activation_checkpointing_interval 2: .* \(in the JSON too\)"):
         settle(parse([*flags, *one]))
-    assert settle(parse(flags)).config.activation_checkpointing == 0
+    assert settle(parse(flags)).config.activation_checkpointing == "none"
 
 
 def test_the_global_batch_counts_data_parallel_processes(

@@ -41,7 +41,7 @@ def track(shape: Shape, layout: Layout) -> dict[str, Any]:
     attention = "sdpa" if layout.fused_attention else "eager"
     model = GPT2FlashForCausalLM._from_config(config, attn_implementation=attention).train()
     if layout.recompute != "none":
-        checkpoint_blocks(model, checkpoint_arguments("attention" if layout.recompute == "selective" else "nothing"))
+        checkpoint_blocks(model, checkpoint_arguments(layout.recompute))
     optimizer = build_optimizer(model, "adamw", learning_rate=1e-3, weight_decay=0.1, betas=(0.9, 0.95), fused=False)
     ids = torch.randint(shape.vocab_size, (layout.micro_batch, shape.block_size))
 
@@ -158,7 +158,7 @@ def test_two_processes(name: str, tmp_path: Path) -> None:
         f"--mixed_precision={'bf16' if layout.bf16 else 'no'}",
         f"--attn_implementation={'sdpa' if layout.fused_attention else 'eager'}",
         f"--loss_chunk_size={layout.loss_chunk_size}",
-        f"--activation_checkpointing={int(layout.recompute != 'none')}",
+        f"--activation_checkpointing={layout.recompute}",
     ]
     if layout.kind == "zero":
         file = zero_json(tmp_path / "zero.json", layout.zero_stage, layout.stages > 1)

@@ -39,22 +39,21 @@ def test_attention_runs_once_and_all_else_as_often_as_before(dtype: torch.dtype,
     model = make_ours(n_layer=3).train().to(dtype)
     more = {"position_ids": packed_positions()} if packed else {}
     counts, results = {}, {}
-    for keeps in ("all", "nothing", "attention", "products"):
-        if keeps != "all":
-            checkpoint_blocks(model, checkpoint_arguments(keeps))
-        counts[keeps], results[keeps] = step(model, **more)
-    assert [counts[keeps][SDPA] for keeps in counts] == [3, 6, 3, 3]
-    assert [counts[keeps]["aten::tanh"] for keeps in counts] == [3, 6, 6, 6], "an activation, for one"
+    for mode in ("none", "full", "selective"):
+        if mode != "none":
+            checkpoint_blocks(model, checkpoint_arguments(mode))
+        counts[mode], results[mode] = step(model, **more)
+    assert [counts[mode][SDPA] for mode in counts] == [3, 6, 3]
+    assert [counts[mode]["aten::tanh"] for mode in counts] == [3, 6, 6], "an activation, for one"
 
-    def spared(keeps: str) -> dict[str, int]:
-        differing = counts["nothing"] - counts[keeps] + (counts[keeps] - counts["nothing"])
+    def spared(mode: str) -> dict[str, int]:
+        differing = counts["full"] - counts[mode] + (counts[mode] - counts["full"])
         return {name: count for name, count in differing.items() if name not in ("aten::detach", "prim::device")}
 
-    assert spared("attention") == {SDPA: 3}
-    # Of four products the last is no input of anything that is needed again, so not even "nothing" has it twice.
-    assert spared("products") == {SDPA: 3, "aten::addmm": 9}
-    for keeps in ("nothing", "attention", "products"):
-        assert all(map(torch.equal, results[keeps], results["all"]))
+    # Of four products the last is no input of anything that is needed again, so not even "full" computes it twice.
+    assert spared("selective") == {SDPA: 3, "aten::addmm": 9}
+    for mode in ("full", "selective"):
+        assert all(map(torch.equal, results[mode], results["none"]))
 
 
 @contextmanager
@@ -98,15 +97,15 @@ def flash_attention_2_as_an_operation(patch: pytest.MonkeyPatch) -> Iterator[Non
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_flash_attentions_operation_is_kept_too(monkeypatch: pytest.MonkeyPatch, packed: bool) -> None:
+def test_flash_attentions_output_is_saved_too(monkeypatch: pytest.MonkeyPatch, packed: bool) -> None:
     more = {"position_ids": packed_positions()} if packed else {}
     name = f"flash_attn::_flash_attn_{'varlen_' * packed}forward"
     assert name in ATTENTION_OPERATORS
     with flash_attention_2_as_an_operation(monkeypatch):
         model = make_flash("flash_attention_2", n_layer=3).bfloat16().train()
         _, expected = step(model, **more)
-        for keeps, runs in (("nothing", 6), ("attention", 3), ("products", 3)):
-            checkpoint_blocks(model, checkpoint_arguments(keeps))
+        for mode, runs in (("full", 6), ("selective", 3)):
+            checkpoint_blocks(model, checkpoint_arguments(mode))
             counts, found = step(model, **more)
             assert counts[name] == runs
             assert counts["aten::tanh"] == 6
@@ -114,56 +113,45 @@ def test_flash_attentions_operation_is_kept_too(monkeypatch: pytest.MonkeyPatch,
 
 
 @pytest.mark.slow
-def test_a_run_with_attention_kept_has_the_same_losses(flags: list[str], tmp_path: Path) -> None:
-    shared = [*flags, "--attn_implementation=sdpa", "--activation_checkpointing"]
-    for name, more in (("full", []), ("kept", ["--activation_checkpointing_keeps=attention"])):
-        python("-m", "train", *shared, *more, f"--checkpoint_path={tmp_path}/{name}", cwd=tmp_path)
-    full, kept = (losses(tmp_path / name / "baseline") for name in ("full", "kept"))
-    assert kept == full
+def test_runs_of_every_mode_have_the_same_losses(flags: list[str], tmp_path: Path) -> None:
+    shared = [*flags, "--attn_implementation=sdpa"]
+    for mode in ("none", "full", "selective"):
+        own = [f"--activation_checkpointing={mode}", f"--checkpoint_path={tmp_path}/{mode}"]
+        python("-m", "train", *shared, *own, cwd=tmp_path)
+    none, full, selective = (losses(tmp_path / mode / "baseline") for mode in ("none", "full", "selective"))
+    assert none == full == selective
 
 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--attn_implementation=sdpa"], "everything is kept as it is; give --activation_checkpointing"),
-        (
-            ["--activation_checkpointing"],
-            "eager attention cannot be told from others; give --attn_implementation sdpa",
-        ),
-        (
-            ["--activation_checkpointing", "--attn_implementation=sdpa", "--dropout=0.1"],
-            r"with --dropout 0.1 the rest would be recomputed with other dropouts",
-        ),
+        ([], "output of eager attention from other tensors; give --attn_implementation sdpa or flash_attention_2"),
+        (["--attn_implementation=sdpa", "--dropout=0.1"], r"with --dropout 0.1 the recomputed dropout masks"),
     ],
 )
-def test_what_cannot_be_kept_is_refused(flags: list[str], tmp_path: Path, more: list[str], message: str) -> None:
-    keeps = "--activation_checkpointing_keeps=attention"
+def test_selective_refuses_what_differs(flags: list[str], tmp_path: Path, more: list[str], message: str) -> None:
+    selective = "--activation_checkpointing=selective"
     with pytest.raises(UserError, match=message):
-        settle(parse([*flags, *more, keeps, f"--checkpoint_path={tmp_path}"]))
+        settle(parse([*flags, *more, selective, f"--checkpoint_path={tmp_path}"]))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("interval", [1, 2])
-def test_stages_keep_their_attention_too(flags: list[str], tmp_path: Path, interval: int) -> None:
+def test_stages_save_their_attention_too(flags: list[str], tmp_path: Path, interval: int) -> None:
     two = ["--run_type=optimized", f"--deepspeed_config={tmp_path}/ds.json", "--pipeline_stages=2",
            "--train_micro_batch_size_per_gpu=2", "--gradient_accumulation_steps=2", "--mixed_precision=no",
            "--max_steps=2", "--attn_implementation=sdpa"]  # fmt: skip
     settings = json.loads((ROOT / "ds_configs" / "pipeline.json").read_text())
     settings["pipeline"] |= {"partition": [2, 3]}
     (tmp_path / "ds.json").write_text(json.dumps(settings))
-    recomputed = [f"--activation_checkpointing={interval}"]
-    said = {
-        "all": engine_steps("counted", tmp_path / "all", *flags, *two),
-        "nothing": engine_steps("counted", tmp_path / "nothing", *flags, *two, *recomputed),
-        "attention": engine_steps(
-            "counted", tmp_path / "attention", *flags, *two, *recomputed, "--activation_checkpointing_keeps=attention"
-        ),
+    every = f"--activation_checkpointing_interval={interval}"
+    steps = {"none": engine_steps("counted", tmp_path / "none", *flags, *two)} | {
+        mode: engine_steps("counted", tmp_path / mode, *flags, *two, f"--activation_checkpointing={mode}", every)
+        for mode in ("full", "selective")
     }
     for stage in (0, 1):
-        for number, all_kept in enumerate(said["all"][stage]):
-            nothing, attention = said["nothing"][stage][number], said["attention"][stage][number]
+        for modes in zip(*(of_mode[stage] for of_mode in steps.values()), strict=True):
             # One block a stage, two micro-batches.
-            assert [one["operations"][SDPA] for one in (all_kept, nothing, attention)] == [2, 4, 2]
-            assert [one["operations"]["aten::gelu"] for one in (all_kept, nothing, attention)] == [2, 4, 4]
-            assert all_kept["loss"] == nothing["loss"] == attention["loss"]
-            assert all_kept["grad_norm"] == nothing["grad_norm"] == attention["grad_norm"]
+            assert [step["operations"][SDPA] for step in modes] == [2, 4, 2]
+            assert [step["operations"]["aten::gelu"] for step in modes] == [2, 4, 4]
+            assert len({(step["loss"], step["grad_norm"]) for step in modes}) == 1

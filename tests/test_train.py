@@ -150,7 +150,7 @@ def test_accumulation_is_the_same_as_a_larger_batch(flags: list[str], finished: 
 
 
 def test_checkpointing_and_chunks_change_no_number(flags: list[str], finished: Path, tmp_path: Path) -> None:
-    run(flags, tmp_path, "--activation_checkpointing", "--attn_implementation=sdpa", "--loss_chunk_size=17")
+    run(flags, tmp_path, "--activation_checkpointing=full", "--attn_implementation=sdpa", "--loss_chunk_size=17")
     assert losses(tmp_path / "baseline") == pytest.approx(losses(finished), abs=1e-5)
 
 
@@ -299,7 +299,7 @@ def test_a_run_and_its_resume_on_a_gpu(flags: list[str], tmp_path: Path, engine:
     run_type = "baseline" if engine == "baseline" else "optimized"
     own = [*flags, "--model=tiny", f"--run_type={run_type}", "--mixed_precision=bf16", "--attn_implementation=auto"]
     if run_type == "optimized":
-        own += [f"--deepspeed_config={ROOT}/ds_configs/{engine}.json", "--activation_checkpointing"]
+        own += [f"--deepspeed_config={ROOT}/ds_configs/{engine}.json", "--activation_checkpointing=full"]
     run(own, tmp_path / "whole", "--save_interval=4")
     whole = tmp_path / "whole" / run_type
     summary = json.loads((whole / "metrics.json").read_text())

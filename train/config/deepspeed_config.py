@@ -67,7 +67,7 @@ def resolve(config: RunConfig, world_size: int, bf16_is_fast: bool) -> tuple[Run
     if type(clipping) not in (int, float) or not 0 <= clipping < float("inf"):
         raise UserError(f'{file}: "gradient_clipping" is {clipping!r}; write a number of at least 0, or "auto"')
     bf16 = _bf16(config, settings, file, bf16_is_fast)
-    stages, interval = _pipeline(config, settings, file, world_size)
+    stages, mode, interval = _pipeline(config, settings, file, world_size)
     product = micro_batch * accumulation * (world_size // stages)
     if settings.get("train_batch_size", "auto") not in ("auto", product):
         raise UserError(
@@ -91,7 +91,8 @@ def resolve(config: RunConfig, world_size: int, bf16_is_fast: bool) -> tuple[Run
         gradient_accumulation_steps=accumulation,
         max_grad_norm=float(clipping),
         pipeline_stages=stages,
-        activation_checkpointing=interval,
+        activation_checkpointing=mode,
+        activation_checkpointing_interval=interval or 1,
         mixed_precision="bf16" if bf16 else "no",
     )
     return config, settings
@@ -131,16 +132,16 @@ def read(file: Path) -> dict[str, Any]:
     return settings
 
 
-def _pipeline(config: RunConfig, settings: dict[str, Any], file: str, world_size: int) -> tuple[int, int]:
-    """The number of stages, and of layers that are recomputed together.
+def _pipeline(config: RunConfig, settings: dict[str, Any], file: str, world_size: int) -> tuple[int, Any, int]:
+    """The number of stages, the mode of activation checkpointing, and how many layers are recomputed together.
 
     With more than one stage, the block is filled in and ZeRO is at the stage that goes with it.
     """
     block = settings.pop("pipeline", None)
     stages = _stages(config.pipeline_stages, block, file)
-    interval = _interval(config.activation_checkpointing, block or {}, file)
+    mode, interval = _activation_checkpointing(config, block or {}, file)
     if stages == 1:
-        return 1, interval
+        return 1, mode, interval
     if world_size % stages != 0:
         raise UserError(
             f"{stages} pipeline stages need {stages}, {2 * stages}, {3 * stages}, ... processes, but there are "
@@ -172,7 +173,7 @@ def _pipeline(config: RunConfig, settings: dict[str, Any], file: str, world_size
     ):
         if written("zero_optimization", "stage") == stage:
             raise UserError(f'{file}: ZeRO stage {stage} with {stages} pipeline stages: {reason}; write "stage": 1')
-    return stages, interval
+    return stages, mode, interval
 
 
 def _stages(asked: int | None, block: Any, file: str) -> int:
@@ -207,22 +208,20 @@ def _stages(asked: int | None, block: Any, file: str) -> int:
     return stages
 
 
-def _interval(asked: int | None, block: dict[str, Any], file: str) -> int:
-    """From --activation_checkpointing or the JSON's "pipeline" block; 0: nothing is recomputed."""
+def _activation_checkpointing(config: RunConfig, block: dict[str, Any], file: str) -> tuple[Any, int]:
+    """The mode and the interval, from the flags or the JSON's "pipeline" block; an interval of 0 there is no mode."""
+    mode, asked = config.activation_checkpointing, config.activation_checkpointing_interval
     written = block.get("activation_checkpoint_interval", "auto")
+    key = f'{file}: "pipeline.activation_checkpoint_interval" is {written!r}'
     if written == "auto":
-        return asked or 0
+        return (mode or "none", 0 if mode in (None, "none") else asked or 1)
     if type(written) is not int or written < 0:
-        raise UserError(
-            f'{file}: "pipeline.activation_checkpoint_interval" is {written!r}; write a whole number of at least 0, '
-            'or "auto"'
-        )
+        raise UserError(f'{key}; write a whole number of at least 0, or "auto"')
+    if mode is not None and (mode == "none") != (written == 0):
+        raise UserError(f'{key} and --activation_checkpointing is {mode}; make them agree or write "auto"')
     if asked not in (None, written):
-        raise UserError(
-            f'{file}: "pipeline.activation_checkpoint_interval" is {written} and --activation_checkpointing is '
-            f'{asked}; make them agree or write "auto"'
-        )
-    return written
+        raise UserError(f'{key} and --activation_checkpointing_interval is {asked}; make them agree or write "auto"')
+    return mode or ("full" if written else "none"), written
 
 
 def _bf16(config: RunConfig, settings: dict[str, Any], file: str, bf16_is_fast: bool) -> bool:

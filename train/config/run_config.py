@@ -89,17 +89,14 @@ class RunConfig:
         None, "auto is bf16 where the hardware is good at it (default: no for baseline, auto for optimized)"
     )
     torch_compile: bool = _flag(False, "compile the transformer blocks (needs a C++ compiler on CPU)")
-    activation_checkpointing: int | None = _flag(
+    activation_checkpointing: Literal["none", "full", "selective"] | None = _flag(
         None,
-        "recompute activations in the backward pass: 1 (or no number) for each block, in a pipeline N for N layers "
-        "together; 0: keep them (default: the DeepSpeed JSON's number, else 0)",
-        nargs="?",
-        const=1,
+        "recompute the activations of each block in the backward pass: full for all of them, selective for all but "
+        "the outputs of matmuls and of the attention kernel (default: full where the DeepSpeed JSON has an interval, "
+        "else none)",
     )
-    activation_checkpointing_keeps: Literal["nothing", "attention", "products"] = _flag(
-        "nothing",
-        "what is kept all the same: attention keeps the output of its kernel, products that and the linear layers', "
-        "so that only what is quick is recomputed",
+    activation_checkpointing_interval: int | None = _flag(
+        None, "layers of a pipeline stage that are recomputed together (default: the DeepSpeed JSON's number, else 1)"
     )
     deepspeed_config: str | None = _flag(
         None,
@@ -149,7 +146,8 @@ ENGINE_DEFAULTS: dict[str, Any] = {
     "gradient_accumulation_steps": 1,
     "max_grad_norm": 1.0,
     "pipeline_stages": 1,
-    "activation_checkpointing": 0,
+    "activation_checkpointing": "none",
+    "activation_checkpointing_interval": 1,
 }
 DEFAULTS: dict[str, dict[str, Any]] = {
     "baseline": {"attn_implementation": "eager", "loss_chunk_size": 0, **ENGINE_DEFAULTS},
@@ -258,12 +256,11 @@ def check(config: RunConfig) -> None:
         raise UserError(f"--{key} {getattr(config, key)}: {remedy}")
 
     for key in ("max_steps", "block_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
-                "eval_steps", "save_total_limit", "pipeline_stages"):  # fmt: skip
+                "eval_steps", "save_total_limit", "pipeline_stages", "activation_checkpointing_interval"):  # fmt: skip
         value = getattr(config, key)
         if value is not None and value < 1:
             refuse(key, "must be at least 1")
-    for key in ("eval_interval", "save_interval", "warmup_steps", "loss_chunk_size", "activation_checkpointing",
-                "max_new_tokens", "seed"):  # fmt: skip
+    for key in ("eval_interval", "save_interval", "warmup_steps", "loss_chunk_size", "max_new_tokens", "seed"):
         value = getattr(config, key)
         if value is not None and value < 0:
             refuse(key, "must not be negative")
@@ -289,6 +286,8 @@ def check(config: RunConfig) -> None:
     first, stop = map(int, config.profile_steps.split(":"))
     if not 2 <= first < stop:
         refuse("profile_steps", "begin with 2 or later, for the step before warms the profiler up, and end after it")
+    if config.activation_checkpointing_interval is not None and config.activation_checkpointing in (None, "none"):
+        refuse("activation_checkpointing_interval", "nothing is recomputed; give --activation_checkpointing full")
     if config.memory_snapshot and not config.profile:
         raise UserError("--memory_snapshot: is taken of the steps that are profiled; add --profile, or drop it")
     if config.seed >= 2**32:

@@ -22,8 +22,10 @@ from train.metrics.annotations import annotate
 
 class AcceleratedEngine(Engine):
     def _take(self, model: GPT2FlashForCausalLM) -> nn.Module:
-        if self.config.activation_checkpointing and not self.compiler_recomputes:
-            checkpoint_blocks(model, checkpoint_arguments(self.config.activation_checkpointing_keeps))
+        mode = self.config.activation_checkpointing
+        assert mode is not None
+        if mode != "none" and not self.compiler_recomputes:
+            checkpoint_blocks(model, checkpoint_arguments(mode))
         if self.config.torch_compile and self.deepspeed and self.deepspeed["zero_optimization"].get("stage") == 3:
             # ZeRO-3 would gather each layer's parameters inside the compiled blocks, and so cut them into pieces.
             from deepspeed.utils import set_z3_leaf_modules

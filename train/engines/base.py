@@ -83,7 +83,7 @@ class Engine(ABC):
     @property
     def compiler_recomputes(self) -> bool:
         """Whether recomputation is part of what is compiled. Else it runs the whole compiled block once more."""
-        return self.config.torch_compile and self.config.activation_checkpointing_keeps == "products"
+        return self.config.torch_compile and self.config.activation_checkpointing == "selective"
 
     def prepare(self, model: GPT2FlashForCausalLM) -> None:
         """Take the model in: activation, compilation, recomputation, optimizer, sharding; `layout` is a table of it.
@@ -98,7 +98,7 @@ class Engine(ABC):
             if self.device.type == "cpu":
                 keep_freed_memory()
         if config.torch_compile:
-            compile_blocks(model, checkpoint_arguments("products") if self.compiler_recomputes else None)
+            compile_blocks(model, checkpoint_arguments("selective") if self.compiler_recomputes else None)
         module = self._take(model)
         optimizer = build_optimizer(
             module,

@@ -30,8 +30,7 @@ ATTENTION_OPERATORS = frozenset({
     "flash_attn::_flash_attn_forward",
     "flash_attn::_flash_attn_varlen_forward",
 })  # fmt: skip
-MATMULS = frozenset({"aten::mm", "aten::addmm"})  # of linear layers
-SAVED = {"attention": ATTENTION_OPERATORS, "products": ATTENTION_OPERATORS | MATMULS}
+SAVED_OPERATORS = ATTENTION_OPERATORS | {"aten::mm", "aten::addmm"}  # attention, and the matmuls of linear layers
 SELECTIVE_ATTENTION = ("sdpa", "flash_attention_2")
 """The implementations of attention whose output selective activation checkpointing can save."""
 
@@ -49,17 +48,17 @@ def fuse_gelu(model: nn.Module) -> None:
 # Activation checkpointing
 
 
-def checkpoint_arguments(keeps: str) -> dict[str, Any]:
-    """The keyword arguments of `torch.utils.checkpoint.checkpoint`; `keeps` is "nothing" or one of `SAVED`."""
+def checkpoint_arguments(mode: str) -> dict[str, Any]:
+    """The keyword arguments of `torch.utils.checkpoint.checkpoint` in the mode "full" or "selective"."""
     arguments: dict[str, Any] = {"use_reentrant": False}
-    if keeps in SAVED:
-        arguments["context_fn"] = partial(create_selective_checkpoint_contexts, partial(_policy, SAVED[keeps]))
+    if mode == "selective":
+        arguments["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
     return arguments
 
 
-def _policy(saved: frozenset[str], context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     # "Prefer" leaves the decision to a compiler, which saves what the backward pass needs of these.
-    return CheckpointPolicy.PREFER_SAVE if operator.name() in saved else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.PREFER_SAVE if operator.name() in SAVED_OPERATORS else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def checkpoint_blocks(model: PreTrainedModel, arguments: dict[str, Any]) -> None:

@@ -77,8 +77,8 @@ def count_flops(
     vocab_size: int,
     block_size: int,
     *,
-    activation_checkpointing: int = 0,
-    keeps: str = "nothing",
+    activation_checkpointing: str = "none",
+    activation_checkpointing_interval: int = 1,
     fused_attention: bool = False,
 ) -> Flops:
     """Training FLOPs per token: 6·N + 12·L·E·T, as in PaLM's appendix B, and what is recomputed.
@@ -93,11 +93,11 @@ def count_flops(
     GPT-2 124M at 1024: blocks 12 · (4 · 768² + 2 · 768 · 3072) = 84,934,656; head 768 · 50257 = 38,597,376;
     6 · 123,532,032 = 741,192,192; attention 12 · 12 · 768 · 1024 = 113,246,208; together 854,438,400.
 
-    `recomputed` is, with `activation_checkpointing` n (0: none), a second forward pass of every block, but for the
-    last product of each n blocks: recomputation ends with the last activation that the backward pass asks for, and
-    that one is the input of the product; if it `keeps` "attention", but for attention's two products; if "products",
-    nothing that counts. And with `fused_attention` (sdpa, FlashAttention), which keeps no scores, one more product of
-    queries and keys in backward, 2·E·T a layer.
+    `recomputed` is, with `activation_checkpointing="full"`, a second forward pass of every block, but for the last
+    matmul of each group of `activation_checkpointing_interval` blocks: recomputation ends with the last activation
+    that the backward pass needs, which is the input of that matmul. "selective" recomputes no matmul. And with
+    `fused_attention` (sdpa, FlashAttention), which keeps no scores, one more product of queries and keys in backward,
+    2·E·T a layer.
 
     `n_inner=None` is GPT-2's default, 4·E.
     """
@@ -105,10 +105,9 @@ def count_flops(
     block = 4 * n_embd**2 + 2 * n_embd * inner  # q, k, v, projection; up, down
     scores = 2 * n_layer * n_embd * block_size  # one product of queries and keys, or of weights and values
     recomputed = scores if fused_attention else 0
-    if activation_checkpointing and keeps != "products":
-        groups = n_layer // activation_checkpointing
-        attention = 0 if keeps == "attention" else 2 * scores
-        recomputed += 2 * n_layer * block - 2 * groups * n_embd * inner + attention
+    if activation_checkpointing == "full":
+        groups = n_layer // activation_checkpointing_interval
+        recomputed += 2 * n_layer * block - 2 * groups * n_embd * inner + 2 * scores
     return Flops(blocks=6 * n_layer * block, head=6 * n_embd * vocab_size, attention=6 * scores, recomputed=recomputed)
 
 

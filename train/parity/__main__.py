@@ -111,7 +111,7 @@ class Case:
             *flags(problem, self.max_grad_norm),
             f"--train_micro_batch_size_per_gpu={micro_batch}",
             f"--gradient_accumulation_steps={self.accumulation}",
-            *(["--activation_checkpointing"] if self.activation_checkpointing else []),
+            *(["--activation_checkpointing=full"] if self.activation_checkpointing else []),
             f"--checkpoint_path={out}",
         ]
 

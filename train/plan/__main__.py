@@ -13,6 +13,7 @@ import re
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import get_args
 
 from train.checkpoints.loading import model_config
 from train.config import packaged as shipped
@@ -29,7 +30,6 @@ USABLE = 0.9  # of the device's memory; the rest is for the driver, libraries an
 LOSS_CHUNK_SIZE = 512
 GIB = 2**30
 UNITS = {"": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": GIB, "TIB": 2**40}
-KEEPS: dict[Recompute, str] = {"none": "all", "selective": "attention", "full": "nothing"}
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def plans(
         cut = partition(config, base.stages, block_size=block_size) if base.stages > 1 else None
         for micro_batch in _micro_batches(sequences, base.data_parallel):
             accumulation = sequences // base.data_parallel // micro_batch
-            for recompute in KEEPS:
+            for recompute in get_args(Recompute):
                 layout = replace(
                     base,
                     micro_batch=micro_batch,
@@ -133,9 +133,7 @@ def command(plan: Plan, model: str) -> str:
     words += [f"--train_micro_batch_size_per_gpu {layout.micro_batch}"]
     words += [f"--gradient_accumulation_steps {layout.accumulation}"]
     if layout.recompute != "none":
-        words += ["--activation_checkpointing 1"]
-    if layout.recompute == "selective":  # which only some kernels can be told apart for
-        words += ["--activation_checkpointing_keeps attention"]
+        words += [f"--activation_checkpointing {layout.recompute}"]
     words += [f"--attn_implementation {'sdpa' if layout.recompute == 'selective' else 'auto'}"]
     words += [f"--loss_chunk_size {layout.loss_chunk_size} --mixed_precision {'bf16' if layout.bf16 else 'no'}"]
     lines = [""]
@@ -157,7 +155,16 @@ def best_of_each(found: Sequence[Plan], limit: float) -> list[Plan]:
 
 
 def table(chosen: Sequence[Plan]) -> str:
-    header = ["layout", "micro-batch", "accumulation", "kept", "GB a process", "tokens/s", "idle", "communication"]
+    header = [
+        "layout",
+        "micro-batch",
+        "accumulation",
+        "recomputed",
+        "GB a process",
+        "tokens/s",
+        "idle",
+        "communication",
+    ]
     rows = []
     for plan in chosen:
         layout, speed = plan.layout, plan.speed
@@ -166,7 +173,7 @@ def table(chosen: Sequence[Plan]) -> str:
             plan.name,
             str(layout.micro_batch),
             str(layout.accumulation),
-            KEEPS[layout.recompute],
+            layout.recompute,
             f"{plan.memory.peak / 1e9:.3g}",
             f"{speed.tokens_per_second:,.0f}",
             f"{speed.bubble / seconds:.1%}",
@@ -229,7 +236,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         nearest = min(found, key=lambda plan: plan.memory.peak)
         raise UserError(
             f"nothing fits into {args.device_memory} x {USABLE:.0%}; nearest comes {nearest.name} with micro-batches "
-            f"of {nearest.layout.micro_batch}, keeping {KEEPS[nearest.layout.recompute]}, with "
+            f"of {nearest.layout.micro_batch}, activation checkpointing {nearest.layout.recompute}, with "
             f"{nearest.memory.peak / 1e9:.3g} GB; take more processes, a smaller model or a smaller --block_size"
         )
     print(table(chosen))

@@ -181,11 +181,12 @@ class _Step:
 
     @property
     def block_kept(self) -> int:
-        """What a block keeps until its backward pass begins: all, its input alone, or that and attention's output."""
+        """What a block keeps until its backward pass begins: all, its input alone, or that and the outputs of
+        attention and of its four matmuls."""
         if self.layout.recompute == "none":
             return self.block_activations
-        kept_attention = self.hidden + FP32 * self.tokens * self.shape.n_head
-        return self.residual + (kept_attention if self.layout.recompute == "selective" else 0)
+        saved = 6 * self.hidden + self.inner + FP32 * self.tokens * self.shape.n_head
+        return self.residual + (saved if self.layout.recompute == "selective" else 0)
 
     def _kept_by_forward(self) -> int:
         """By a stage for one micro-batch: its blocks and the last sum, which the next stage or the norm reads."""

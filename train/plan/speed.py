@@ -11,10 +11,12 @@ from train.metrics.flops import count_flops, peak_bandwidth, peak_flops
 from train.plan.shapes import DeviceKind, Layout, Shape
 
 GB = 1e9
-# Operators of a block in a forward pass (two norms, four products with biases, attention, two sums, GELU) and
-# twice as many backward; a GPU starts one in about 5 us, a CPU in about as many.
+# Operators of a block in a forward pass (two norms, four matmuls with biases, attention, two sums, GELU) and twice as
+# many backward; selective recomputation repeats two norms, two sums and GELU, full recomputation all of them. A GPU
+# starts one in about 5 us, a CPU in about as many.
 OPERATORS = 3 * 10
 GELU_IN_STEPS = 3 * 8  # more, of the baseline's
+RECOMPUTED_OPERATORS = {"none": 0, "selective": 5, "full": 10}
 SECONDS_TO_START = 5e-6
 HIDDEN = 2 / 3  # of the arithmetic is backward, beside which gradients and parameters travel
 HOST_MEMORY = 100 * GB  # bytes/s, at which a CPU updates what is offloaded to it
@@ -86,8 +88,7 @@ def predict_speed(
         shape.n_inner,
         shape.vocab_size,
         shape.block_size,
-        activation_checkpointing=int(layout.recompute != "none"),
-        keeps="attention" if layout.recompute == "selective" else "nothing",
+        activation_checkpointing=layout.recompute,
         fused_attention=layout.fused_attention,
     )
     tokens = layout.micro_batch * layout.accumulation * shape.block_size  # of a data-parallel process
@@ -97,8 +98,12 @@ def predict_speed(
         stages = [sum(cut.flops[layer] for layer in cut.layers(stage)) for stage in range(cut.stages)]
         largest_stage = max(stages) / sum(stages)
     arithmetic = largest_stage * tokens * flops.hardware / rate
-    operators = OPERATORS + (0 if layout.kind == "zero" else GELU_IN_STEPS)
+    operators = OPERATORS + RECOMPUTED_OPERATORS[layout.recompute] + (0 if layout.kind == "zero" else GELU_IN_STEPS)
     arithmetic += largest_stage * layout.accumulation * shape.n_layer * operators * SECONDS_TO_START
+    if layout.recompute != "none":  # what is no matmul waits for memory: norms and sums 10 D, GELU 2 I a token
+        width = 2 if layout.bf16 else 4
+        moved = width * tokens * shape.n_layer * (10 * shape.n_embd + 2 * shape.n_inner)
+        arithmetic += largest_stage * moved / device.bandwidth
     # (p - 1) / (m + p - 1) of the time is idle, that is (p - 1) / m of the busy time is added (GPipe, 1F1B).
     bubble = arithmetic * (layout.stages - 1) / layout.accumulation
     beside, after = traffic(shape, layout)

@@ -129,15 +129,15 @@ def settle(config: RunConfig) -> Run:
     assert stages is not None
     if stages == 1 and config.pipeline_schedule != "1f1b":
         raise UserError(f"--pipeline_schedule {config.pipeline_schedule}: there is one stage; give --pipeline_stages")
-    if stages == 1 and config.activation_checkpointing not in (0, 1):
+    if stages == 1 and config.activation_checkpointing_interval != 1:
         raise UserError(
-            f"--activation_checkpointing {config.activation_checkpointing}: without a pipeline each block is "
-            "recomputed by itself; write 1 (in the JSON too), or give --pipeline_stages"
+            f"--activation_checkpointing_interval {config.activation_checkpointing_interval}: without a pipeline each "
+            "block is recomputed by itself; write 1 (in the JSON too), or give --pipeline_stages"
         )
     sequences = micro_batch_size * accumulation * (world_size() // stages)
     attention = _settle_attention(config, shape)
-    if config.activation_checkpointing_keeps != "nothing":
-        _check_attention_can_be_kept(config, attention[0])
+    if config.activation_checkpointing == "selective":
+        _check_selective(config, attention[0])
     cut = _settle_partition(config, deepspeed, shape, block_size) if stages > 1 else None
     train = _settle_training_data(config, shape.vocab_size, block_size, sequences)
     if tokenizer is not None:
@@ -238,19 +238,17 @@ def _settle_attention(config: RunConfig, shape: GPT2FlashConfig) -> tuple[str, s
         raise UserError(f"--attn_implementation {config.attn_implementation}: {error}") from None
 
 
-def _check_attention_can_be_kept(config: RunConfig, attention: str) -> None:
-    asked = f"--activation_checkpointing_keeps {config.activation_checkpointing_keeps}"
-    if not config.activation_checkpointing:
-        raise UserError(f"{asked}: everything is kept as it is; give --activation_checkpointing, or drop the flag")
+def _check_selective(config: RunConfig, attention: str) -> None:
+    asked = "--activation_checkpointing selective"
     if attention not in SELECTIVE_ATTENTION:
         raise UserError(
-            f"{asked}: the output of {attention} attention cannot be told from others; give --attn_implementation "
-            f"{' or '.join(SELECTIVE_ATTENTION)}"
+            f"{asked}: PyTorch cannot tell the output of {attention} attention from other tensors; give "
+            f"--attn_implementation {' or '.join(SELECTIVE_ATTENTION)}"
         )
     if config.dropout > 0:
-        # A kernel that is not run again draws no random numbers again, and the dropouts behind it would draw its.
+        # A kernel that does not run again draws no random numbers, so the dropouts after it would draw others.
         raise UserError(
-            f"{asked}: with --dropout {config.dropout} the rest would be recomputed with other dropouts; give 0"
+            f"{asked}: with --dropout {config.dropout} the recomputed dropout masks would differ; give --dropout 0"
         )
 
 

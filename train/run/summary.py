@@ -61,8 +61,8 @@ def write_summary(
     flops = count_flops(
         *(run.model_config.n_layer, run.model_config.n_embd, run.model_config.n_inner, run.model_config.vocab_size),
         run.train.block_size,
-        activation_checkpointing=config.activation_checkpointing or 0,
-        keeps=config.activation_checkpointing_keeps,
+        activation_checkpointing=config.activation_checkpointing or "none",
+        activation_checkpointing_interval=config.activation_checkpointing_interval or 1,
         fused_attention=run.attention[0] != "eager",
     )
     measured = memory | energy_metrics(energy, run.tokens_per_step) | measure_inference(run, model)

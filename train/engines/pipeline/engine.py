@@ -79,8 +79,9 @@ class PipelinedEngine(Engine):
         }
         # Not DeepSpeed's own checkpoint function: it needs inputs with gradients, which tokens have not. The interval
         # is in the JSON.
-        how = checkpoint_arguments(self.config.activation_checkpointing_keeps)
-        recompute = _as_it_is if self.compiler_recomputes else partial(checkpoint, **how)
+        assert self.config.activation_checkpointing is not None
+        arguments = checkpoint_arguments(self.config.activation_checkpointing)
+        recompute = _as_it_is if self.compiler_recomputes else partial(checkpoint, **arguments)
         # DeepSpeed prints random seeds that nothing here uses, and broadcasts the tied weight into autograd's sight.
         with contextlib.redirect_stdout(None), torch.no_grad():
             kind = _TwoStages if self.two_way else _Stage
