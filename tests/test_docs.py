@@ -21,6 +21,7 @@ from torch.distributed import run as torch_run
 from tests.conftest import ROOT, command, free_port
 from train.cli import TOOLS
 from train.config.run_config import parse
+from train.metrics.table import METRICS
 
 PAGES = ["README.md", *(f"docs/{name}" for name in re.findall(r"\((\w+\.md)\)", (ROOT / "docs/index.md").read_text()))]
 MARKDOWN = [
@@ -62,6 +63,13 @@ def test_the_figures_of_the_readme_are_those_of_the_benchmarks() -> None:
     demo = (ROOT / "benchmarks/README.md").read_text().partition("## The loss")[0]
     for figure in re.findall(r"\d[\d,.]*\d", measured[0]):
         assert figure in demo, figure
+
+
+def test_every_metric_is_explained() -> None:
+    explained = (ROOT / "docs/report.md").read_text().partition("## Metrics\n")[2]
+    for metric in METRICS:
+        key = metric.key.partition(".")[0]
+        assert metric.kind in ("count", "text") or f"`{key}`" in explained, key
 
 
 def test_the_index_lists_every_page() -> None:
