@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,7 @@ def tracked(engine: Engine, run: Run) -> Iterator[dict[str, Any]]:
         batches = list(micro_batches(engine, run, step))
         with tracker if step == run.total_steps - 1 else nullcontext():
             result = engine.train_step(step, batches, LEARNING_RATE)
-        yield {**vars(result), **tracker.summary()}
+        yield {**vars(result), **asdict(tracker.profile())}
 
 
 def alternating(engine: Engine, run: Run) -> Iterator[dict[str, Any]]:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from tests.conftest import engine_steps
 from train.engines.pipeline.partition import partition
 from train.engines.transforms import checkpoint_arguments, checkpoint_blocks
 from train.metrics.annotations import annotate
-from train.metrics.memory_tracker import CATEGORIES, MemoryTracker
+from train.metrics.memory_profile import CATEGORIES
+from train.metrics.memory_tracker import MemoryTracker
 from train.optim.parameter_groups import build_optimizer
 from train.plan.memory import predict, predict_stage
 from train.plan.shapes import Buckets, Layout, Shape
@@ -64,7 +66,7 @@ def track(shape: Shape, layout: Layout) -> dict[str, Any]:
     step()
     with MemoryTracker(holdings, shape.vocab_size, "cpu") as tracker:
         step()
-    return tracker.summary()
+    return asdict(tracker.profile())
 
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])

@@ -7,7 +7,7 @@ import pytest
 from tests.finished_runs import write_run
 from tests.html_page import Page
 from train.compare import __main__ as compare
-from train.compare.report.memory import CATEGORIES, read_memory
+from train.metrics.memory_profile import CATEGORIES, read_memory
 from train.utils.errors import UserError
 
 MIB = 2**20
@@ -24,7 +24,10 @@ def bytes_of(*mebibytes: int) -> dict[str, int]:
 
 def memory(logits: int = 40, **changed: Any) -> dict[str, Any]:
     """What `--profile` writes of a run whose step has two phases."""
-    phases = [{"phase": "forward", **bytes_of(10, 0, 20, 5, logits, 0)}, {"phase": "optimizer", **bytes_of(*[1] * 6)}]
+    phases = [
+        {"phase": "forward", "event": 1, **bytes_of(10, 0, 20, 5, logits, 0)},
+        {"phase": "optimizer", "event": 2, **bytes_of(*[1] * 6)},
+    ]
     found = {"schema": 1, "peak_bytes": MIB * (35 + logits), "at_peak": bytes_of(10, 0, 20, 5, logits, 0)}
     return {**found, "over_step": phases, **changed}
 
@@ -81,12 +84,12 @@ def test_no_section_where_nothing_was_tracked(tmp_path: Path) -> None:
         ("", "broken JSON"),
         ('{"schema": 1', "broken JSON"),
         ("[]", "is JSON, but not what python -m train --profile writes"),
-        (memory(schema=2), "has schema 2; this version of compare reads schema 1"),
-        (memory(peak_bytes="much"), "\"peak_bytes\" has 'much' for peak_bytes"),
-        (memory(at_peak=None), '"at_peak" has None for parameters'),
+        (memory(schema=2), "has schema 2; this version reads schema 1"),
+        (memory(peak_bytes="much"), "\"peak_bytes\" is 'much', not an integer"),
+        (memory(at_peak=None), '"at_peak" is None, not an object'),
         (memory(over_step={}), '"over_step" is {}, not a list'),
-        (memory(over_step=[{"phase": "forward"}]), '"over_step" has None for parameters'),
-        (memory(over_step=[{"phase": "\ud800", **bytes_of(*[1] * 6)}]), "holds half a character"),
+        (memory(over_step=[{"phase": "forward"}]), '"over_step.0.parameters" is missing'),
+        (memory(over_step=[{"phase": "\ud800", "event": 1, **bytes_of(*[1] * 6)}]), "holds half a character"),
     ],
 )
 def test_a_foreign_or_broken_file_is_named_before_anything_is_written(content: Any, said: str, tmp_path: Path) -> None:

@@ -1,13 +1,12 @@
 """Finished runs on disk: their folders read, checked and labelled; nothing here knows how a run was made."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from train.metrics.summary import check_summary, is_number
 from train.metrics.table import STEP_METRICS, look_up
-from train.metrics.units import times, unit_of  # noqa: F401
 from train.utils.errors import UserError
 from train.utils.json_files import parse_json, read_json, read_text
 
@@ -113,24 +112,3 @@ def _why_unfinished(folder: Path) -> str:
     inside = sorted(str(path.parent) for path in folder.glob(f"*/{SUMMARY_FILE}"))
     hint = f"; did you mean {' '.join(inside)}?" if inside else ""
     return f"{folder} has neither {SUMMARY_FILE} nor {STEPS_FILE}: it is not a run folder{hint}"
-
-
-# What the readers of kernels.json and memory.json still use, until they read through `json_files.from_json`.
-Run = FinishedRun
-NUMBER = (int, float)
-parse, read = parse_json, read_text
-
-
-def check_text(summary: Any, path: Path) -> None:
-    """Done by `parse_json`."""
-
-
-def check_fields(path: Path, key: str, table: Any, fields: Mapping[str, Any], writer: str) -> None:
-    """Refuse a table ("key" in the file) that is no list of objects with these fields, each of one of these types."""
-    if not isinstance(table, list):
-        raise UserError(f'{path}: "{key}" is {table!r}, not a list: it is not what {writer} writes')
-    for row in table:
-        for name, kinds in fields.items():
-            value = row.get(name) if isinstance(row, dict) else None
-            if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
-                raise UserError(f'{path}: "{key}" has {value!r} for {name}: it is not what {writer} writes')

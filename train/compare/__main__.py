@@ -26,10 +26,10 @@ from train.compare.gate import Result, check, parse_gate
 from train.compare.intervals import spreads
 from train.compare.plots import draw
 from train.compare.report.kernels import kernels_sentence
-from train.compare.report.memory import Memory, read_memory
 from train.compare.report.page import page
 from train.kernels.comparison import read_profile
 from train.kernels.summary import RunSummary
+from train.metrics.memory_profile import MemoryProfile, read_memory
 from train.utils.command import run_command
 from train.utils.errors import UserError
 from train.utils.files import atomic_write, write_json, write_text
@@ -163,7 +163,7 @@ def write(
     found: Sequence[Mapping[str, Any]],
     gate: Sequence[Result],
     kernels: Sequence[RunSummary | None],
-    memories: Sequence[Memory | None],
+    memories: Sequence[MemoryProfile | None],
 ) -> None:
     """Everything is made before the first byte is written; the reports, which show the rest, come last."""
     plots, text, data = draw(runs), report(runs, found, gate, kernels), as_json(runs, found, gate)

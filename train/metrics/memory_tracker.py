@@ -1,15 +1,14 @@
-"""Where the memory of a step goes: every storage of a tensor from its first operator to its end, by category.
+"""Where the memory of a step goes: every tensor's storage from its first operator to its release, by category.
 
-What a storage is, is said when it is known: a tensor that outlives the forward pass was an activation from its birth,
-one that becomes a parameter's gradient was a gradient. Tensors are counted, not what an allocator or the operating
-system keeps around them, so a CPU and a GPU that run the same operators say the same.
+The category of a storage is often known only later: a tensor that outlives the forward pass was an activation from the
+start, one that becomes a parameter's gradient was a gradient. Tensors are counted, not what an allocator or the
+operating system holds around them, so that a CPU and a GPU that run the same operators give the same figures.
 """
 
 import weakref
 from collections.abc import Callable, Iterable
 from functools import wraps
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,186 +20,182 @@ from torch.utils._pytree import tree_leaves
 
 from modeling_gpt2flash.loss import ALIGNMENT
 from train.metrics.annotations import PHASES
-from train.utils.files import write_json
+from train.metrics.memory_profile import CATEGORIES, SCHEMA, CategoryBytes, MemoryProfile, Point
 
-SCHEMA = 1
-"""Version of the layout of memory.json."""
-
-CATEGORIES = ("parameters", "gradients", "optimizer", "activations", "logits", "workspace")
 POINTS = 200  # of the curve over a step
-Holdings = Callable[[], Iterable[tuple[str, Tensor]]]
 
 
-class Holding:
-    """One storage: its category, and the events at which it was born and died, again for each size that it had."""
+class Storage:
+    """A tracked storage: its category, and the events between which it had each of its sizes."""
 
-    def __init__(self, storage: torch.UntypedStorage, born: int, category: str) -> None:
+    def __init__(self, storage: torch.UntypedStorage, allocated: int, category: str) -> None:
         self.category = category
-        self.spans: list[tuple[int, int | None, int]] = [(born, None, storage.nbytes())]
-        # Of a tensor that no operator in sight has made: it was there before if it stays beyond the step, as DDP's
-        # buckets do, and else is a communication's that came in just before it was seen.
-        self.found: int | None = None
+        self.spans: list[tuple[int, int | None, int]] = [(allocated, None, storage.nbytes())]
+        self.first_seen: int | None = None
+        """Of an input that no tracked operator created. If it stays beyond the step, as DDP's buckets do, it was there
+        before; otherwise communication allocated it, just before it was first seen."""
 
     @property
-    def lives(self) -> bool:
+    def is_allocated(self) -> bool:
         return self.spans[-1][1] is None
 
-    def end(self, event: int) -> None:
-        born, _, size = self.spans[-1]
-        if self.found is not None and len(self.spans) == 1:
-            born = self.found
-        self.spans[-1] = born, event, size
+    def release(self, event: int) -> None:
+        allocated, _, size = self.spans[-1]
+        if self.first_seen is not None and len(self.spans) == 1:
+            allocated = self.first_seen
+        self.spans[-1] = allocated, event, size
 
 
 class MemoryTracker(TorchDispatchMode):
-    """A context in which every operator's tensors are followed.
+    """Context manager that tracks the tensors of every operator.
 
     Args:
-        holdings: the tensors whose category is known, as (category, tensor). Asked at the start, and again whenever a
-            region (`train.metrics.annotations`) ends: gradients come and go.
-        vocabulary: tensors with so many columns, or that rounded up as `modeling_gpt2flash.loss` does, are logits.
-        device_type: whose tensors are counted: what is offloaded is not, beside a GPU.
+        named_tensors: returns the tensors whose category is known, as (category, tensor). It is called at the start
+            and whenever an annotation (`train.metrics.annotations`) ends, since gradients come and go.
+        vocab_size: tensors with so many columns, or with that number rounded up as `modeling_gpt2flash.loss` does,
+            are logits.
+        device_type: whose tensors are counted; beside a GPU, what is offloaded is not.
     """
 
-    def __init__(self, holdings: Holdings, vocabulary: int, device_type: str) -> None:
+    def __init__(
+        self, named_tensors: Callable[[], Iterable[tuple[str, Tensor]]], vocab_size: int, device_type: str
+    ) -> None:
         super().__init__()
-        self.holdings = holdings
+        self.named_tensors = named_tensors
         self.device_type = device_type
-        self.logit_columns = (vocabulary, -(-vocabulary // ALIGNMENT) * ALIGNMENT)
+        self.logit_columns = (vocab_size, -(-vocab_size // ALIGNMENT) * ALIGNMENT)
         self.event = 1
-        self.known: weakref.WeakKeyDictionary[torch.UntypedStorage, Holding] = weakref.WeakKeyDictionary()
-        self.all: list[Holding] = []
-        self.ends: list[weakref.finalize] = []
+        self.tracked: weakref.WeakKeyDictionary[torch.UntypedStorage, Storage] = weakref.WeakKeyDictionary()
+        self.storages: list[Storage] = []
+        self.finalizers: list[weakref.finalize] = []
         self.phases: list[tuple[int, str]] = [(0, "step")]
-        self.regions: list[str] = []
-        self.began_forward = 0
-        self.recomputed: list[Holding] = []
+        self.open_phases: list[str] = []  # of each annotation that is open, the phase that it is in
+        self.forward_start = 0
+        self.recomputed: list[Storage] = []
 
     def __enter__(self) -> "MemoryTracker":
         self._resize = torch.UntypedStorage.resize_
         tracker = self
 
         @wraps(self._resize)
-        def resize_(storage: torch.UntypedStorage, size: int) -> Any:  # how FSDP2 lets go of gathered parameters
+        def resize_(storage: torch.UntypedStorage, size: int) -> Any:  # how FSDP2 frees gathered parameters
             result = tracker._resize(storage, size)
-            if (holding := tracker.known.get(storage)) is not None:
-                tracker._end(holding)
-                holding.spans.append((tracker.event, None, size))
+            if (tracked := tracker.tracked.get(storage)) is not None:
+                tracker._release(tracked)
+                tracked.spans.append((tracker.event, None, size))
             return result
 
         torch.UntypedStorage.resize_ = resize_  # type: ignore[method-assign, assignment]
-        self._mark_known()
+        self._categorize_named_tensors()
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
-        self._mark_known()
-        for end in self.ends:
-            end.detach()  # what lives on is followed no further
+        self._categorize_named_tensors()
+        for finalizer in self.finalizers:
+            finalizer.detach()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented  # it comes again as operators on the shards
+            return NotImplemented  # it is dispatched again as operators on the shards
         kwargs = kwargs or {}
         if func is torch.ops.profiler._record_function_enter_new.default:
-            self._enter_region(args[0])
+            self._enter_annotation(args[0])
         for tensor in tree_leaves((args, kwargs)):
-            if isinstance(tensor, Tensor) and (holding := self._see(tensor, 0)):
-                holding.found = self.event
-        recomputing = self.regions[-1:] == ["backward"] and torch.is_grad_enabled()
+            if isinstance(tensor, Tensor) and (storage := self._track(tensor, 0)):
+                storage.first_seen = self.event
+        recomputing = self.open_phases[-1:] == ["backward"] and torch.is_grad_enabled()
         if self.recomputed and not recomputing:
-            self._keep(self.recomputed)
+            self._mark_activations(self.recomputed)
             self.recomputed = []
-        found = func(*args, **kwargs)
-        for tensor in tree_leaves(found):
-            if isinstance(tensor, Tensor) and (holding := self._see(tensor, self.event)) and recomputing:
-                self.recomputed.append(holding)
+        results = func(*args, **kwargs)
+        for tensor in tree_leaves(results):
+            if isinstance(tensor, Tensor) and (storage := self._track(tensor, self.event)) and recomputing:
+                self.recomputed.append(storage)
         if func is torch.ops.profiler._record_function_exit._RecordFunction:
-            self._leave_region()
-        return found
+            self._exit_annotation()
+        return results
 
-    def _see(self, tensor: Tensor, born: int) -> Holding | None:
-        """The holding of a tensor whose storage was not known before."""
+    def _track(self, tensor: Tensor, allocated: int) -> Storage | None:
+        """Track a tensor's storage; None if it is tracked already."""
         tensor = _local(tensor)
         if tensor.device.type != self.device_type:
             return None
         storage = tensor.untyped_storage()
-        if storage in self.known:
+        if storage in self.tracked:
             return None
-        wide = tensor.ndim > 1 and tensor.shape[-1] in self.logit_columns
-        holding = Holding(storage, born, "logits" if wide else "workspace")
-        self.known[storage] = holding
-        self.all.append(holding)
-        self.ends.append(weakref.finalize(storage, self._end, holding))
-        self.ends[-1].atexit = False
+        is_logits = tensor.ndim > 1 and tensor.shape[-1] in self.logit_columns
+        tracked = Storage(storage, allocated, "logits" if is_logits else "workspace")
+        self.tracked[storage] = tracked
+        self.storages.append(tracked)
+        self.finalizers.append(weakref.finalize(storage, self._release, tracked))
+        self.finalizers[-1].atexit = False
         self.event += 1
-        return holding
+        return tracked
 
-    def _end(self, holding: Holding) -> None:
-        holding.end(self.event)
+    def _release(self, storage: Storage) -> None:
+        storage.release(self.event)
         self.event += 1
 
-    def _mark_known(self) -> None:
-        for category, tensor in self.holdings():
-            self._see(tensor, 0)
-            if (holding := self.known.get(_local(tensor).untyped_storage())) is not None:
-                holding.category = category
+    def _categorize_named_tensors(self) -> None:
+        for category, tensor in self.named_tensors():
+            self._track(tensor, 0)
+            if (storage := self.tracked.get(_local(tensor).untyped_storage())) is not None:
+                storage.category = category
 
-    def _keep(self, holdings: Iterable[Holding]) -> None:
-        for holding in holdings:
-            if holding.lives and holding.category == "workspace":
-                holding.category = "activations"
+    def _mark_activations(self, storages: Iterable[Storage]) -> None:
+        for storage in storages:
+            if storage.is_allocated and storage.category == "workspace":
+                storage.category = "activations"
 
-    def _enter_region(self, name: str) -> None:
-        self.regions.append(name if name in PHASES else (self.regions or ["step"])[-1])
+    def _enter_annotation(self, name: str) -> None:
+        self.open_phases.append(name if name in PHASES else (self.open_phases or ["step"])[-1])
         if name in PHASES:
             self.phases.append((self.event, name))
         if name == "forward":
-            self.began_forward = self.event
+            self.forward_start = self.event
 
-    def _leave_region(self) -> None:
-        if not self.regions:
-            return  # it had begun before the tracking
-        left = self.regions.pop()
-        now = (self.regions or ["step"])[-1]
-        if now != left:
-            if left == "forward":
-                self._keep(holding for holding in self.all if holding.spans[0][0] >= self.began_forward)
-            self._mark_known()
+    def _exit_annotation(self) -> None:
+        if not self.open_phases:
+            return  # it was entered before the tracker
+        ended = self.open_phases.pop()
+        now = (self.open_phases or ["step"])[-1]
+        if now != ended:
+            if ended == "forward":
+                self._mark_activations(
+                    storage for storage in self.storages if storage.spans[0][0] >= self.forward_start
+                )
+            self._categorize_named_tensors()
             self.phases.append((self.event, now))
 
     def curves(self) -> np.ndarray:
-        """(events, categories): bytes held of each category after each event."""
+        """Return the bytes allocated in each category after each event, of shape (events, categories)."""
         changes = np.zeros((self.event + 1, len(CATEGORIES)), dtype=np.int64)
-        for holding in self.all:
-            column = CATEGORIES.index(holding.category)
-            for born, died, size in holding.spans:
-                changes[born, column] += size
-                if died is not None:
-                    changes[died, column] -= size
+        for storage in self.storages:
+            column = CATEGORIES.index(storage.category)
+            for allocated, released, size in storage.spans:
+                changes[allocated, column] += size
+                if released is not None:
+                    changes[released, column] -= size
         return changes.cumsum(axis=0)
 
-    def summary(self) -> dict[str, Any]:
-        """What memory.json holds."""
-        held = self.curves()
-        total = held.sum(axis=1)
+    def profile(self) -> MemoryProfile:
+        curves = self.curves()
+        total = curves.sum(axis=1)
         peak = int(total.argmax())
         starts = [event for event, _ in self.phases]
         points = []
-        for first, last in pairwise(np.linspace(0, len(held), min(POINTS, len(held)) + 1).astype(int)):
+        for first, last in pairwise(np.linspace(0, len(curves), min(POINTS, len(curves)) + 1).astype(int)):
             highest = int(first + total[first:last].argmax())
             phase = self.phases[int(np.searchsorted(starts, highest, side="right")) - 1][1]
-            points.append({"phase": phase, "event": highest, **_named(held[highest])})
-        return {"schema": SCHEMA, "peak_bytes": int(total[peak]), "at_peak": _named(held[peak]), "over_step": points}
+            points.append(Point(**_by_category(curves[highest]), phase=phase, event=highest))
+        return MemoryProfile(SCHEMA, int(total[peak]), CategoryBytes(**_by_category(curves[peak])), points)
 
-    def write(self, file: Path) -> None:
-        write_json(file, self.summary())
+
+def _by_category(allocated: np.ndarray) -> dict[str, int]:
+    return dict(zip(CATEGORIES, map(int, allocated), strict=True))
 
 
 def _local(tensor: Tensor) -> Tensor:
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
-
-
-def _named(held: np.ndarray) -> dict[str, int]:
-    return dict(zip(CATEGORIES, map(int, held), strict=True))

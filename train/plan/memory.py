@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from modeling_gpt2flash.loss import ALIGNMENT, CPU_PIECE_ROWS
-from train.metrics.memory_tracker import CATEGORIES
+from train.metrics.memory_profile import CATEGORIES
 from train.plan.shapes import Layout, Shape
 
 FP32, BF16, INT64 = 4, 2, 8

@@ -21,6 +21,7 @@ from train.kernels.traces import METADATA_KEY, RunFacts, trace_metadata
 from train.metrics.annotations import LOSS, module_annotation
 from train.metrics.flops import peak_bandwidth, peak_flops
 from train.metrics.hardware import versions
+from train.metrics.memory_profile import write_memory
 from train.metrics.memory_tracker import MemoryTracker
 from train.run.setup import Run
 from train.utils import devices
@@ -83,7 +84,7 @@ class Profiler(AbstractContextManager):
         self.done += 1
         if (tracked := self._stop_tracking()) is not None:
             self.folder.mkdir(exist_ok=True)
-            tracked.write(self.folder / "memory.json")
+            write_memory(self.folder / "memory.json", tracked.profile())
         if self.done == self.recorded.start - 2 and self.engine.device.type == "cpu":
             self.peak_before = devices.peak_memory(self.engine.device)
         self.profile.step()

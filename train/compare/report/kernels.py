@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from train.checkpoints.run_folder import Run
+from train.checkpoints.run_folder import FinishedRun
 from train.compare.figures import UNKNOWN
 from train.compare.report.parts import card, cell, legend, scrolling, text
 from train.compare.report.pipeline import pipeline_card
@@ -26,7 +26,7 @@ Labels = Sequence[tuple[int, str]]
 """Number and name of each profiled run; the number chooses its colour."""
 
 
-def kernels_part(runs: Sequence[Run], kernels: Sequence[RunSummary | None]) -> str:
+def kernels_part(runs: Sequence[FinishedRun], kernels: Sequence[RunSummary | None]) -> str:
     """The section of the report, from each run's `kernels.comparison.read_profile`; empty where none was profiled."""
     labels, profiled = of_profiled(runs, kernels)
     if not labels:
@@ -45,7 +45,7 @@ def kernels_part(runs: Sequence[Run], kernels: Sequence[RunSummary | None]) -> s
     )
 
 
-def of_profiled(runs: Sequence[Run], kernels: Sequence[RunSummary | None]) -> tuple[Labels, list[RunSummary]]:
+def of_profiled(runs: Sequence[FinishedRun], kernels: Sequence[RunSummary | None]) -> tuple[Labels, list[RunSummary]]:
     """The profiled runs by number and label, and their kernels under the same labels."""
     there = [
         (index, replace(found, label=run.label))
@@ -55,7 +55,7 @@ def of_profiled(runs: Sequence[Run], kernels: Sequence[RunSummary | None]) -> tu
     return [(index, found.label) for index, found in there], [found for _, found in there]
 
 
-def kernels_sentence(runs: Sequence[Run], kernels: Sequence[RunSummary | None]) -> str:
+def kernels_sentence(runs: Sequence[FinishedRun], kernels: Sequence[RunSummary | None]) -> str:
     """What makes the difference between the profiled runs; empty where there are not two."""
     return speedup_sentence(of_profiled(runs, kernels)[1])
 

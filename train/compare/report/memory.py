@@ -2,86 +2,50 @@
 
 from collections.abc import Sequence
 from itertools import groupby
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from train.checkpoints.run_folder import NUMBER, Run, check_fields, check_text, parse, read, unit_of
+from train.checkpoints.run_folder import FinishedRun
 from train.compare.report.parts import card, legend, swatches, text
 from train.compare.report.svg import HEIGHT, LEFT, PLOT_HEIGHT, PLOT_WIDTH, TOP, group_chart, nothing, picture, ticks
-from train.metrics.units import short_count
-from train.utils.errors import UserError
+from train.metrics.memory_profile import CATEGORIES, MemoryProfile, Point
+from train.metrics.units import in_unit, short_count, unit_of
 
-MEMORY_FILE = Path("profile") / "memory.json"
-MEMORY_SCHEMA = 1
-CATEGORIES = ("parameters", "gradients", "optimizer", "activations", "logits", "workspace")
 LETTER = 8.5  # of a phase's name, as wide as on a phone
 
-Memory = dict[str, Any]
-"""The content of `memory.json`: bytes by category at the peak and at points of a step, in their order."""
 
-
-def read_memory(folder: Path) -> Memory | None:
-    """The run's `profile/memory.json`; None where there is no such file."""
-    path = folder / MEMORY_FILE
-    if not path.is_file():
-        return None
-    content = parse(read(path), path)
-    if not isinstance(content, dict) or "schema" not in content:
-        raise UserError(f"{path} is JSON, but not what python -m train --profile writes")
-    if content["schema"] != MEMORY_SCHEMA:
-        raise UserError(
-            f"{path} has schema {content['schema']!r}; this version of compare reads schema {MEMORY_SCHEMA}"
-        )
-    bytes_ = dict.fromkeys(CATEGORIES, NUMBER)
-    for key, table, fields in (
-        ("peak_bytes", [content], {"peak_bytes": NUMBER}),
-        ("at_peak", [content.get("at_peak")], bytes_),
-        ("over_step", content.get("over_step"), {"phase": str, **bytes_}),
-    ):
-        check_fields(path, key, table, fields, "train --profile")
-    check_text(content, path)
-    return content
-
-
-def memory_part(runs: Sequence[Run], memories: Sequence[Memory | None]) -> str:
-    """The whole section, of what `read_memory` gave for each run; empty where none has it."""
+def memory_part(runs: Sequence[FinishedRun], memories: Sequence[MemoryProfile | None]) -> str:
+    """The section of the report, from each run's `memory_profile.read_memory`; empty where none has one."""
     found = [
         (index, run.label, memory) for index, (run, memory) in enumerate(zip(runs, memories, strict=True)) if memory
     ]
     if not found:
         return ""
-    largest = max(memory["peak_bytes"] for *_, memory in found)
+    largest = max(memory.peak_bytes for *_, memory in found)
     cards = [peak_card(found, largest), *(step_card(label, memory, largest) for _, label, memory in found)]
     return f'<h2>Memory</h2><div class="charts">{"".join(cards)}</div>'
 
 
-def in_unit(value: float, largest: float) -> str:
-    divisor, unit, decimals = unit_of("bytes", largest)
-    return f"{value / divisor:,.{decimals}f} {unit}"
-
-
-def peak_card(found: Sequence[tuple[int, str, Memory]], largest: float) -> str:
+def peak_card(found: Sequence[tuple[int, str, MemoryProfile]], largest: float) -> str:
     groups = []
     for name in CATEGORIES:
-        values = [memory["at_peak"][name] for *_, memory in found]
-        groups.append((name, " · ".join(in_unit(value, largest) for value in values), values))
-    peaks = ", ".join(f"{label} {in_unit(memory['peak_bytes'], largest)}" for _, label, memory in found)
+        values = [getattr(memory.at_peak, name) for *_, memory in found]
+        groups.append((name, " · ".join(in_unit("bytes", value, largest) for value in values), values))
+    peaks = ", ".join(f"{label} {in_unit('bytes', memory.peak_bytes, largest)}" for _, label, memory in found)
     labels = [(index, label) for index, label, _ in found]
     drawing = group_chart([index for index, _ in labels], groups)
     return card("What takes the memory", f"tensors at the peak of a profiled step: {peaks}", drawing, legend(labels))
 
 
-def step_card(label: str, memory: Memory, largest: float) -> str:
+def step_card(label: str, memory: MemoryProfile, largest: float) -> str:
     """What a step holds from its beginning to its end, in the colours of its categories; all runs have one scale."""
     title = f"Memory over a step: {label}"
     key = swatches([(f"run{colour}", name) for colour, name in enumerate(CATEGORIES)])
     note = f"{unit_of('bytes', largest)[1]} of tensors, by what they are for"
-    return card(title, note, step_chart(title, memory["over_step"], largest), key)
+    return card(title, note, step_chart(title, memory.over_step, largest), key)
 
 
-def step_chart(name: str, points: Sequence[dict[str, Any]], largest: float) -> str:
+def step_chart(name: str, points: Sequence[Point], largest: float) -> str:
     """Categories on one another over the points of a step, whose phases stand below."""
     if not points or largest <= 0:
         return nothing(name)
@@ -93,17 +57,17 @@ def step_chart(name: str, points: Sequence[dict[str, Any]], largest: float) -> s
         y = bottom - value * divisor / largest * PLOT_HEIGHT
         parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{LEFT + PLOT_WIDTH}"/>')
         parts.append(f'<text x="{LEFT - 7}" y="{y + 4:.1f}" text-anchor="end">{short_count(value)}</text>')
-    held = np.array([[point[category] for category in CATEGORIES] for point in points]).cumsum(axis=1)
+    held = np.array([[getattr(point, category) for category in CATEGORIES] for point in points]).cumsum(axis=1)
     heights = bottom - held / largest * PLOT_HEIGHT
     below = np.full(len(points), float(bottom))
     for colour, category in enumerate(CATEGORIES):
-        most = max(point[category] for point in points)
+        most = max(getattr(point, category) for point in points)
         area = stairs(edges, heights[:, colour]) + stairs(edges[::-1], below[::-1]).replace("M", "L", 1) + "Z"
-        said = f"{category}: {in_unit(most, largest)} at most"
+        said = f"{category}: {in_unit('bytes', most, largest)} at most"
         parts.append(f'<path class="bar run{colour}" d="{area}"><title>{text(said)}</title></path>')
         below = heights[:, colour]
     first = 0
-    for phase, own in groupby(point["phase"] for point in points):
+    for phase, own in groupby(point.phase for point in points):
         last = first + len(list(own))
         left, right = edges[first], edges[last]
         parts.append(f'<path class="axis" d="M{left:.1f} {bottom}V{bottom + 6}M{left:.1f} {bottom}H{right:.1f}"/>')

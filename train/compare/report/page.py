@@ -29,11 +29,12 @@ from train.compare.gate import Result
 from train.compare.intervals import spreads
 from train.compare.plots import limits, series, smoothing_window, trailing_mean
 from train.compare.report.kernels import kernels_part
-from train.compare.report.memory import Memory, memory_part
+from train.compare.report.memory import memory_part
 from train.compare.report.parts import card, cell, legend, scrolling, text
 from train.compare.report.style import STYLE
 from train.compare.report.svg import Line, Row, line_chart, row_chart
 from train.kernels.summary import RunSummary
+from train.metrics.memory_profile import MemoryProfile
 from train.metrics.table import BY_KEY
 from train.metrics.units import times, unit_of
 
@@ -47,7 +48,7 @@ def page(
     found: Sequence[Mapping[str, Any]],
     gate: Sequence[Result],
     kernels: Sequence[RunSummary | None],
-    memories: Sequence[Memory | None],
+    memories: Sequence[MemoryProfile | None],
     data: Mapping[str, Any],
 ) -> str:
     """The whole document: the differences and the gate's results, what `read_profile` and `read_memory` returned for
