@@ -3,12 +3,11 @@
     python -m benchmarks.attention
     python -m benchmarks.attention --sides sdpa-flash sdpa-cudnn flash_attention_3 eager --lengths 1024 4096 16384
 
-Queries, keys and values are slices of one product, as the model's are; each length has the same number of tokens.
-Outputs and gradients are held against those of the first side before anything is timed. FLOP/s count the causal half
-of the scores: 2 products forward, 5 backward (FlashAttention-2, arXiv:2307.08691, section 4.1).
+Queries, keys and values are slices of one projection, as in the model; each length has the same number of tokens. A
+round is `--repeats` calls. Outputs and gradients are compared with those of the first side before anything is timed.
+FLOP/s count the causal half of the scores: 2 matmuls forward, 5 backward (FlashAttention-2, arXiv:2307.08691, 4.1).
 """
 
-import argparse
 import statistics
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -19,12 +18,14 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from benchmarks.arguments import make_parser
 from benchmarks.rounds import alternate, machine, speed_up, spread
 from modeling_gpt2flash import GPT2FlashConfig
 from modeling_gpt2flash.attention import FLASH_KERNELS, choose_attention, eager_attention_forward
 from modeling_gpt2flash.modeling_gpt2flash import GPT2FlashAttention
 from train.checkpoints.loading import SIZES
 from train.utils.command import run_command
+from train.utils.devices import device_type
 from train.utils.errors import UserError
 from train.utils.tables import markdown_table
 
@@ -72,7 +73,7 @@ def make_side(name: str, size: str, dtype: torch.dtype, device: str) -> Attentio
 
 
 def check_same(sides: dict[str, Attention], qkv: Tensor, d_output: Tensor) -> None:
-    """End with a message unless all sides give the first one's output and gradient."""
+    """Exit with a message unless all sides give the first one's output and gradient."""
     first, *others = sides
     expected = [each.float() for each in _output_and_gradient(sides[first], qkv, d_output)]
     for name in others:
@@ -91,7 +92,7 @@ def _output_and_gradient(side: Attention, qkv: Tensor, d_output: Tensor) -> tupl
 
 
 def compare(sides: dict[str, Attention], qkv: Tensor, rounds: int, repeats: int) -> list[list[str]]:
-    """Table rows; each timed call is `repeats` calls, so that a GPU has no gaps between its kernels."""
+    """Table rows. Each timed call is `repeats` calls, so that a GPU has no gaps between its kernels."""
     d_output = torch.randn_like(qkv[..., : qkv.shape[-1] // 3])
     check_same(sides, qkv, d_output)
 
@@ -105,36 +106,27 @@ def compare(sides: dict[str, Attention], qkv: Tensor, rounds: int, repeats: int)
             _output_and_gradient(side, qkv, d_output)
 
     batch, length, width = qkv.shape
-    product_flops = batch * length**2 * width / 3  # 2 x B x T x T x D, of which causality leaves half
+    matmul_flops = batch * length**2 * width / 3  # 2 x B x T x T x D, of which the causal mask leaves half
     rows = [[str(length), name] for name in sides]
-    for timed, products in ((forward, 2), (both, 7)):
+    for timed, matmuls in ((forward, 2), (both, 7)):
         taken = alternate({name: partial(timed, side) for name, side in sides.items()}, rounds)
         for cells, own in zip(rows, taken.values(), strict=True):
             walls = [each.wall / repeats for each in own]
-            rate = products * product_flops / statistics.median(walls)
+            rate = matmuls * matmul_flops / statistics.median(walls)
             cells += [spread([1e3 * wall for wall in walls]), f"{rate / 1e12:.3g}"]
             cells.append(speed_up(next(iter(taken.values())), own)[0])
     return rows
 
 
 def main() -> None:
-    on_gpu = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--sides",
-        nargs="+",
-        choices=SIDES,
-        default=["sdpa-flash", "sdpa-cudnn", "eager"] if on_gpu else ["eager", "sdpa"],
-        help="each against the first",
-    )
-    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 16384] if on_gpu else [256, 1024, 2048])
+    on_cpu = device_type() == "cpu"
+    lengths = [256, 1024, 2048] if on_cpu else [1024, 4096, 16384]
+    parser = make_parser(__doc__, size="gpt2", lengths=lengths, rounds=7, repeats=1 if on_cpu else 20,
+                         threads=torch.get_num_threads(), device=device_type())  # fmt: skip
+    default = ["eager", "sdpa"] if on_cpu else ["sdpa-flash", "sdpa-cudnn", "eager"]
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=default, help="each is compared with the first")
     parser.add_argument("--tokens", type=int, help="of a batch (default: the greatest length)")
-    parser.add_argument("--size", choices=list(SIZES), default="gpt2")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16" if on_gpu else "float32")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--repeats", type=int, default=20 if on_gpu else 1, help="calls in a round")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32" if on_cpu else "bfloat16")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     dtype = getattr(torch, args.dtype)
@@ -144,11 +136,11 @@ def main() -> None:
     for length in args.lengths:
         shape = (max(1, (args.tokens or max(args.lengths)) // length), length, 3 * SIZES[args.size][2])
         torch.manual_seed(0)
-        rows += compare(sides, torch.randn(shape, device=args.device, dtype=dtype).requires_grad_(), args.rounds,
-                        args.repeats)  # fmt: skip
-    header = ["length", "side", *(f"{what}{unit}" for what in ("forward", "with backward")
-                                  for unit in (" (ms)", " (TFLOP/s)", ", speed-up"))]  # fmt: skip
-    print(f"\n{markdown_table(header, rows)}")
+        qkv = torch.randn(shape, device=args.device, dtype=dtype).requires_grad_()
+        rows += compare(sides, qkv, args.rounds, args.repeats)
+    columns = [f"{passes}{unit}" for passes in ("forward", "with backward")
+               for unit in (" (ms)", " (TFLOP/s)", ", speed-up")]  # fmt: skip
+    print(f"\n{markdown_table(['length', 'side', *columns], rows)}")
 
 
 if __name__ == "__main__":

@@ -1,32 +1,36 @@
-"""Writing text on a CPU: stock GPT-2 under transformers' `generate()`, ours in fp32, and ours in int8.
+"""Generation on a CPU: stock GPT-2 with transformers' `generate()`, ours in fp32, and ours in int8.
 
     python -m benchmarks.generate --threads 2 --batch_sizes 1 8
     python -m benchmarks.generate --sides stock ours compiled --cache static
 
-Greedy, the same random weights on all sides, no token stops a text. Before anything is timed, fp32 sides have to write
-the same tokens and int8 has to have the same logits to `INT8_TOLERANCE`. The sides alternate within each round; the
-speed-up is taken round by round, and beside it that of the quickest rounds and that in CPU seconds, which other work
-on the machine disturbs less.
+Greedy, with the same random weights on all sides; no token ends a sequence. Before anything is timed, fp32 sides must
+generate the same tokens, and int8 must have the same logits up to `INT8_TOLERANCE`. The sides alternate within each
+round.
 """
 
-import argparse
 import statistics
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from benchmarks.rounds import machine, speed_up, spread
+from benchmarks.arguments import make_parser
+from benchmarks.rounds import SPEED_UP_HEADERS, Round, machine, speed_up, spread, take_turns
 from modeling_gpt2flash import GPT2FlashConfig, GPT2FlashForCausalLM
 from train.checkpoints.loading import SIZES
 from train.generate.cpu_layers import pack_weights, quantize_int8
 from train.generate.decoding import Decoding
 from train.generate.latency import timed
+from train.utils.tables import markdown_table
 from train.utils.third_party_warnings import silence_third_party_warnings
 
-INT8_TOLERANCE = 0.1  # of the logits' norm, for random weights; trained ones are an order better
+INT8_TOLERANCE = 0.1  # of the logits' norm, for random weights; with trained weights the error is ten times smaller
+SIDES = ("stock", "ours", "int8", "compiled")
 
 
 class Side(NamedTuple):
@@ -34,39 +38,36 @@ class Side(NamedTuple):
     decoding: Decoding
 
 
-class Round(NamedTuple):
-    """Seconds of one text: on the clock, of the CPU, and to its first token."""
+@dataclass(frozen=True)
+class Generated(Round):
+    """The cost of one `generate()`, and the seconds to its first token."""
 
-    wall: float
-    cpu: float
     first_token: float
 
 
 def make_sides(names: list[str], size: str, rows: int, new_tokens: int, static: bool) -> dict[str, Side]:
-    """The models that write `rows` sequences, all with the weights of one seed."""
+    """The models that generate `rows` sequences, all with the weights of one seed."""
     n_layer, n_head, n_embd, deviation = SIZES[size]
     shape: dict[str, Any] = {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd, "initializer_range": deviation}
     torch.manual_seed(0)
     stock = GPT2LMHeadModel(GPT2Config(**shape)).eval()
     ours = GPT2FlashForCausalLM._from_config(GPT2FlashConfig(**shape), attn_implementation="sdpa").eval()
     ours.load_state_dict(stock.state_dict())
-    plain = Decoding(new_tokens, temperature=0, growing_cache=False)
-    chosen = Decoding(new_tokens, temperature=0, static_cache=static)
-    compiled = Decoding(new_tokens, temperature=0, static_cache=True, compiled=True)
+    greedy = partial(Decoding, new_tokens, temperature=0)
+    chosen = greedy(static_cache=static)
     make = {
-        "stock": lambda: Side(stock, plain),
+        "stock": lambda: Side(stock, greedy(growing_cache=False)),
         "ours": lambda: Side(pack_weights(ours, rows), chosen),
         "int8": lambda: Side(quantize_int8(ours), chosen),
-        "compiled": lambda: Side(ours, compiled),
+        "compiled": lambda: Side(ours, greedy(static_cache=True, compiled=True)),
     }
     return {name: make[name]() for name in names}
 
 
 def check_same(sides: dict[str, Side], ids: Tensor) -> None:
-    """End with a message unless every side computes what the first one does."""
+    """Exit with a message unless every side computes what the first one does."""
     first, *others = sides
-    mask = torch.ones_like(ids)
-    settings = {"attention_mask": mask, "eos_token_id": None, "pad_token_id": 0}
+    settings = {"attention_mask": torch.ones_like(ids), "eos_token_id": None, "pad_token_id": 0}
     with torch.no_grad():
         expected = sides[first].model(ids).logits
         tokens = sides[first].model.generate(ids, **settings, **sides[first].decoding.arguments())
@@ -76,56 +77,48 @@ def check_same(sides: dict[str, Side], ids: Tensor) -> None:
             if name == "int8" and error > INT8_TOLERANCE:
                 raise SystemExit(f"int8's logits are {error:.1%} off, more than {INT8_TOLERANCE:.0%}")
             if name != "int8" and not torch.equal(model.generate(ids, **settings, **decoding.arguments()), tokens):
-                raise SystemExit(f"{name} does not write what {first} does")
+                raise SystemExit(f"{name} does not generate the tokens of {first}")
             print(f"{name}: {'the same tokens, ' if name != 'int8' else ''}logits off by {error:.1e} of their norm")
 
 
-def run(side: Side, ids: Tensor) -> Round:
+def run(side: Side, ids: Tensor) -> Generated:
     cpu = time.process_time()
     timer = timed(side.model, ids, side.decoding)
-    return Round(timer.times[-1] - timer.times[0], time.process_time() - cpu, timer.first_token_seconds)
+    wall = timer.times[-1] - timer.times[0]
+    return Generated(wall, time.process_time() - cpu, timer.first_token_seconds)
+
+
+def table_row(
+    name: str, batch_size: int, new_tokens: int, base: Sequence[Generated], own: Sequence[Generated]
+) -> list[str]:
+    """Medians and ranges over the rounds, and the speed-up over `base`."""
+    speeds = [batch_size * new_tokens / each.wall for each in own]
+    first_token = 1e3 * statistics.median(each.first_token for each in own)
+    return [name, str(batch_size), f"{first_token:.0f}", spread(speeds, 1), *speed_up(base, own)]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = ["stock", "ours", "int8", "compiled"]
-    parser.add_argument("--sides", nargs="+", choices=names, default=names[:3], help="all are compared with the first")
-    parser.add_argument("--size", choices=list(SIZES), default="gpt2")
-    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--prompt_tokens", type=int, default=32)
-    parser.add_argument("--new_tokens", type=int, default=48)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser = make_parser(__doc__, size="gpt2", batch_sizes=[1, 8], prompt_tokens=32, new_tokens=48, rounds=7,
+                         threads=torch.get_num_threads())  # fmt: skip
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES[:3], help="all are compared with the first")
     parser.add_argument("--cache", choices=["dynamic", "static"], default="dynamic", help="of ours and int8")
     args = parser.parse_args()
     silence_third_party_warnings()
     torch.set_num_threads(args.threads)
-    print(f"{args.size}, {args.prompt_tokens} tokens of prompt, {args.new_tokens} new; {machine('cpu')}")
+    print(f"{args.size}, a prompt of {args.prompt_tokens} tokens, {args.new_tokens} new; {machine('cpu')}")
     rows = []
     for batch_size in args.batch_sizes:
         print(f"\nbatch {batch_size}")
         sides = make_sides(args.sides, args.size, batch_size, args.new_tokens, args.cache == "static")
         ids = torch.randint(50257, (batch_size, args.prompt_tokens), generator=torch.Generator().manual_seed(1))
         check_same(sides, ids)
-        for side in sides.values():
-            run(side, ids)
-        rounds: dict[str, list[Round]] = {name: [] for name in sides}
-        for _ in range(args.rounds):
-            for name, side in sides.items():
-                rounds[name].append(run(side, ids))
-        rows += [table_row(name, batch_size, args.new_tokens, rounds[args.sides[0]], rounds[name]) for name in sides]
-    print(
-        "\n| side | batch | first token (ms) | tokens/s (min to max) | speed-up (min to max) | of the quickest "
-        "| in CPU seconds |\n| --- | ---: | ---: | ---: | ---: | ---: | ---: |"
-    )
-    print("\n".join(rows))
-
-
-def table_row(name: str, batch_size: int, new_tokens: int, base: list[Round], own: list[Round]) -> str:
-    """Medians of the rounds, their range, and the speed-up over `base`."""
-    speeds = [batch_size * new_tokens / each.wall for each in own]
-    first_token = 1e3 * statistics.median(each.first_token for each in own)
-    return f"| {name} | {batch_size} | {first_token:.0f} | {' | '.join([spread(speeds, 1), *speed_up(base, own)])} |"
+        runs = {name: partial(run, side, ids) for name, side in sides.items()}
+        take_turns(runs, rounds=1)
+        taken = take_turns(runs, args.rounds)
+        base = taken[args.sides[0]]
+        rows += [table_row(name, batch_size, args.new_tokens, base, own) for name, own in taken.items()]
+    header = ["side", "batch", "first token (ms)", "tokens/s (min to max)", *SPEED_UP_HEADERS]
+    print(f"\n{markdown_table(header, rows)}")
 
 
 if __name__ == "__main__":

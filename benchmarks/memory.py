@@ -1,9 +1,9 @@
-"""Peak memory of a training step against block size and batch, each side in a process of its own.
+"""Peak memory of a training step by block size and batch, each side in a process of its own.
 
     python -m benchmarks.memory --blocks 512 1024 2048 4096 8192 --batches 1 4
 
-On a GPU what tensors took at most, on a CPU the most that was resident, with some 0.4 GB of Python and its libraries.
-A step that would take more than there is ends in "more than ...".
+On a GPU, the peak of allocated memory; on a CPU, the peak of resident memory, of which Python and its libraries take
+about 0.4 GB. A step that needs more than there is has the cell "more than ...".
 """
 
 import argparse
@@ -25,12 +25,12 @@ from train.utils.tables import markdown_table
 from train.utils.third_party_warnings import silence_third_party_warnings
 
 GIB = 2**30
-# How torch, C++ and Python say that memory was refused.
-REFUSED = ("can't allocate memory", "OutOfMemoryError", "bad_alloc", "MemoryError", "Cannot allocate memory")
+# In the errors of torch, C++ and Python when memory is exhausted.
+OUT_OF_MEMORY = ("can't allocate memory", "OutOfMemoryError", "bad_alloc", "MemoryError", "Cannot allocate memory")
 
 
 def step_alone(name: str, case: Case) -> int:
-    """Bytes that this process takes at most: it builds one side and takes a step, the optimizer's moments in place."""
+    """Peak bytes of this process, which builds one side and takes a step with the optimizer's state in place."""
     side = sides.build(name, case)
     for parameter in side.model.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -41,42 +41,38 @@ def step_alone(name: str, case: Case) -> int:
 
 
 def peak(name: str, case: Case, threads: int, limit: int) -> int | None:
-    """Bytes; None if more than `limit` were wanted, or than the GPU has."""
-    words = [sys.executable, "-m", "benchmarks.memory", "--alone", "--sides", name, "--size", case.size,
-             "--blocks", str(case.block), "--batches", str(case.batch), "--device", case.device,
-             "--threads", str(threads), "--limit", str(limit / GIB)]  # fmt: skip
-    words += ["--nanogpt", str(case.nanogpt)] if case.nanogpt else []
-    done = subprocess.run(words, capture_output=True, text=True)
+    """Peak bytes of a side in a new process; None if it needs more than `limit`, or than the GPU has."""
+    command = [sys.executable, "-m", "benchmarks.memory", "--alone", "--sides", name, "--size", case.size,
+               "--blocks", str(case.block), "--batches", str(case.batch), "--device", case.device,
+               "--threads", str(threads), "--limit", str(limit / GIB)]  # fmt: skip
+    command += ["--nanogpt", str(case.nanogpt)] if case.nanogpt else []
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode == 0:
         return json.loads(done.stdout)
-    if any(word in done.stderr for word in REFUSED):
+    if any(message in done.stderr for message in OUT_OF_MEMORY):
         return None
-    raise SystemExit(f"{' '.join(words)}\n{done.stderr}")
+    raise SystemExit(f"{' '.join(command)}\n{done.stderr}")
 
 
 def cell(found: int | None, base: int | None, limit: int) -> str:
-    """A peak in GiB, and its share of the first side's."""
+    """A peak in GiB, with its ratio to the first side's."""
     if found is None:
         return f"more than {limit / GIB:.0f}"
     return f"{found / GIB:.2f}" + (f" ({found / base:.2f})" if base else "")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--sides", nargs="+", default=["baseline", "optimized", "lean", "checkpointed"], help="each against the first"
-    )
-    parser.add_argument("--blocks", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192])
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4])
-    parser.add_argument(
-        "--limit", type=float, default=0.9 * psutil.virtual_memory().available / GIB, metavar="GIB", help="on a CPU"
-    )
+    parser = sides.make_side_parser(
+        __doc__, sides=["baseline", "optimized", "selective", "checkpointed"], blocks=[512, 1024, 2048, 4096, 8192],
+        batches=[1, 4],
+    )  # fmt: skip
+    available = 0.9 * psutil.virtual_memory().available / GIB
+    parser.add_argument("--limit", type=float, default=available, metavar="GIB", help="on a CPU")
     parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)  # the process of one side
-    sides.add_case_arguments(parser)
     args = parser.parse_args()
     silence_third_party_warnings()
     torch.set_num_threads(args.threads)
-    names = [sides.named(side, args.dtype) for side in args.sides]
+    names = [sides.resolve_name(side, args.dtype) for side in args.sides]
     limit = int(args.limit * GIB)
     shapes = product(args.batches, args.blocks)
     cases = [Case(args.size, block, batch, args.device, args.nanogpt) for batch, block in shapes]
@@ -86,7 +82,7 @@ def main() -> None:
         print(step_alone(names[0], cases[0]))
         return
 
-    print(f"{args.size}; {machine(args.device)}\nGiB, and the share of {names[0]}'s\n", flush=True)
+    print(f"{args.size}; {machine(args.device)}\nGiB, and the ratio to {names[0]}\n", flush=True)
     rows = []
     for case in cases:
         found = [peak(name, case, args.threads, limit) for name in names]

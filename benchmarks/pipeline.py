@@ -1,13 +1,13 @@
-"""How long the stages of a pipeline idle, against theory, with the layers shared out evenly or by cost.
+"""How long the stages of a pipeline idle, compared with theory, with layers partitioned evenly or by cost.
 
     python -m benchmarks.pipeline
 
-In theory p equal stages idle for (p - 1) / (m + p - 1) of a step of m micro-batches. What is measured is DeepSpeed's
-1F1B schedule as the trainer drives it, one process a stage over gloo, on processes that are paced: each layer of a
-narrow stand-in runs, and then its process sleeps until the time has passed that the layer of the real shape would
-take on a device of constant speed (the modelled FLOPs, twice that in the backward pass; the head's three parts come at
-once, for the chunked loss computes its gradients in the forward pass). So four stages run side by side on two cores.
-The idle share is 1 - busy / (p x wall): busy is what the layers took; all else, communication and optimizer too, is
+In theory, p equal stages idle for (p - 1) / (m + p - 1) of a step of m micro-batches. What is measured is DeepSpeed's
+1F1B schedule as the trainer runs it, one process per stage over gloo, with emulated devices: each layer of a narrow
+stand-in runs, and then its process sleeps until the time has passed that the layer of the real shape would take on a
+device of constant speed (its modelled FLOPs, twice that in the backward pass; the head takes all three parts at once,
+since the chunked loss computes its gradients in the forward pass). So four stages run side by side on two cores. The
+idle share is 1 - busy / (p x wall), where busy is the time of the layers: communication and the optimizer count as
 idle.
 
 The sides alternate within each round.
@@ -16,7 +16,6 @@ The sides alternate within each round.
 import argparse
 import copy
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -29,13 +28,16 @@ from typing import Any
 import torch
 from accelerate.state import AcceleratorState
 
+from benchmarks.arguments import make_parser
+from benchmarks.rounds import spread
 from modeling_gpt2flash import GPT2FlashConfig, GPT2FlashForCausalLM
 from modeling_gpt2flash.pipeline import HeadLayer
 from train.checkpoints.loading import model_config
-from train.config import deepspeed_config as deepspeed_json
+from train.config import deepspeed_config
 from train.config.run_config import RunConfig
 from train.engines.pipeline.engine import PipelinedEngine
 from train.engines.pipeline.partition import Partition, partition
+from train.utils.tables import markdown_table
 
 SHAPES = ("gpt2", "gpt2-medium")
 METHODS = ("uniform", "cost")
@@ -47,30 +49,28 @@ NARROW: dict[str, Any] = {"n_embd": 16, "n_head": 2, "n_positions": 16, "vocab_s
 
 
 class Pace:
-    """Makes layers take their time, and counts it."""
+    """Extends every layer to its time on the emulated device, and sums these times in `busy`."""
 
-    def __init__(self) -> None:
-        self.busy = 0.0
-        self.began = 0.0
-
-    def start(self, *_: Any) -> None:
-        self.began = time.perf_counter()
-
-    def stop(self, seconds: float, *_: Any) -> None:
-        time.sleep(max(0.0, self.began + seconds - time.perf_counter()))
-        self.busy += time.perf_counter() - self.began
-
-    def set(self, engine: PipelinedEngine, seconds: list[float]) -> None:
+    def __init__(self, engine: PipelinedEngine, seconds: list[float]) -> None:
         """`seconds`: of each layer's forward pass."""
+        self.busy = 0.0
+        self.started = 0.0
         for index, layer in engine.layers.items():
             if isinstance(layer, HeadLayer):
                 layer.loss = partial(self._loss, layer.loss, 3 * seconds[index])  # type: ignore[method-assign]
                 continue
             layer.register_forward_pre_hook(self.start)
             layer.register_forward_hook(partial(self.stop, seconds[index]))
-            if index > 0:  # tokens have no gradient that could tell when the embeddings' backward pass ends
+            if index > 0:  # tokens have no gradient that would mark the end of the embeddings' backward pass
                 layer.register_full_backward_pre_hook(self.start)
                 layer.register_full_backward_hook(partial(self.stop, 2 * seconds[index]))
+
+    def start(self, *_: Any) -> None:
+        self.started = time.perf_counter()
+
+    def stop(self, seconds: float, *_: Any) -> None:
+        time.sleep(max(0.0, self.started + seconds - time.perf_counter()))
+        self.busy += time.perf_counter() - self.started
 
     def _loss(self, loss: Callable[..., torch.Tensor], seconds: float, *args: Any, **kwargs: Any) -> torch.Tensor:
         self.start()
@@ -79,23 +79,21 @@ class Pace:
         return value
 
 
-def shares(shape: str, stages: int, method: str) -> Partition:
+def partition_of(shape: str, stages: int, method: str) -> Partition:
     return partition(model_config(shape, dropout=0.0, loss_chunk_size=512), stages, method)
 
 
 def build(
     config: RunConfig, deepspeed: dict[str, Any], shape: str, method: str, seconds: float
 ) -> tuple[PipelinedEngine, Pace]:
-    """The engine of this process; `seconds` is what a micro-batch takes in an average stage, forward and backward."""
+    """The engine of this process; an average stage takes `seconds` per micro-batch, forward and backward."""
     stages = config.pipeline_stages
     assert stages is not None
-    AcceleratorState._reset_state()  # Accelerate would have one engine a process
-    engine = PipelinedEngine(config, copy.deepcopy(deepspeed), shares(shape, stages, method))
+    AcceleratorState._reset_state()  # Accelerate allows one engine per process
+    engine = PipelinedEngine(config, copy.deepcopy(deepspeed), partition_of(shape, stages, method))
     flops = engine.partition.flops
     engine.prepare(GPT2FlashForCausalLM(GPT2FlashConfig(n_layer=len(flops) - 3, **NARROW)))
-    pace = Pace()
-    pace.set(engine, [stages * seconds * layer / (3 * sum(flops)) for layer in flops])
-    return engine, pace
+    return engine, Pace(engine, [stages * seconds * layer / (3 * sum(flops)) for layer in flops])
 
 
 def idle_share(engine: PipelinedEngine, pace: Pace, micro_batches: int) -> float:
@@ -103,14 +101,14 @@ def idle_share(engine: PipelinedEngine, pace: Pace, micro_batches: int) -> float
     tokens = torch.ones(1, NARROW["n_positions"], dtype=torch.long)
     engine.model.set_train_batch_size(micro_batches)
     engine.wait()
-    pace.busy, began = 0.0, time.perf_counter()
+    pace.busy, started = 0.0, time.perf_counter()
     engine.train_step(0, [{"input_ids": tokens, "shift_labels": tokens}] * micro_batches, 1e-4)
-    wall = time.perf_counter() - began
+    wall = time.perf_counter() - started
     busy, walls = engine.sum_over_processes(torch.tensor([pace.busy, wall], dtype=torch.float64)).tolist()
     return 1 - busy / walls
 
 
-def work(stages: int, rounds: int, seconds: float, out: Path) -> None:
+def measure(stages: int, rounds: int, seconds: float, out: Path) -> None:
     """One process of the pipeline; the first writes {"shape method micro-batches": [idle share of each round]}."""
     config = RunConfig(
         run_type="optimized",
@@ -120,14 +118,14 @@ def work(stages: int, rounds: int, seconds: float, out: Path) -> None:
         mixed_precision="no",
         report_to="none",
     )
-    settled = deepspeed_json.resolve(config, stages, bf16_is_fast=False)
-    engines = {(shape, method): build(*settled, shape, method, seconds) for shape in SHAPES for method in METHODS}
+    resolved = deepspeed_config.resolve(config, stages, bf16_is_fast=False)
+    engines = {(shape, method): build(*resolved, shape, method, seconds) for shape in SHAPES for method in METHODS}
     found: dict[str, list[float]] = {}
     for round_number in range(rounds + 1):
         for micro_batches in MICRO_BATCHES:
             for (shape, method), (engine, pace) in engines.items():
                 share = idle_share(engine, pace, micro_batches)
-                if round_number > 0:  # the first is not counted
+                if round_number > 0:  # the first is a warm-up
                     found.setdefault(f"{shape} {method} {micro_batches}", []).append(share)
     if engine.is_main:
         out.write_text(json.dumps(found))
@@ -147,32 +145,28 @@ def launch(stages: int, rounds: int, seconds: float) -> dict[str, list[float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=0.2, help="of a micro-batch in an average stage")
+    parser = make_parser(__doc__, rounds=5, seconds=0.2)  # seconds: of a micro-batch in an average stage
     parser.add_argument("--stages", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.out:
-        work(args.stages, args.rounds, args.seconds, args.out)
+        measure(args.stages, args.rounds, args.seconds, args.out)
         return
 
-    print("| shape | stages | micro-batches | theory | uniform, idle (range) | by cost, idle (range) |")
-    print("| --- | ---: | ---: | ---: | ---: | ---: |")
+    rows = []
     for stages in STAGES:
         found = launch(stages, args.rounds, args.seconds)
         for shape in SHAPES:
             for micro_batches in MICRO_BATCHES:
-                cells = [
-                    f"{statistics.median(idle):.1%} ({min(idle):.1%} to {max(idle):.1%})"
-                    for idle in (found[f"{shape} {method} {micro_batches}"] for method in METHODS)
-                ]
                 theory = (stages - 1) / (micro_batches + stages - 1)
-                print(f"| {shape} | {stages} | {micro_batches} | {theory:.1%} | {' | '.join(cells)} |", flush=True)
-    print("\nThe largest stage's share of the arithmetic, where an even one would be 1 / stages:\n")
+                idle = [spread(found[f"{shape} {method} {micro_batches}"], 1, "%") for method in METHODS]
+                rows.append([shape, str(stages), str(micro_batches), f"{theory:.1%}", *idle])
+    header = ["shape", "stages", "micro-batches", "theory", "uniform, idle (range)", "by cost, idle (range)"]
+    print(markdown_table(header, rows))
+    print("\nThe largest stage's share of the FLOPs; an even share would be 1 / stages:\n")
     for shape in SHAPES:
         for stages in STAGES:
-            sides = [shares(shape, stages, method) for method in METHODS]
+            sides = [partition_of(shape, stages, method) for method in METHODS]
             largest = [max(sum(s.flops[i] for i in s.layers(n)) for n in range(stages)) / sum(s.flops) for s in sides]
             print(f"- {shape}, {stages} stages: {largest[0]:.1%} uniform, {largest[1]:.1%} by cost")
 

@@ -1,32 +1,30 @@
-"""What `--profile` costs in steps that it does not record.
+"""What `--profile` costs in the steps that it does not record.
 
     python -m benchmarks.profiling --block 128 --batch 1
 
-Real runs of `python -m train` that take the same steps: without `--profile`, with steps to record after those that are
-timed, and with steps recorded before them. The sides alternate within each round, one process after the other, and
-what is read are the metrics.jsonl that they leave. Processes differ among themselves by more than `--profile` adds to
-such a step, which is one call: that is measured by itself as well.
+Real runs of `python -m train` of the same steps: without `--profile`, with a recorded step after the timed ones, and
+with a recorded step before them. The sides alternate within each round, one process after the other, and the times are
+read from metrics.jsonl. Processes differ from each other by more than what `--profile` adds to such a step, which is
+one call of the profiler: that call is measured by itself as well.
 """
 
-import argparse
-import json
 import statistics
-import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 from torch.profiler import ProfilerActivity, profile, schedule
 
-from benchmarks import commands, processes
-from benchmarks.rounds import machine, spread
-from train.checkpoints.loading import SIZES
+from benchmarks import training_runs
+from benchmarks.arguments import make_parser
+from benchmarks.rounds import machine, spread, take_turns
 from train.utils.command import run_command
 from train.utils.errors import UserError
 from train.utils.tables import markdown_table
 
-WARM_UP_STEPS = 4  # among them the one that is recorded before
-LAST_STEPS = 3  # among them the one that is recorded after
+WARM_UP_STEPS = 4  # including the step that is recorded before the timed ones
+LAST_STEPS = 3  # including the step that is recorded after them
 
 
 def sides(steps: int) -> dict[str, list[str]]:
@@ -40,61 +38,51 @@ def sides(steps: int) -> dict[str, list[str]]:
 
 def step_seconds(flags: list[str], steps: int, folder: Path) -> list[float]:
     """Of the timed steps of a run."""
-    words = [sys.executable, "-m", "train", *flags, f"--checkpoint_path={folder}/run", "--overwrite"]
-    process = processes.start(words, folder)
-    process.wait()
-    processes.check(process, words, folder)
-    lines = (folder / "run" / "baseline" / "metrics.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines]
-    timed = [record for record in records if WARM_UP_STEPS < record["step"] <= steps - LAST_STEPS]
+    run = training_runs.train(flags, folder)
+    timed = [record for record in run.steps if WARM_UP_STEPS < record["step"] <= steps - LAST_STEPS]
     assert not any(record.get("profiled") for record in timed)
     return [record["step_time_seconds"] for record in timed]
 
 
 def call_microseconds(calls: int = 20_000) -> list[float]:
-    """Of `torch.profiler.profile.step`, which ends every step of a run with `--profile`, where it records nothing."""
+    """Of `torch.profiler.profile.step`, which ends every step of a run with `--profile`, while it records nothing."""
     taken = []
     waiting = schedule(wait=10 * calls, warmup=1, active=1)
     with profile(activities=[ProfilerActivity.CPU], schedule=waiting) as recorder:
         for _ in range(10):
-            began = time.perf_counter()
+            started = time.perf_counter()
             for _ in range(calls // 10):
                 recorder.step()
-            taken.append(1e6 * (time.perf_counter() - began) / (calls // 10))
+            taken.append(1e6 * (time.perf_counter() - started) / (calls // 10))
     return taken
 
 
 def row(name: str, base: list[list[float]], own: list[list[float]]) -> list[str]:
-    """A side's median step, and what it takes more than `base`: medians round by round, and the least of all steps."""
+    """A side's median step and its overhead over `base`: of the medians, round by round, and of the fastest steps."""
     medians, theirs = ([statistics.median(steps) for steps in runs] for runs in (own, base))
-    more = [100 * (mine / other - 1) for mine, other in zip(medians, theirs, strict=True)]
-    least = 100 * (min(map(min, own)) / min(map(min, base)) - 1)
-    return [name, spread([1e3 * each for each in medians], 1), spread(more, 1), f"{least:.1f}"]
+    overhead = [100 * (mine / other - 1) for mine, other in zip(medians, theirs, strict=True)]
+    fastest = 100 * (min(map(min, own)) / min(map(min, base)) - 1)
+    return [name, spread([1e3 * each for each in medians], 1), spread(overhead, 1), f"{fastest:.1f}"]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=list(SIZES), default="tiny")
-    parser.add_argument("--block", type=int, default=128)
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--rounds", type=int, default=3)
-    args = parser.parse_args()
+    args = make_parser(__doc__, size="tiny", block=128, batch=1, steps=60, rounds=3).parse_args()
     if args.steps <= WARM_UP_STEPS + LAST_STEPS:
-        raise UserError(f"--steps {args.steps}: none is timed; take more than {WARM_UP_STEPS + LAST_STEPS}")
+        raise UserError(f"--steps {args.steps}: no step is timed; give more than {WARM_UP_STEPS + LAST_STEPS}")
     print(machine("cpu"))
     print(f"the call between recordings: {spread(call_microseconds(), 1)} microseconds", flush=True)
-    taken: dict[str, list[list[float]]] = {name: [] for name in sides(args.steps)}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        commands.write_tokens(folder / "train.bin", args.steps * args.batch * args.block + 1)
-        flags = commands.flags(folder / "train.bin", args.size, args.block, args.steps, "no")
+        training_runs.write_tokens(folder / "train.bin", args.steps * args.batch * args.block + 1)
+        flags = training_runs.training_flags(folder / "train.bin", args.size, args.block, args.steps, "no")
         flags.append(f"--train_micro_batch_size_per_gpu={args.batch}")
-        for _ in range(args.rounds):
-            for side, more in sides(args.steps).items():
-                taken[side].append(step_seconds([*flags, *more], args.steps, folder))
+        runs = {
+            side: partial(step_seconds, [*flags, *more], args.steps, folder)
+            for side, more in sides(args.steps).items()
+        }
+        taken = take_turns(runs, args.rounds)
     base = next(iter(taken.values()))
-    header = ["timed steps", "median step, ms (range)", "more than without, % (range)", "of the least step, %"]
+    header = ["timed steps", "median step, ms (range)", "overhead, % (range)", "overhead of the fastest step, %"]
     print(markdown_table(header, [row(side, base, own) for side, own in taken.items()]))
 
 

@@ -1,26 +1,26 @@
-"""What a training step spends its time on: the operators of one side, ranked by their own time.
+"""Where the time of a training step goes: the operators of one side, ranked by their own time.
 
     python -m benchmarks.ranking optimized --batch 1
 
-Compiled kernels are named after the operators fused in them; matrix products with the vocabulary stand by themselves.
+Compiled kernels are named after the operators fused in them; matmuls with the vocabulary have rows of their own.
 """
 
-import argparse
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import profile
 
 from benchmarks import sides
 from benchmarks.rounds import machine
 from benchmarks.sides import VOCABULARY, Case
 from train.utils.command import run_command
+from train.utils.devices import profiler_activities
 from train.utils.tables import markdown_table
 from train.utils.third_party_warnings import silence_third_party_warnings
 
-PRODUCTS = (
+MATMULS = (
     "aten::mm",
     "aten::addmm",
     "aten::addmm_",
@@ -32,62 +32,50 @@ PRODUCTS = (
 
 
 def label(event: Any) -> str:
-    """An operator's name without its namespace; a product with the vocabulary says so."""
+    """An operator's name without its namespace, and for a matmul whether it is with the vocabulary."""
     name = event.key.removeprefix("aten::")
-    if event.key not in PRODUCTS:
+    if event.key not in MATMULS:
         return name
     sizes = {size for shape in event.input_shapes for size in shape if isinstance(size, int)}
     return f"{name}, vocabulary" if any(size >= VOCABULARY for size in sizes) else f"{name}, blocks"
 
 
-def ranking(events: Iterable[Any], attribute: str, steps: int, most: int) -> list[list[str]]:
-    """Rows of milliseconds a step, share and calls a step, the dearest first, and all that is left in the last."""
-    microseconds: dict[str, float] = defaultdict(float)
-    calls: dict[str, int] = defaultdict(int)
+def ranking(events: Iterable[Any], attribute: str, steps: int, top: int) -> list[list[str]]:
+    """Rows of milliseconds per step, share and calls per step: the `top` operators, all others, and their sum."""
+    microseconds, calls = Counter[str](), Counter[str]()
     for event in events:
         microseconds[label(event)] += getattr(event, attribute)
         calls[label(event)] += event.count
-    total = sum(microseconds.values())
-    ranked = sorted(microseconds, key=microseconds.__getitem__, reverse=True)
-    rows = [(name, microseconds[name], calls[name]) for name in ranked[:most]]
-    left = ranked[most:]
-    rows.append((f"{len(left)} others", sum(microseconds[name] for name in left), sum(calls[name] for name in left)))
-    rows.append(("all", total, sum(calls.values())))
-    return [
-        [name, f"{taken / steps / 1e3:,.1f}", f"{taken / total:.1%}", f"{count / steps:,.0f}"]
-        for name, taken, count in rows
-    ]
+    names = [name for name, _ in microseconds.most_common()]
+    groups = {name: [name] for name in names[:top]} | {f"{len(names[top:])} others": names[top:], "all": names}
+    rows = []
+    for group, members in groups.items():
+        taken, count = sum(microseconds[name] for name in members), sum(calls[name] for name in members)
+        share = taken / microseconds.total()
+        rows.append([group, f"{taken / steps / 1e3:,.1f}", f"{share:.1%}", f"{count / steps:,.0f}"])
+    return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = sides.make_side_parser(__doc__, block=1024, batch=1, steps=3)
     parser.add_argument("side", metavar="SIDE", help=", ".join(sides.SIDES))
-    parser.add_argument("--block", type=int, default=1024)
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--most", type=int, default=14, help="operators in the table")
-    sides.add_case_arguments(parser)
     args = parser.parse_args()
     silence_third_party_warnings()
     torch.set_num_threads(args.threads)
     torch._inductor.config.cpp.enable_kernel_profile = True
-    name = sides.named(args.side, args.dtype)
+    name = sides.resolve_name(args.side, args.dtype)
     case = Case(args.size, args.block, args.batch, args.device, args.nanogpt)
     side = sides.build(name, case)
     sides.warm_up(side, case)
-    on_gpu = args.device.startswith("cuda")
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    with profile(activities=activities, record_shapes=True) as profiler:
+    with profile(activities=profiler_activities(torch.device(args.device)), record_shapes=True) as profiler:
         for _ in range(args.steps):
             side.step(*case.tokens())
-    rows = ranking(
-        profiler.key_averages(group_by_input_shape=True),
-        "self_device_time_total" if on_gpu else "self_cpu_time_total",
-        args.steps,
-        args.most,
-    )
+    events = profiler.key_averages(group_by_input_shape=True)
+    attribute = "self_cpu_time_total" if args.device == "cpu" else "self_device_time_total"
     print(f"{name}, {args.size}, {args.batch} x {args.block} tokens; {machine(args.device)}\n")
-    print(markdown_table(["operator", "ms a step", "share", "calls a step"], rows))
+    header = ["operator", "ms per step", "share", "calls per step"]
+    print(markdown_table(header, ranking(events, attribute, args.steps, args.most)))
 
 
 if __name__ == "__main__":

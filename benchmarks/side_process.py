@@ -1,4 +1,4 @@
-"""A side of `benchmarks/sides.py` in a process of its own, which takes a step when it is told to."""
+"""A side of `benchmarks/sides.py` in a process of its own, which takes a step whenever it is asked to."""
 
 import contextlib
 from functools import partial
@@ -15,10 +15,10 @@ from train.utils.third_party_warnings import silence_third_party_warnings
 
 
 class SideProcess:
-    """A context in which the side lives; it has taken its first steps when this is made.
+    """A context manager of the side's process. The side has taken its first steps when the constructor returns.
 
     Raises:
-        BaseException: what kept the side from being built.
+        BaseException: the error of the process, if the side cannot be built.
     """
 
     warmed_up: WarmedUp
@@ -32,18 +32,19 @@ class SideProcess:
         try:
             self.warmed_up = self._receive()
         except BaseException:
-            self._end()
+            self.__exit__()
             raise
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._end()
+        self._pipe.close()  # ends the loop of the process
+        self._process.join()
 
     def step(self) -> Round:
-        """What a step costs the side's process."""
-        with contextlib.suppress(BrokenPipeError):  # of which receiving makes a sentence
+        """The cost of a step in the side's process."""
+        with contextlib.suppress(BrokenPipeError):  # `_receive` reports it
             self._pipe.send("step")
         return self._receive()
 
@@ -56,10 +57,6 @@ class SideProcess:
         if isinstance(answer, BaseException):
             raise answer
         return answer
-
-    def _end(self) -> None:
-        self._pipe.close()  # which ends its waiting
-        self._process.join()
 
 
 def _serve(pipe: Connection, name: str, case: Case, threads: int) -> None:

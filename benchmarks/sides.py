@@ -1,18 +1,18 @@
-"""One training step as each tool takes it (forward, backward, clipping, AdamW), from the same weights.
+"""One training step of each tool (forward, backward, clipping, AdamW), from the same weights.
 
     baseline           ours as `--run_type baseline`: eager attention, fp32, full logits, AdamW not fused
-    optimized          ours: attention `auto`, loss in chunks, AdamW and GELU as one kernel each, freed memory kept
-                       (`train/allocator.py`), blocks compiled as by `--torch_compile`
+    optimized          ours with attention `auto`, the chunked loss, fused AdamW and GELU, freed memory kept, and
+                       blocks compiled as by `--torch_compile`
     uncompiled         the same without compilation
-    checkpointed       optimized, with `--activation_checkpointing full`
-    lean               the same with `--activation_checkpointing selective`
-    hf-eager, hf-sdpa  stock `GPT2LMHeadModel`, fused AdamW, the default of transformers' Trainer
-    hf-compiled        hf-sdpa under `torch.compile`
-    nanogpt            `model.py` of a nanoGPT checkout and its `configure_optimizers`; its vocabulary has 50,304 words
-    nanogpt-compiled   the same under `torch.compile`, as its `train.py` does
+    checkpointed       optimized with full activation checkpointing
+    selective          optimized with selective activation checkpointing
+    hf-eager, hf-sdpa  stock `GPT2LMHeadModel` with fused AdamW, the default of transformers' Trainer
+    hf-compiled        hf-sdpa with `torch.compile`
+    nanogpt            `model.py` of a nanoGPT checkout with its own optimizer; its vocabulary has 50,304 tokens
+    nanogpt-compiled   the same with `torch.compile`, as in its `train.py`
 
-`NAME:float32` and `NAME:bfloat16` (autocast) choose a side's precision. All have no dropout, the same parameter groups
-and the same gradient norm to clip to.
+`NAME:float32` and `NAME:bfloat16` (autocast) choose a side's precision. No side has dropout; parameter groups and the
+gradient norm of clipping are the same in all.
 """
 
 import argparse
@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from benchmarks.arguments import make_parser
 from modeling_gpt2flash import GPT2FlashConfig, GPT2FlashForCausalLM
 from modeling_gpt2flash.attention import choose_attention
 from train.checkpoints.loading import SIZES
@@ -48,16 +49,15 @@ SHAPES = SIZES | {"small": (4, 4, 256, 0.035)}  # 16M parameters, of which 12.9M
 VOCABULARY = 50257
 DTYPES = ("float32", "bfloat16")
 LEARNING_RATE, WEIGHT_DECAY, BETAS, CLIP = 6e-4, 0.1, (0.9, 0.95), 1.0
-# One step of each side is the first with everything in place; the later ones show whether the update was the same.
-WARM_UP_STEPS = 3
-# Of the loss in those steps, relative. Sums in another order; in bf16 8 bits of mantissa, and AdamW's first step makes
-# a whole step of the learning rate out of every gradient's sign.
+WARM_UP_STEPS = 3  # the first allocates and compiles; the losses of the others depend on the first update
+# Relative, of the losses in those steps. The order of sums differs; bf16 has 8 bits of mantissa, and AdamW's first
+# step turns the sign of every gradient into a step of the learning rate.
 TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 2e-3}
 
 
 @dataclass(frozen=True)
 class Case:
-    """What all sides train: `batch` sequences of `block` tokens."""
+    """The model and the batch of all sides: `batch` sequences of `block` tokens."""
 
     size: str
     block: int
@@ -73,7 +73,7 @@ class Case:
         return {**sizes, "initializer_range": deviation, **dropout}
 
     def tokens(self) -> tuple[Tensor, Tensor]:
-        """Random input ids and the tokens that follow each, both (batch, block)."""
+        """Random input ids and the next token of each, both (batch, block)."""
         drawn = torch.randint(VOCABULARY, (self.batch, self.block + 1), generator=torch.Generator().manual_seed(1))
         drawn = drawn.to(self.device)
         return drawn[:, :-1].contiguous(), drawn[:, 1:].contiguous()
@@ -83,9 +83,9 @@ class Case:
 class Side:
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    loss: Callable[[Tensor, Tensor], Tensor]  # ids and the tokens that follow them, (B, T) -> the mean, ()
+    loss: Callable[[Tensor, Tensor], Tensor]  # input ids and next tokens, (B, T) -> the mean, ()
     dtype: torch.dtype
-    padded_words: int = 0  # in the vocabulary
+    padding: int = 0  # tokens of the vocabulary beyond GPT-2's
 
     def step(self, ids: Tensor, targets: Tensor) -> Tensor:
         """One optimizer update; the loss before it."""
@@ -110,7 +110,7 @@ def ours(
     loss_chunk_size: int,
     fused: bool,
     compiled: bool = False,
-    recompute: str = "none",
+    activation_checkpointing: str = "none",
 ) -> Side:
     config = GPT2FlashConfig(**case.shape, loss_chunk_size=loss_chunk_size)
     chosen, _ = choose_attention(attention, torch.device(case.device).type, dtype, config.n_embd // config.n_head)
@@ -122,9 +122,10 @@ def ours(
         if torch.device(case.device).type == "cpu":
             keep_freed_memory()
     if compiled:
-        compile_blocks(model, checkpoint_arguments(recompute) if recompute == "selective" else None)
-    if recompute == "full":
-        checkpoint_blocks(model, checkpoint_arguments(recompute))
+        selective = activation_checkpointing == "selective"
+        compile_blocks(model, checkpoint_arguments("selective") if selective else None)
+    if activation_checkpointing == "full":
+        checkpoint_blocks(model, checkpoint_arguments("full"))
 
     def loss(ids: Tensor, targets: Tensor) -> Tensor:
         return model(ids, shift_labels=targets, use_cache=False, skip_logits=True).loss
@@ -150,7 +151,6 @@ def nanogpt(case: Case, dtype: torch.dtype, compiled: bool = False) -> Side:
     with contextlib.redirect_stdout(None):
         model = module.GPT(module.GPTConfig(**shape))
     own, given = model.state_dict(), stock_model(case, "eager").state_dict()
-    words = own["transformer.wte.weight"].shape[0]
     for name, weight in given.items():
         if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
             weight = weight.T  # Conv1D's layout to Linear's
@@ -160,7 +160,8 @@ def nanogpt(case: Case, dtype: torch.dtype, compiled: bool = False) -> Side:
         optimizer = model.configure_optimizers(WEIGHT_DECAY, LEARNING_RATE, BETAS, torch.device(case.device).type)
     if compiled:
         model.compile()
-    return Side(model, optimizer, lambda ids, targets: model(ids, targets)[1], dtype, words - VOCABULARY)
+    padding = len(own["transformer.wte.weight"]) - VOCABULARY
+    return Side(model, optimizer, lambda ids, targets: model(ids, targets)[1], dtype, padding)
 
 
 def _adamw(model: nn.Module, fused: bool) -> torch.optim.Optimizer:
@@ -172,9 +173,11 @@ def _adamw(model: nn.Module, fused: bool) -> torch.optim.Optimizer:
 def _nanogpt_module(folder: Path | None) -> Any:
     if folder is None:
         raise UserError("a nanogpt side needs a checkout of nanoGPT: name its folder with --nanogpt")
-    spec = importlib.util.spec_from_file_location("nanogpt_model", folder / "model.py")
-    if spec is None or spec.loader is None or not (folder / "model.py").exists():
+    if not (folder / "model.py").exists():
         raise UserError(f"--nanogpt {folder}: there is no model.py in it; give a checkout of nanoGPT")
+    spec = importlib.util.spec_from_file_location("nanogpt_model", folder / "model.py")
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
@@ -186,8 +189,8 @@ SIDES: dict[str, Callable[[Case, torch.dtype], Side]] = {
     "baseline": partial(ours, attention="eager", loss_chunk_size=0, fused=False),
     "optimized": partial(ours, **OPTIMIZED, compiled=True),
     "uncompiled": partial(ours, **OPTIMIZED),
-    "checkpointed": partial(ours, **OPTIMIZED, compiled=True, recompute="full"),
-    "lean": partial(ours, **OPTIMIZED, compiled=True, recompute="selective"),
+    "checkpointed": partial(ours, **OPTIMIZED, compiled=True, activation_checkpointing="full"),
+    "selective": partial(ours, **OPTIMIZED, compiled=True, activation_checkpointing="selective"),
     "hf-eager": partial(stock, attention="eager"),
     "hf-sdpa": partial(stock, attention="sdpa"),
     "hf-compiled": partial(stock, attention="sdpa", compiled=True),
@@ -202,8 +205,8 @@ def build(name: str, case: Case) -> Side:
     return SIDES[side](case, getattr(torch, dtype))
 
 
-def named(side: str, default: str) -> str:
-    """A side's name with its precision: its own, else `default`; the baseline is fp32 unless it says otherwise.
+def resolve_name(side: str, default: str) -> str:
+    """A side's name with its precision: its own, else `default`. The baseline's default is fp32.
 
     Raises:
         UserError: when there is no such side or precision.
@@ -211,31 +214,29 @@ def named(side: str, default: str) -> str:
     name, _, dtype = side.partition(":")
     dtype = dtype or ("float32" if name == "baseline" else default)
     if name not in SIDES or dtype not in DTYPES:
-        raise UserError(
-            f"--sides {side}: choose from {', '.join(SIDES)}, with :{' or :'.join(DTYPES)} behind it or nothing"
-        )
+        raise UserError(f"--sides {side}: choose from {', '.join(SIDES)}, each alone or with :{' or :'.join(DTYPES)}")
     return f"{name}:{dtype}"
 
 
 @dataclass(frozen=True)
 class WarmedUp:
-    """What a side's first steps have shown."""
+    """The result of a side's first steps."""
 
     losses: list[float]
     dtype: torch.dtype
-    padded_words: int
+    padding: int
 
 
 def warm_up(side: Side, case: Case) -> WarmedUp:
-    """Some steps: the first loss is that of the weights, the others show gradients, clipping and update."""
+    """Take some steps: the first loss depends on the weights, the others on gradients, clipping and update."""
     ids, targets = case.tokens()
-    return WarmedUp([side.step(ids, targets).item() for _ in range(WARM_UP_STEPS)], side.dtype, side.padded_words)
+    return WarmedUp([side.step(ids, targets).item() for _ in range(WARM_UP_STEPS)], side.dtype, side.padding)
 
 
 def check_same(found: Mapping[str, WarmedUp]) -> str:
-    """The sides' first losses; ends with a message where one's are not the first one's.
+    """The losses of the sides' first steps, as text; exit with a message unless they are equal.
 
-    A padded vocabulary's words, whose logits are 0 at first, take a share of the probability.
+    The padding of a vocabulary, whose logits are 0 at first, takes a share of the probability.
     """
     first, *_ = found
     expected = found[first].losses
@@ -243,19 +244,17 @@ def check_same(found: Mapping[str, WarmedUp]) -> str:
     for name, side in found.items():
         excess = [loss / wanted - 1 for loss, wanted in zip(side.losses, expected, strict=True)]
         tolerance = max(TOLERANCES[side.dtype], TOLERANCES[found[first].dtype])
-        padding = max(math.log1p(each.padded_words / VOCABULARY) / min(expected) for each in (side, found[first]))
+        padding = max(math.log1p(each.padding / VOCABULARY) / min(expected) for each in (side, found[first]))
         if not all(abs(each) <= tolerance + padding for each in excess):
-            raise SystemExit(
-                f"{name} does not train as {first} does: its losses are {side.losses}, not {expected}; nothing was "
-                "timed"
-            )
+            raise SystemExit(f"{name} does not train as {first} does: its losses are {side.losses}, not {expected}")
         lines.append(f"{name}: {' '.join(f'{loss:.5f}' for loss in side.losses)}")
     return "\n".join(["losses of the first steps", *lines])
 
 
-def add_case_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--size", choices=list(SHAPES), default="gpt2")
+def make_side_parser(description: str | None, **defaults: Any) -> argparse.ArgumentParser:
+    """`make_parser` with the flags of a `Case` and of its sides' precision."""
+    defaults |= {"size": "gpt2", "threads": torch.get_num_threads(), "device": device_type()}
+    parser = make_parser(description, SHAPES, **defaults)
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the sides that do not name their own")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--device", default=device_type())
-    parser.add_argument("--nanogpt", type=Path, metavar="DIR", help="a checkout of nanoGPT, for the sides named so")
+    parser.add_argument("--nanogpt", type=Path, metavar="DIR", help="a checkout of nanoGPT, for its sides")
+    return parser

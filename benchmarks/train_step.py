@@ -1,17 +1,14 @@
-"""A whole training step: ours against stock `GPT2LMHeadModel` and, where there is a checkout, nanoGPT.
+"""A complete training step: ours, stock `GPT2LMHeadModel` and, given a checkout, nanoGPT.
 
     python -m benchmarks.train_step --batch 4 --nanogpt ~/nanoGPT --memory
     python -m benchmarks.train_step --dtype bfloat16 --sides hf-sdpa:float32 optimized nanogpt-compiled
 
-`benchmarks/sides.py` says what the sides are. All have to have the same losses in their first steps before anything is
-timed. Each is a process of its own, as one keeps memory and another does not. Then they alternate within each round,
-one at work while the others wait; the speed-up over the first side is taken round by round, and beside it
-that of the quickest rounds and that in CPU seconds, which other work on the machine disturbs less. On a GPU whose peak
-is known, MFU is the share of it that the model's arithmetic reaches. `--memory` adds the peak of each side, which
-takes one step in a process of its own.
+`benchmarks/sides.py` describes the sides. All must have equal losses in their first steps before anything is timed.
+Each is a process of its own, since some keep freed memory and others do not; they alternate within each round, one at
+work while the others wait. On a GPU of known peak, MFU is the share of it that the model's FLOPs reach. `--memory`
+adds the peak of each side, measured over one step in another process.
 """
 
-import argparse
 import statistics
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -20,7 +17,7 @@ import psutil
 import torch
 
 from benchmarks import memory, sides
-from benchmarks.rounds import Round, machine, speed_up, spread, take_turns
+from benchmarks.rounds import SPEED_UP_HEADERS, Round, machine, speed_up, spread, take_turns
 from benchmarks.side_process import SideProcess
 from benchmarks.sides import VOCABULARY, Case
 from train.metrics.flops import count_flops, peak_flops, utilisation
@@ -46,7 +43,7 @@ def mfu_of(name: str, case: Case, tokens_per_second: float) -> float | None:
 
 
 def row(name: str, case: Case, base: Sequence[Round], own: Sequence[Round]) -> list[str]:
-    """Step time, tokens a second, speed-up over `base`, MFU."""
+    """Step time, tokens per second, speed-up over `base`, MFU."""
     walls = [each.wall for each in own]
     rate = case.batch * case.block / statistics.median(walls)
     mfu = mfu_of(name, case, rate)
@@ -54,25 +51,18 @@ def row(name: str, case: Case, base: Sequence[Round], own: Sequence[Round]) -> l
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--sides",
-        nargs="+",
-        help=f"each against the first (default: {' '.join(DEFAULT_SIDES)}, with --nanogpt {' '.join(NANOGPT_SIDES)})",
-    )
-    parser.add_argument("--block", type=int, default=1024)
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser = sides.make_side_parser(__doc__, block=1024, batch=1, rounds=7)
+    defaults = f"{' '.join(DEFAULT_SIDES)}, with --nanogpt {' '.join(NANOGPT_SIDES)}"
+    parser.add_argument("--sides", nargs="+", help=f"each is compared with the first (default: {defaults})")
     parser.add_argument("--memory", action="store_true", help="measure peak memory as well")
-    sides.add_case_arguments(parser)
     args = parser.parse_args()
     for name in ("block", "batch", "rounds", "threads"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
     silence_third_party_warnings()
     torch.set_num_threads(args.threads)
-    asked = args.sides or [*DEFAULT_SIDES, *(NANOGPT_SIDES if args.nanogpt else ())]
-    names = [sides.named(side, args.dtype) for side in asked]
+    given = args.sides or [*DEFAULT_SIDES, *(NANOGPT_SIDES if args.nanogpt else ())]
+    names = [sides.resolve_name(side, args.dtype) for side in given]
     case = Case(args.size, args.block, args.batch, args.device, args.nanogpt)
     print(f"{args.size}, {args.batch} x {args.block} tokens; {machine(args.device)}", flush=True)
     limit = int(0.9 * psutil.virtual_memory().available)
@@ -82,7 +72,7 @@ def main() -> None:
         running = {name: stack.enter_context(SideProcess(name, case, args.threads)) for name in names}
         print(sides.check_same({name: side.warmed_up for name, side in running.items()}), flush=True)
         taken = take_turns({name: side.step for name, side in running.items()}, args.rounds)
-    header = ["side", "step (s)", "tokens/s", "speed-up", "of the quickest", "in CPU seconds", "MFU"]
+    header = ["side", "step (s)", "tokens/s", *SPEED_UP_HEADERS, "MFU"]
     rows = [row(name, case, taken[names[0]], taken[name]) for name in names]
     if peaks:
         header.append("memory (GiB)")

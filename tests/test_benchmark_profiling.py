@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import commands, profiling
+from benchmarks import profiling, training_runs
 from train.config.run_config import parse
 from train.utils.errors import UserError
 
@@ -11,7 +11,7 @@ from train.utils.errors import UserError
 def test_the_recorded_steps_lie_outside_of_the_timed_ones() -> None:
     steps = 20
     timed = range(profiling.WARM_UP_STEPS + 1, steps - profiling.LAST_STEPS + 1)
-    flags = commands.flags(Path("train.bin"), "tiny", 16, steps, "no")
+    flags = training_runs.training_flags(Path("train.bin"), "tiny", 16, steps, "no")
     recorded = [parse([*flags, *more]).profiled for more in profiling.sides(steps).values()]
     assert recorded[0] is None
     for found in recorded[1:]:
@@ -28,7 +28,7 @@ def test_a_side_is_held_against_its_own_round() -> None:
 
 def test_too_few_steps_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["profiling", "--steps", "7"])
-    with pytest.raises(UserError, match="--steps 7: none is timed; take more than 7"):
+    with pytest.raises(UserError, match="--steps 7: no step is timed; give more than 7"):
         profiling.main()
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import commands, scaling, startup
+from benchmarks import scaling, startup, training_runs
 from benchmarks.scaling import Finished, Layout
 from tests.conftest import ROOT
 from train.config.run_config import parse
@@ -16,7 +16,7 @@ def test_layouts_are_started_as_people_start_them() -> None:
     for kind in scaling.KINDS:
         for number in (1, 2):
             layout = Layout(kind, number)
-            words = [*layout.words(), *commands.flags(Path("train.bin"), "tiny", 16, 3, "no")]
+            words = [*layout.command(), *training_runs.training_flags(Path("train.bin"), "tiny", 16, 3, "no")]
             config = parse(words[words.index("train") + 1 :])
             assert config.run_type == layout.run_type
             assert config.deepspeed_config == (None if kind == "ddp" else f"{ROOT}/ds_configs/{kind}.json")
@@ -39,12 +39,12 @@ def test_efficiency_is_taken_round_by_round() -> None:
 def test_runs_with_other_losses_end_the_comparison() -> None:
     found = {Layout("ddp", 1): [Finished([1.0], [3.0, 2.0], 0)], Layout("zero2", 2): [Finished([1.0], [3.0, 2.1], 0)]}
     scaling.check_same(found, 0.1)
-    with pytest.raises(SystemExit, match="zero2 x 2 does not train as the first layout does"):
+    with pytest.raises(SystemExit, match="zero2 x 2 does not train as the first does"):
         scaling.check_same(found, 1e-4)
 
 
 @pytest.mark.parametrize(
-    ("words", "message"), [("--batch 2", "--batch 2: cannot be shared by 4"), ("--steps 2", "--steps 2")]
+    ("words", "message"), [("--batch 2", "--batch 2: not divisible by 4 processes"), ("--steps 2", "--steps 2")]
 )
 def test_what_cannot_be_is_refused(words: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["scaling", *words.split()])
@@ -66,13 +66,13 @@ def test_real_runs_are_compared(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 @pytest.mark.slow
 @pytest.mark.parametrize("statement", startup.IMPORTS.values(), ids=startup.IMPORTS)
 def test_what_is_imported_is_there_and_no_deepspeed(statement: str) -> None:
-    startup.start(statement)
+    startup.execute(statement)
 
 
 @pytest.mark.slow
 def test_the_first_step_is_timed(tmp_path: Path) -> None:
-    commands.write_tokens(tmp_path / "train.bin", 33)
-    flags = commands.flags(tmp_path / "train.bin", "tiny", 16, 2, "no")
+    training_runs.write_tokens(tmp_path / "train.bin", 33)
+    flags = training_runs.training_flags(tmp_path / "train.bin", "tiny", 16, 2, "no")
     seconds = startup.first_step_seconds([*flags, "--train_micro_batch_size_per_gpu=1"], tmp_path)
     assert seconds > 0
     assert (tmp_path / "run" / "baseline" / "metrics.json").exists()

@@ -96,7 +96,7 @@ def test_all_sides_train_alike(case: Case, capsys: pytest.CaptureFixture[str]) -
     names = ["hf-eager", "hf-sdpa", "baseline", "uncompiled", "nanogpt"]
     built = {name: sides.build(f"{name}:float32", case) for name in names}
     assert capsys.readouterr().out == ""
-    assert [built[name].padded_words for name in names] == [0, 0, 0, 0, 47]
+    assert [built[name].padding for name in names] == [0, 0, 0, 0, 47]
     found = losses(warm_up(built, case))
     assert found["baseline"] == pytest.approx(found["hf-eager"], rel=1e-5)
     assert found["nanogpt"] == pytest.approx([loss + 47 / 50257 for loss in found["hf-eager"]], abs=5e-4)
@@ -115,12 +115,12 @@ def test_a_side_that_trains_otherwise_is_not_timed(case: Case) -> None:
 
 def test_a_side_names_its_precision_or_takes_the_common_one() -> None:
     asked = ["baseline", "optimized", "hf-sdpa:float32"]
-    assert [sides.named(side, "bfloat16") for side in asked] == [
+    assert [sides.resolve_name(side, "bfloat16") for side in asked] == [
         "baseline:float32", "optimized:bfloat16", "hf-sdpa:float32",
     ]  # fmt: skip
     for wrong in ("fastest", "optimized:int8"):
         with pytest.raises(UserError, match=f"--sides {wrong}: choose from baseline, "):
-            sides.named(wrong, "float32")
+            sides.resolve_name(wrong, "float32")
 
 
 def test_nanogpt_needs_its_checkout(tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_operators_are_ranked_by_their_own_time() -> None:
             ("aten::copy_", [[8, 768], [8, 768], []], 2000.0),
         )
     ]
-    assert ranking.ranking(events, "self_cpu_time_total", steps=2, most=2) == [
+    assert ranking.ranking(events, "self_cpu_time_total", steps=2, top=2) == [
         ["addmm, blocks", "2.0", "40.0%", "1"],
         ["mm, vocabulary", "1.5", "30.0%", "1"],
         ["2 others", "1.5", "30.0%", "2"],
@@ -182,10 +182,10 @@ def test_operators_are_ranked_by_their_own_time() -> None:
 
 @pytest.mark.slow
 def test_compiled_sides_train_alike_too(case: Case) -> None:
-    names = ["hf-compiled", "optimized", "lean", "checkpointed", "nanogpt-compiled"]
+    names = ["hf-compiled", "optimized", "selective", "checkpointed", "nanogpt-compiled"]
     found = losses(warm_up({name: sides.build(f"{name}:float32", case) for name in names}, case))
     assert found["optimized"] == pytest.approx(found["hf-compiled"], rel=1e-5)
-    assert found["lean"] == pytest.approx(found["optimized"], rel=1e-5)
+    assert found["selective"] == pytest.approx(found["optimized"], rel=1e-5)
     assert found["checkpointed"] == pytest.approx(found["optimized"], rel=1e-5)
 
 

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from benchmarks.tokenize import NANOGPT, NANOGPTS_ORDER, ONE_BY_ONE, OURS, check_files, compare, make_corpus
+from benchmarks.tokenize import NANOGPT, NANOGPTS_ORDER, ONE_BY_ONE, OURS, Variant, check_files, compare, make_corpus
 from train.data.token_file import END_OF_TEXT
 from train.preprocess_data.sources import stdlib_modules
 
@@ -64,11 +64,13 @@ def test_what_writes_something_else_is_refused(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_every_side_is_watched_and_timed(shards: Path, tmp_path: Path) -> None:
     files = sorted(shards.iterdir())
-    results = compare([(NANOGPT, 2), (ONE_BY_ONE, None), ("ours, tiktoken", 1)], files, rounds=2, folder=tmp_path)
+    results = compare(
+        [Variant(NANOGPT, 2), Variant(ONE_BY_ONE), Variant("ours, tiktoken", 1)], files, rounds=2, folder=tmp_path
+    )
     for result in results.values():
-        assert len(result.times) == 2
-        assert all(timed.wall > 0 and timed.cpu > 0 for timed in result.times)
-        assert result.watched.memory >= result.watched.anonymous > 10_000_000
+        assert len(result.rounds) == 2
+        assert all(timed.wall > 0 and timed.cpu > 0 for timed in result.rounds)
+        assert result.peaks.memory >= result.peaks.anonymous > 10_000_000
     text = sum(len(text) for path in files for text in pyarrow.parquet.read_table(path)["text"].to_pylist())
-    assert results[NANOGPT, 2].watched.disk > text, "its copy of the text counts"
+    assert results[Variant(NANOGPT, 2)].peaks.disk > text, "its copy of the text counts"
     assert list(tmp_path.iterdir()) == [shards]
