@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT, python
-from train.config.run_config import RunConfig, parse
+from train.config.run_config import GROUPS, RunConfig, parse
 from train.utils.errors import UserError
 
 
@@ -40,14 +40,18 @@ def test_yaml_takes_whole_numbers_for_floats(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "names"),
     [
-        ("learning_rate: 6e-4", ["learning_rate", "'6e-4'", "6.0e-4"]),
-        ("lerning_rate: 1.0", ["lerning_rate", "--help"]),
-        ("max_steps: 1.5", ["max_steps", "1.5", "int"]),
-        ("max_steps: '10'", ["max_steps", "'10'", "write 10"]),
-        ("torch_compile: 'yes'", ["torch_compile", "'yes'", "bool"]),
-        ("activation_checkpointing: true", ["activation_checkpointing", "True", "none, full, selective"]),
-        ("run_type: fast", ["run_type", "'fast'", "baseline, optimized"]),
-        ("prompt: 12", ["prompt", "12", '"12"']),
+        ("learning_rate: fast", ["learning_rate", "'fast'", "number"]),
+        ("lerning_rate: 1.0", ["lerning_rate", "did you mean learning_rate?", "--help"]),
+        ("optimisation:\n  learning_rate: 1.0", ["optimisation", "did you mean optimization?"]),
+        ("data:\n  learning_rate: 1.0", ["learning_rate", "group data"]),
+        ("max_steps: 1.5", ["max_steps", "'1.5'", "whole number"]),
+        ("max_steps: 0", ["max_steps", "0 must be at least 1"]),
+        ("max_steps: [1, 2]", ["max_steps", "list", "one value"]),
+        ("max_steps: -5", ["max_steps", "-5", "at least 1"]),
+        ("torch_compile: maybe", ["torch_compile", "'maybe'", "neither true nor false"]),
+        ("activation_checkpointing: true", ["activation_checkpointing", "true", "none", "full", "selective"]),
+        ("run_type: fast", ["run_type", "'fast'", "baseline", "optimized"]),
+        ("lr_schedule: cosin", ["lr_schedule", "'cosin'", "cosine"]),
         ("- a\n- b", ["list", "flag: value"]),
         ("a: [", ["YAML"]),
     ],
@@ -55,8 +59,39 @@ def test_yaml_takes_whole_numbers_for_floats(tmp_path: Path) -> None:
 def test_yaml_mistakes_name_key_value_and_remedy(tmp_path: Path, text: str, names: list[str]) -> None:
     with pytest.raises(UserError) as error:
         from_yaml(tmp_path, text)
-    assert all(name in str(error.value) for name in names), str(error.value)
+    assert all(name in str(error.value) for name in [*names, "run.yaml"]), str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_yaml_may_be_grouped_by_topic(tmp_path: Path) -> None:
+    text = "model:\n  model: tiny\n  block_size: 64\noptimization:\n  learning_rate: 6e-4\nrun_type: baseline\n"
+    flat = "model: tiny\nblock_size: 64\nlearning_rate: 6e-4\nrun_type: baseline\n"
+    assert (
+        from_yaml(tmp_path, text)
+        == from_yaml(tmp_path, flat)
+        == RunConfig(model="tiny", block_size=64, learning_rate=6e-4)
+    )
+
+
+def test_yaml_values_are_read_as_the_flags_are(tmp_path: Path) -> None:
+    text = "learning_rate: 6e-4\nmixed_precision: no\nprompt: 12\nmax_steps: '10'\ntorch_compile: yes\nseed:\n"
+    with pytest.raises(UserError, match=r"run.yaml: --seed: '' is not a whole number"):
+        from_yaml(tmp_path, text)
+    config = from_yaml(tmp_path, text.replace("seed:", "eval_steps:"))
+    assert (config.learning_rate, config.mixed_precision, config.prompt) == (6e-4, "no", "12")
+    assert (config.max_steps, config.torch_compile, config.eval_steps) == (10, True, None)
+
+
+def test_an_unknown_flag_is_answered_with_the_nearest() -> None:
+    with pytest.raises(UserError, match=r"--lerning_rate: unknown argument; did you mean --learning_rate\?"):
+        parse(["--lerning_rate=1"])
+    assert parse(["--learning-rate", "1e-3"]).learning_rate == 1e-3
+    assert parse(["--prompt=--some-text"]).prompt == "--some-text"
+
+
+def test_every_flag_is_in_one_group() -> None:
+    names = [field.name for group in GROUPS for field in dataclasses.fields(group)]
+    assert names == [field.name for field in dataclasses.fields(RunConfig)]
 
 
 @pytest.mark.parametrize(

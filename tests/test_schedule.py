@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from train.optim.schedule import learning_rate
+from train.optim.schedule import SCHEDULES, learning_rate
 
 
 def rates(schedule: str, total: int = 100, warmup: int = 10, min_ratio: float = 0.1) -> list[float]:
@@ -12,7 +12,7 @@ def rates(schedule: str, total: int = 100, warmup: int = 10, min_ratio: float = 
     ]
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "wsd"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
 def test_warm_up_climbs_in_equal_steps_and_reaches_the_peak(schedule: str) -> None:
     warmup = rates(schedule)[:10]
     assert warmup == pytest.approx([0.2 * k for k in range(1, 11)])
@@ -40,7 +40,7 @@ def test_constant_stays() -> None:
     assert set(rates("constant")[9:]) == {2.0}
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "wsd"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize(("total", "warmup"), [(1, 0), (1, 1), (2, 5), (3, 3)])
 def test_short_runs_have_a_positive_rate(schedule: str, total: int, warmup: int) -> None:
     assert all(0 < rate <= 2.0 for rate in rates(schedule, total, warmup))

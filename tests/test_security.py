@@ -13,7 +13,7 @@ from tests.conftest import ROOT
 from train.checkpoints import nanogpt
 from train.checkpoints import step_folder as checkpoint
 from train.checkpoints.loading import load_for_inference, load_model, model_config, own_tokenizer
-from train.config.run_config import read_yaml
+from train.config.run_config import parse
 from train.utils.errors import UserError
 
 SOURCES = sorted(
@@ -177,8 +177,8 @@ def test_a_chat_template_has_the_name_of_a_file(tuned_from: Path, tmp_path: Path
 
 def test_yaml_makes_no_objects(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(f"model: !!python/object/apply:os.mkdir [{tmp_path / 'run'}]\n")
-    with pytest.raises(UserError, match="not readable as YAML"):
-        read_yaml(tmp_path / "run.yaml")
+    with pytest.raises(UserError, match="model: holds a list"):
+        parse(["--config", str(tmp_path / "run.yaml")])
     assert not (tmp_path / "run").exists()
 
 

@@ -1,22 +1,22 @@
-"""The console command `gpt2flash`: every tool of this package by one name, each imported when it is called."""
+"""The console command `gpt2flash`: every command of this package under one name, imported when it is called."""
 
 import importlib
 import sys
 from collections.abc import Callable
 
 from train.utils.command import run_command
-from train.utils.errors import UserError
+from train.utils.errors import UserError, did_you_mean
 
-# What one types, the module that `python -m` takes for the same, and what it does.
+# Name, the module with its `main` (`python -m` runs the same), and what it does.
 TOOLS = {
-    "preprocess": ("train.preprocess_data.__main__", "cut text into tokens: train.bin and val.bin"),
+    "preprocess": ("train.preprocess_data.__main__", "tokenize text: train.bin and val.bin"),
     "train": ("train.__main__", "train GPT-2 on them, plain or through DeepSpeed"),
-    "generate": ("train.generate.__main__", "write text with a trained model"),
-    "compare": ("train.compare.__main__", "hold finished runs against each other: a report, a gate"),
-    "kernels": ("train.kernels.__main__", "say where the time of profiled steps went"),
+    "generate": ("train.generate.__main__", "generate text with a trained model"),
+    "compare": ("train.compare.__main__", "compare finished runs: a report, a gate"),
+    "kernels": ("train.kernels.__main__", "show where the time of profiled steps goes"),
     "plan": ("train.plan.__main__", "find the fastest layout that fits, before a run"),
     "export": ("train.export.__main__", "write a checkpoint for other tools"),
-    "hub": ("train.hub.__main__", "put a finished run on the Hugging Face Hub"),
+    "hub": ("train.hub.__main__", "upload a finished run to the Hugging Face Hub"),
     "parity": ("train.parity.__main__", "check that every layout computes the same"),
     "config": ("train.config.packaged", "print where a shipped configuration is"),
 }
@@ -38,7 +38,8 @@ def choose(tool: str) -> Callable[[], None]:
         UserError: for a name that no tool has.
     """
     if tool not in TOOLS:
-        raise UserError(f"gpt2flash {tool}: there is no such tool; choose from {', '.join(TOOLS)}")
+        nearest = did_you_mean(tool, TOOLS)
+        raise UserError(f"gpt2flash {tool}: there is no such tool; {nearest}choose from {', '.join(TOOLS)}")
     return importlib.import_module(TOOLS[tool][0]).main
 
 

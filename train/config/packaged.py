@@ -8,7 +8,7 @@ import argparse
 from pathlib import Path
 
 from train.utils.command import run_command
-from train.utils.errors import UserError
+from train.utils.errors import UserError, did_you_mean
 
 PACKAGE = Path(__file__).parent.parent
 ACCELERATE, DEEPSPEED = "accelerate_configs", "ds_configs"
@@ -44,8 +44,11 @@ def find(name: str) -> Path:
     for file in configurations():
         if name in (file.name, file.stem):
             return file
-    names = ", ".join(file.stem for file in configurations())
-    raise UserError(f"gpt2flash config {name}: there is no such configuration; choose from {names}")
+    names = [file.stem for file in configurations()]
+    raise UserError(
+        f"gpt2flash config {name}: there is no such configuration; {did_you_mean(name, names)}choose from "
+        f"{', '.join(names)}"
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
