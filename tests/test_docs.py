@@ -23,11 +23,15 @@ from train.cli import TOOLS
 from train.config.run_config import parse
 from train.metrics.table import METRICS
 
-PAGES = ["README.md", *(f"docs/{name}" for name in re.findall(r"\((\w+\.md)\)", (ROOT / "docs/index.md").read_text()))]
+# The walk is some 35 commands, all in the setup of the first test that needs it.
+pytestmark = pytest.mark.timeout(1800)
+
+INDEX = (ROOT / "docs/index.md").read_text()
+PAGES = ["README.md", *(f"docs/{name}" for name in re.findall(r"\((\w+\.md)\)", INDEX))]
 MARKDOWN = [
-    ROOT / name for name in (*PAGES, "docs/index.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md")
+    *(ROOT / name for name in (*PAGES, "docs/index.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md")),
+    *(file for package in ("train", "modeling_gpt2flash") for file in sorted((ROOT / package).rglob("README.md"))),
 ]
-MARKDOWN += [file for name in ("train", "modeling_gpt2flash") for file in sorted((ROOT / name).rglob("README.md"))]
 ONLY_PARSED = ("docs/integrations.md", "docs/performance.md")  # tests/test_integration_*.py run what the first shows
 FOREIGN = ("curl", "echo", "lm_eval", "mlflow", "pip", "tensorboard", "trackio", "transformers", "twine", "wandb")
 REFERENCE = runpy.run_path(str(ROOT / "docs/reference.py"))
