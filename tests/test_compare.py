@@ -14,7 +14,7 @@ import pytest
 from tests.finished_runs import write_run
 from train.checkpoints import run_folder as compare_runs
 from train.compare import __main__ as compare
-from train.compare import plots as compare_plots
+from train.compare import run_charts
 from train.metrics.units import short_count, unit_of
 from train.utils.errors import UserError
 
@@ -34,7 +34,7 @@ def two(tmp_path: Path) -> list[Path]:
 @pytest.fixture
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """For tests of words alone: drawing takes most of a comparison's second."""
-    monkeypatch.setattr(compare, "draw", lambda runs: {})
+    monkeypatch.setattr(compare, "draw", lambda runs: [])
 
 
 def run(folders: list[Path], out: Path) -> dict[str, Any]:
@@ -376,7 +376,7 @@ def test_compare_needs_no_torch() -> None:
 
 
 def test_trailing_mean_by_hand() -> None:
-    got = compare_plots.trailing_mean(np.array([1.0, 3.0, math.nan, 5.0, math.nan, math.nan]), 2)
+    got = run_charts.trailing_mean(np.array([1.0, 3.0, math.nan, 5.0, math.nan, math.nan]), 2)
     assert got[:5].tolist() == [1.0, 2.0, 3.0, 5.0, 5.0]
     assert math.isnan(got[5])
     assert short_count(1500) == "1.5K"

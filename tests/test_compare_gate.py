@@ -15,7 +15,7 @@ from train.utils.errors import UserError
 
 @pytest.fixture(autouse=True)
 def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compare, "draw", lambda runs: {})
+    monkeypatch.setattr(compare, "draw", lambda runs: [])
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def test_bad_syntax_is_named(gate: str) -> None:
 def test_an_unknown_metric_is_named_with_those_that_there_are(metric: str) -> None:
     with pytest.raises(UserError, match=f"^--gate: {metric} is no metric") as caught:
         parse_gate(f"val_loss<=+1,{metric}>=1x")
-    assert "peak_memory, tokens_per_second, step_time_seconds.median" in str(caught.value)
+    assert "peak_memory, time_per_epoch, tokens_per_second, step_time_seconds.median" in str(caught.value)
 
 
 def test_a_bound_beyond_numbers_is_refused() -> None:

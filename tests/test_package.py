@@ -65,7 +65,8 @@ def test_the_wheel_has_code_vocabulary_and_configurations(wheel: Path) -> None:
     expected = {
         path.relative_to(ROOT).as_posix()
         for folder in ("modeling_gpt2flash", "train")
-        for path in (ROOT / folder).rglob("*.py")
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in (".py", ".jinja", ".css")
     }
     expected |= {"train/data/gpt2.tiktoken"}
     expected |= {f"train/{name}/{file.name}" for name in SOURCES[2:] for file in (ROOT / name).iterdir()}

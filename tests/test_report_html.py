@@ -19,8 +19,8 @@ from tests.test_report_kernels import PIPELINE, kernels
 from tests.test_report_memory import memory
 from train.checkpoints.run_folder import read_runs
 from train.compare import __main__ as compare
+from train.compare import charts, run_charts, svg
 from train.compare import figures as compare_figures
-from train.compare.report import svg as report_svg
 from train.compare.report.page import POLICY
 
 HOSTILE = "</pre></script><script>alert(1)</script><img src=x onerror=alert(2)>&lt;\"'\x00\x1b[31m\u2028"
@@ -29,8 +29,8 @@ BROWSERS = [found for name in ("chromium", "chromium-browser", "google-chrome") 
 
 @pytest.fixture(autouse=True)
 def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The PNG plots take most of a comparison's second, and are not in the page."""
-    monkeypatch.setattr(compare, "draw", lambda runs: {})
+    """The PNGs are not in the page."""
+    monkeypatch.setattr(compare, "pngs", lambda charts: {})
 
 
 @pytest.fixture
@@ -119,12 +119,12 @@ def test_curves_and_rows(three: list[Path], tmp_path: Path) -> None:
         "Throughput over intervals", "Peak memory", "Time per epoch",
     ]  # fmt: skip
     pictures = [found["aria-label"] for tag, found in page.elements if tag == "svg" and "aria-label" in found]
-    assert pictures == ["Training loss over tokens", "Training loss over time", "Validation loss", "Throughput"]
+    assert pictures == [title for title in page.texts["h3"] if " against " not in title][:7]
     for run in range(3):
-        assert page.count("path", class_=f"line run{run}") == 4 + 4, "a curve and its key in the legend"
-        assert page.count("circle", class_=f"dot run{run}") == 2, "validations"
-        assert page.count("circle", class_=f"dot see-through run{run}") == 10, "windows"
-        assert page.count("rect", class_=f"bar run{run}") == 2
+        assert page.count("path", class_=f"line run{run}") == 4 + 4 + 1, "a curve, its key in the legend; the median"
+        assert page.count("path", class_=f"dot run{run}") == 2, "validations"
+        assert page.count("path", class_=f"dot see-through run{run}") == 10, "intervals"
+        assert page.count("path", class_=f"bar run{run}") == 2
     assert "nan" not in " ".join(found.get("d") or "" for _, found in page.elements)
 
 
@@ -175,27 +175,10 @@ def test_runs_of_nothing_and_of_what_is_no_number(tmp_path: Path) -> None:
     (diverged / "metrics.json").write_text(json.dumps({**summary, "steps": 1}))
     page = Page(report([none, diverged], tmp_path / "out"))
     assert "nothing was measured" in page.text("text")
-    assert "not measured" in page.text("strong")
-    assert "No sample was taken." in page.text("p")
+    assert "not measured" in page.text("text")
+    assert "No sample was generated." in page.text("p")
     one = write_run(tmp_path / "one", steps=2)
     assert "too short to be split into intervals" in Page(report([one, none], tmp_path / "out")).text("small")
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "expected"),
-    [
-        (0.0, 100.0, [0, 20, 40, 60, 80, 100]),
-        (0.0, 1.0, [0, 0.2, 0.4, 0.6, 0.8, 1.0]),
-        (3.6, 4.9, [4.0, 4.5]),
-        (0.0, 166_400.0, [0, 50_000, 100_000, 150_000]),
-        (2.0, 2.0, [2.0]),
-        (-1e-3, 1e-3, [-1e-3, -5e-4, 0, 5e-4, 1e-3]),
-    ],
-)
-def test_ticks_are_round(low: float, high: float, expected: list[float]) -> None:
-    got = report_svg.ticks(low, high, most=6)
-    assert len(got) <= 6
-    assert got == pytest.approx(expected)
 
 
 def test_long_curves_are_thinned_and_keep_their_peaks() -> None:
@@ -203,15 +186,29 @@ def test_long_curves_are_thinned_and_keep_their_peaks() -> None:
     y = np.sin(x)
     y[77_777] = 50.0
     y[20_000:21_000] = math.nan
-    few_x, few_y = report_svg.thinned(x, y)
-    assert len(few_x) == len(few_y) <= report_svg.MOST_POINTS
+    few_x, few_y = run_charts.thinned(x, y)
+    assert len(few_x) == len(few_y) <= run_charts.MOST_POINTS
     assert few_y[few_x == 77_777] == 50.0
     assert np.isnan(few_y).any()
     assert (np.diff(few_x) > 0).all()
 
 
-def test_a_point_that_is_no_number_breaks_a_path() -> None:
-    assert report_svg.path(np.array([0.0, 1, 2, 3]), np.array([1.0, 2, math.nan, 4])) == "M0.0 1.0L1.0 2.0M3.0 4.0"
+def test_a_figure_becomes_classes_and_text() -> None:
+    figure, axes = charts.canvas(100, left=0, bottom=0, right=0)
+    axes.axis("off")
+    axes.set(xlim=(0, 480), ylim=(90, 0))
+    axes.plot([0, 120, 240, 360, 480], [0, 45, math.nan, 0, 90], color=charts.colour_of(1), linewidth=2, clip_on=False)
+    axes.plot([240], [45], "s", color=charts.colour_of(2), markersize=10, markeredgewidth=0, gid="mark", clip_on=False)
+    charts.write(axes, 240, 45, "$x$ <&> \x00", ha="center", va="baseline")
+    figure.text(0, 1.1, "not in the page", gid=svg.HEADER)
+    source = svg.to_svg(figure, 'A "chart"', {"mark": "<tip>"})
+    assert source == (
+        '<svg viewBox="0 0 480 100" role="img" aria-label="A &quot;chart&quot;">'
+        '<path class="line run1" d="M0 10L120 55M360 10L480 100" stroke-width="2"/>'
+        "<g><title>&lt;tip&gt;</title>"
+        '<path class="dot run2" d="M-5 5L5 5L5 -5L-5 -5z" transform="translate(240 55)"/></g>'
+        '<text x="240" y="55" text-anchor="middle">$x$ &lt;&amp;&gt; \ufffd</text></svg>'
+    )
 
 
 @pytest.mark.skipif(not BROWSERS, reason="no Chromium on this machine")

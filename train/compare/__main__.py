@@ -1,134 +1,26 @@
 """Compare finished runs: what changed in speed, memory and quality, and whether the comparison is a fair one."""
 
 import argparse
-import json
 import sys
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from train.checkpoints.run_folder import FinishedRun, read_runs
-from train.compare.figures import (
-    NOT_COMPARABLE,
-    changes,
-    configurations,
-    differences,
-    figure_rows,
-    flatten,
-    intervals_note,
-    shown,
-    side_by_side,
-    verdict,
-    warnings,
-)
+from train.checkpoints.run_folder import read_runs
+from train.compare.charts import pngs
+from train.compare.figures import differences
 from train.compare.gate import EXAMPLE as GATE_EXAMPLE
-from train.compare.gate import Result, check, parse_gate
-from train.compare.intervals import spreads
-from train.compare.plots import draw
-from train.compare.report.kernels import kernels_sentence
+from train.compare.gate import check, parse_gate
+from train.compare.report.content import Report
+from train.compare.report.kernels import kernels_section
+from train.compare.report.memory import memory_charts
 from train.compare.report.page import page
+from train.compare.run_charts import draw
 from train.kernels.comparison import read_profile
-from train.kernels.summary import RunSummary
-from train.metrics.memory_profile import MemoryProfile, read_memory
+from train.metrics.memory_profile import read_memory
 from train.utils.command import run_command
 from train.utils.errors import UserError
 from train.utils.files import atomic_write, write_json, write_text
-from train.utils.tables import markdown_table
 
 EXAMPLE = "python -m train.compare checkpoint/baseline checkpoint/optimized --out comparison"
-
-
-# The tables
-
-
-def figures_table(runs: Sequence[FinishedRun]) -> str:
-    header = ["", runs[0].label]
-    for run in runs[1:]:
-        header += [run.label, "change"]
-    rows = []
-    for row in figure_rows(runs):
-        after = zip(row.cells[1:], row.changes, strict=True)
-        rows.append([row.title, row.cells[0], *(cell for pair in after for cell in pair)])
-    return markdown_table(header, rows)
-
-
-# The report
-
-
-def report(
-    runs: Sequence[FinishedRun],
-    found: Sequence[Mapping[str, Any]],
-    gate: Sequence[Result],
-    kernels: Sequence[RunSummary | None],
-) -> str:
-    labels = [run.label for run in runs]
-    lines = warnings(runs, found)
-    critical = [line for line in lines if line.startswith(NOT_COMPARABLE)]
-    parts = ["# Comparison: " + " and ".join(labels)]
-    parts += ["\n".join(f"> **{line}**  " for line in critical)] if critical else []
-    parts += [f"**{verdict(runs, found)}**"]
-    parts += ["\n".join(f"- {line}" for line in lines if line not in critical)] if len(lines) > len(critical) else []
-    parts += ["## Gate", "\n".join(f"- {result.sentence}" for result in gate)] if gate else []
-    parts += ["## Figures", figures_table(runs), f"Changes are against {labels[0]}. {intervals_note(runs)}"]
-    changed = kernels_sentence(runs, kernels)
-    parts += ["## Kernels", changed] if changed else []
-    parts += ["## Plots"]
-    parts += [
-        "![Training throughput in tokens per second over optimizer steps](throughput.png)",
-        "![Training loss over training tokens](training_loss.png)",
-        "![Validation loss over training tokens](validation_loss.png)",
-        "![Time per epoch of each run](time_per_epoch.png)",
-        "![Peak memory of each run](peak_memory.png)",
-    ]
-    parts += [
-        "## Configuration differences",
-        settings_table(configurations(runs), labels, "The configurations agree."),
-    ]
-    parts += ["## Attention", "\n".join(f"- {run.label}: {run.get('attn_reason')}" for run in runs)]
-    parts += ["## Samples", *[sample_of(run) for run in runs]]
-    for title, key in [("Model", "model"), ("Data", "data"), ("Hardware", "hardware"), ("Versions", "versions")]:
-        parts += [f"## {title}", settings_table(side_by_side([flatten(run.summary[key]) for run in runs]), labels)]
-    return "\n\n".join(parts) + "\n"
-
-
-def settings_table(settings: Mapping[str, Sequence[Any]], labels: Sequence[str], empty: str = "None recorded.") -> str:
-    rows = [[key, *map(shown, values)] for key, values in settings.items()]
-    return markdown_table(["", *labels], rows) if rows else empty
-
-
-def sample_of(run: FinishedRun) -> str:
-    """A run's text in a fence longer than any in the text, which a model may well have learnt to write."""
-    sample = run.get("sample")
-    if not isinstance(sample, dict):
-        return f"### {run.label}\n\nNo sample was taken."
-    text = f"{sample.get('text')}"
-    fence = "```"
-    while fence in text:
-        fence += "`"
-    prompt = json.dumps(sample.get("prompt"), ensure_ascii=False)
-    return f"### {run.label}\n\nPrompt: {prompt}\n\n{fence}text\n{text}\n{fence}"
-
-
-def as_json(runs: Sequence[FinishedRun], found: Sequence[Mapping[str, Any]], gate: Sequence[Result]) -> dict[str, Any]:
-    return {
-        "schema": 1,
-        "verdict": verdict(runs, found),
-        "comparable": not any(difference["kind"] == "comparability" for difference in found),
-        "differences": list(found),
-        "warnings": warnings(runs, found),
-        "first": runs[0].label,
-        "changes": changes(runs),
-        "intervals": {run.label: {key: spread.as_json() for key, spread in spreads(run).items()} for run in runs},
-        "gate": [result.as_json() for result in gate],
-        "configuration_differences": {
-            key: dict(zip((run.label for run in runs), values, strict=True))
-            for key, values in configurations(runs).items()
-        },
-        "runs": [{"label": run.label, "folder": str(run.folder), "summary": run.summary} for run in runs],
-    }
-
-
-# The command
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -157,20 +49,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def write(
-    folder: Path,
-    runs: Sequence[FinishedRun],
-    found: Sequence[Mapping[str, Any]],
-    gate: Sequence[Result],
-    kernels: Sequence[RunSummary | None],
-    memories: Sequence[MemoryProfile | None],
-) -> None:
+def write(folder: Path, report: Report) -> None:
     """Everything is made before the first byte is written; the reports, which show the rest, come last."""
-    plots, text, data = draw(runs), report(runs, found, gate, kernels), as_json(runs, found, gate)
-    html = page(runs, found, gate, kernels, memories, data)
+    images, text, data, html = pngs(report.charts), report.markdown(), report.as_json(), page(report)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name, png in plots.items():
+        for name, png in images.items():
             with atomic_write(folder / name) as temporary:
                 temporary.write_bytes(png)
         write_json(folder / "comparison.json", data)
@@ -188,17 +72,24 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--out {arguments.out} is a file: give a folder")
     conditions = parse_gate(arguments.gate) if arguments.gate is not None else []
     runs = read_runs(arguments.runs)
-    found = differences(runs)
-    gate = check(conditions, runs, found)
     kernels = [read_profile(run.folder, run.summary) for run in runs]
     memories = [read_memory(run.folder) for run in runs]
-    write(arguments.out, runs, found, gate, kernels, memories)
-    lines = warnings(runs, found)
-    print("\n".join([*lines, ""]) if lines else "", end="\n" if lines else "")
-    print(f"{verdict(runs, found)}\n\n{figures_table(runs)}\n\nReport: {arguments.out / 'report.html'}")
-    for result in gate:
+    found = differences(runs)
+    report = Report(
+        runs,
+        found,
+        check(conditions, runs, found),
+        draw(runs),
+        kernels_section(runs, kernels),
+        memory_charts(runs, memories),
+    )
+    write(arguments.out, report)
+    if report.warnings:
+        print("\n".join(report.warnings), end="\n\n")
+    print(f"{report.verdict}\n\n{report.figures_table()}\n\nReport: {arguments.out / 'report.html'}")
+    for result in report.gate:
         print(result.sentence)
-    if not all(result.met for result in gate):
+    if not all(result.met for result in report.gate):
         sys.exit(1)
 
 

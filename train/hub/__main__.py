@@ -9,7 +9,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from train.checkpoints.run_folder import read_run
 from train.checkpoints.step_folder import latest
-from train.compare.plots import draw_training_loss, picture
+from train.compare.run_charts import training_loss_chart
 from train.hub.card import CHART, card
 from train.utils.command import run_command
 from train.utils.errors import UserError, first_line
@@ -44,7 +44,7 @@ def push(run_folder: Path, repo: str, flag: str = "--push_to_hub") -> str:
     """
     run = read_run(run_folder, repo.rpartition("/")[2])
     write_text(run_folder / "README.md", str(card(run, repo)))
-    (run_folder / CHART).write_bytes(picture([run], draw_training_loss))
+    (run_folder / CHART).write_bytes(training_loss_chart([run]).png())
     # Not what else is there: metrics and traces name the folders of this machine.
     model_files = [path.name for path in latest(run_folder).iterdir() if (run_folder / path.name).exists()]
     try:

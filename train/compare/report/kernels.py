@@ -1,14 +1,14 @@
-"""The part of `report.html` that shows where the time of a step goes, of runs that were profiled (train.kernels)."""
+"""The section of the report on where the time of a step goes, of runs that were profiled (train.kernels)."""
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from train.checkpoints.run_folder import FinishedRun
+from train.compare.charts import HEIGHT, Chart, Keys, Row, canvas, colour_of, label_x, nothing, row_figure
 from train.compare.figures import UNKNOWN
-from train.compare.report.parts import card, cell, legend, scrolling, text
-from train.compare.report.pipeline import pipeline_card
-from train.compare.report.svg import HEIGHT, LEFT, PLOT_HEIGHT, PLOT_WIDTH, TOP, group_chart, nothing, picture
+from train.compare.report.pipeline import pipeline_chart
+from train.compare.svg import INK
 from train.kernels.comparison import (
     OPERATOR,
     SCOPE,
@@ -18,35 +18,58 @@ from train.kernels.comparison import (
     signed_milliseconds,
     speedup_sentence,
 )
-from train.kernels.summary import Row, RunSummary
+from train.kernels.summary import Change, RunSummary
 from train.metrics.units import milliseconds
 
 SHOWN_ROWS = 12
-Labels = Sequence[tuple[int, str]]
-"""Number and name of each profiled run; the number chooses its colour."""
 
 
-def kernels_part(runs: Sequence[FinishedRun], kernels: Sequence[RunSummary | None]) -> str:
-    """The section of the report, from each run's `kernels.comparison.read_profile`; empty where none was profiled."""
-    labels, profiled = of_profiled(runs, kernels)
-    if not labels:
-        return ""
+@dataclass(frozen=True)
+class Cell:
+    """A cell of a table: its text, the exact number, and its class in the style sheet."""
+
+    text: str
+    exact: float | None = None
+    kind: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    header: list[Cell]
+    rows: list[list[Cell]]
+
+
+@dataclass(frozen=True)
+class KernelsSection:
+    sentence: str
+    note: str
+    charts: list[Chart]
+    title: str
+    scopes: Table
+    operators: Table
+
+
+def kernels_section(runs: Sequence[FinishedRun], kernels: Sequence[RunSummary | None]) -> KernelsSection | None:
+    """The section, from each run's `kernels.comparison.read_profile`; None where no run was profiled."""
+    keys, profiled = of_profiled(runs, kernels)
+    if not profiled:
+        return None
     steps = ", ".join(f"{run.label} {milliseconds(run.step_seconds)} ms" for run in profiled)
     note = f"Means of the profiled steps, the profiler's own overhead included: {steps}. "
     missing = [run.label for run, found in zip(runs, kernels, strict=True) if not found]
     note += f"Not profiled: {', '.join(missing)}." if missing else ""
-    charts = categories_card(labels, profiled) + roofline_card(labels, profiled)
-    charts += "".join(pipeline_card(run.label, run.pipeline) for run in profiled if run.pipeline)
-    return (
-        f"<h2>Kernels</h2><p>{text(speedup_sentence(profiled))}</p>"
-        f'<p class="quiet"><small>{text(note)}</small></p>'
-        f'<div class="charts">{charts}</div>{scopes_table(labels, profiled)}'
-        f"{operators_table(labels, profiled)}"
+    charts = [categories_chart(keys, profiled), roofline_chart(keys, profiled)]
+    charts += [pipeline_chart(run.label, run.pipeline) for run in profiled if run.pipeline]
+    title = "What made the difference, in ms a step" if len(profiled) > 1 else "What takes longest, in ms a step"
+    return KernelsSection(
+        speedup_sentence(profiled), note, charts, title, scopes_table(profiled), operators_table(profiled)
     )
 
 
-def of_profiled(runs: Sequence[FinishedRun], kernels: Sequence[RunSummary | None]) -> tuple[Labels, list[RunSummary]]:
-    """The profiled runs by number and label, and their kernels under the same labels."""
+def of_profiled(
+    runs: Sequence[FinishedRun], kernels: Sequence[RunSummary | None]
+) -> tuple[list[tuple[int | str, str]], list[RunSummary]]:
+    """Number and label of each profiled run, and their kernels under the same labels."""
     there = [
         (index, replace(found, label=run.label))
         for index, (run, found) in enumerate(zip(runs, kernels, strict=True))
@@ -55,72 +78,51 @@ def of_profiled(runs: Sequence[FinishedRun], kernels: Sequence[RunSummary | None
     return [(index, found.label) for index, found in there], [found for _, found in there]
 
 
-def kernels_sentence(runs: Sequence[FinishedRun], kernels: Sequence[RunSummary | None]) -> str:
-    """What makes the difference between the profiled runs; empty where there are not two."""
-    return speedup_sentence(of_profiled(runs, kernels)[1])
-
-
-def categories_card(labels: Labels, kernels: Sequence[RunSummary]) -> str:
+def categories_chart(keys: Keys, kernels: Sequence[RunSummary]) -> Chart:
+    rows = []
     found = changes(kernels, "category")
-    groups = []
-    for change in sorted(found, key=lambda change: -max(second or 0.0 for second in change.seconds)):
+    for change in sorted(found, key=lambda change: -max(each or 0.0 for each in change.seconds)):
         values = [seconds or 0.0 for seconds in change.seconds]
-        groups.append((change.category, " · ".join(map(milliseconds, values)) + " ms", values))
-    drawing = group_chart([index for index, _ in labels], groups)
-    return card("Where a step's time goes", "by kind of work, less is better", drawing, legend(labels))
+        bars = [(int(index), value) for (index, _), value in zip(keys, values, strict=True)]
+        rows.append(Row(change.category, " · ".join(map(milliseconds, values)) + " ms", bars))
+    note = "by kind of work, lower is better"
+    return Chart("Where a step's time goes", note, row_figure(rows) if rows else nothing(), keys, "bar")
 
 
-def roofline_card(labels: Labels, kernels: Sequence[RunSummary]) -> str:
-    title = "Roofline"
-    peaks = [(run.facts.peak_flops, run.facts.peak_bytes_per_second) for run in kernels]
-    known = [(flops, moved) for flops, moved in peaks if flops and moved]
-    note = "operators by FLOPs per byte moved; larger: more of a step's time"
-    note += "; the line: the device's peak" if known else "; the device's peak is not known"
-    return card(title, note, roofline(title, labels, kernels, known[0] if known else None), legend(labels))
-
-
-def roofline(name: str, labels: Labels, kernels: Sequence[RunSummary], peak: tuple[float, float] | None) -> str:
+def roofline_chart(keys: Keys, kernels: Sequence[RunSummary]) -> Chart:
     """FLOP/s over FLOPs per byte, both in decades, under the peak FLOP/s and bytes/s of the device."""
-    points: list[tuple[int, float, float, float, Row]] = [
-        (index, row.intensity or 0.0, row.flops_per_second or 0.0, max(0.0, row.seconds / run.step_seconds), row)
-        for (index, _), run in zip(labels, kernels, strict=True)
+    peaks = [(run.facts.peak_flops, run.facts.peak_bytes_per_second) for run in kernels]
+    peak = next(((flops, moved) for flops, moved in peaks if flops and moved), None)
+    note = "operators by FLOPs per byte moved; larger: more of a step's time"
+    note += "; the line: the device's peak" if peak else "; the device's peak is not known"
+    points = [
+        (index, max(0.0, row.seconds / run.step_seconds), row)
+        for (index, _), run in zip(keys, kernels, strict=True)
         for row in run.roofline_points
     ]
     if not points:
-        return nothing(name)
-    left, right = decades([intensity for _, intensity, *_ in points])
-    bottom, top = decades([rate for _, _, rate, *_ in points] + ([peak[0]] if peak else []))
-
-    def across(intensity: float) -> float:
-        return LEFT + (math.log10(intensity) - left) / (right - left) * PLOT_WIDTH
-
-    def down(rate: float) -> float:
-        return TOP + (top - math.log10(rate)) / (top - bottom) * PLOT_HEIGHT
-
-    parts = []
-    for power in range(bottom, top + 1):
-        y = down(10.0**power)
-        parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{LEFT + PLOT_WIDTH}"/>')
-        parts.append(f'<text x="{LEFT - 7}" y="{y + 4:.1f}" text-anchor="end">{10.0 ** (power - 9):g}</text>')
-    for power in range(left, right + 1):
-        x = across(10.0**power)
-        parts.append(f'<text x="{x:.1f}" y="{TOP + PLOT_HEIGHT + 17}" text-anchor="middle">{10.0**power:g}</text>')
-    x_title = "FLOPs per byte, against GFLOP/s"
-    parts.append(f'<text x="{LEFT + PLOT_WIDTH / 2}" y="{HEIGHT - 4}" text-anchor="middle">{x_title}</text>')
+        return Chart("Roofline", note, nothing(), keys)
+    left, right = decades([row.intensity or 0.0 for *_, row in points])
+    bottom, top = decades([row.flops_per_second or 0.0 for *_, row in points] + ([peak[0]] if peak else []))
+    figure, axes = canvas(HEIGHT)
+    axes.set(xscale="log", yscale="log", xlim=(10.0**left, 10.0**right), ylim=(10.0**bottom, 10.0**top))
+    axes.set_xticks([10.0**power for power in range(left, right + 1)])
+    axes.set_yticks([10.0**power for power in range(bottom, top + 1)])
+    axes.minorticks_off()
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value / 1e9:g}")
+    label_x(axes, "FLOPs per byte, against GFLOP/s")
     if peak:
-        ridge = min(max(peak[0] / peak[1], 10.0**left), 10.0**right)
-        start = max(peak[1] * 10.0**left, 10.0**bottom)
-        parts.append(
-            f'<path class="roof" d="M{across(start / peak[1]):.1f} {down(start):.1f}'
-            f'L{across(ridge):.1f} {down(min(peak[0], ridge * peak[1])):.1f}H{LEFT + PLOT_WIDTH}"/>'
-        )
-    for index, intensity, rate, share, row in sorted(points, key=lambda point: -point[3]):
-        words = f"{operator_in_scope(row)}: {rate / 1e9:,.1f} GFLOP/s, {share:.1%} of a step"
-        parts.append(
-            f'<circle class="dot see-through run{index % 7}" cx="{across(intensity):.1f}" cy="{down(rate):.1f}" '
-            f'r="{3 + 20 * math.sqrt(max(0.0, share)):.1f}"><title>{text(words)}</title></circle>'
-        )
-    return picture(name, HEIGHT, parts)
+        ridge = peak[0] / peak[1]
+        axes.plot([10.0**left, ridge, 10.0**right], [peak[1] * 10.0**left, *[peak[0]] * 2], color=INK, linewidth=1.5)
+    tooltips: dict[str, str] = {}
+    for index, share, row in sorted(points, key=lambda point: -point[1]):
+        gid = f"operator-{len(tooltips)}"
+        rate = (row.flops_per_second or 0.0) / 1e9
+        tooltips[gid] = f"{operator_in_scope(row)}: {rate:,.1f} GFLOP/s, {share:.1%} of a step"
+        axes.plot(row.intensity or 0.0, row.flops_per_second or 0.0, "o", color=colour_of(index), alpha=0.55, gid=gid,
+                  markersize=6 + 40 * math.sqrt(share), markeredgewidth=0, clip_on=False)  # fmt: skip
+    return Chart("Roofline", note, figure, keys, tooltips=tooltips)
 
 
 def decades(values: Sequence[float]) -> tuple[int, int]:
@@ -129,40 +131,39 @@ def decades(values: Sequence[float]) -> tuple[int, int]:
     return low, max(high, low + 1)
 
 
-def scopes_table(labels: Labels, kernels: Sequence[RunSummary]) -> str:
+def scopes_table(kernels: Sequence[RunSummary]) -> Table:
     """The runs aligned by module, phase and category, which are the same whichever kernels do the work."""
-    header = cell("th", "work") + cell("th", labels[0][1])
-    for _, label in labels[1:]:
-        header += cell("th", label) + cell("th", "saved") + cell("th", "share of gain")
-    header += cell("th", "launches") + cell("th", "most of it in", "wide")
-    lines = []
+    header = [Cell("work"), Cell(kernels[0].label)]
+    for run in kernels[1:]:
+        header += [Cell(run.label), Cell("saved"), Cell("share of gain")]
+    header += [Cell("launches"), Cell("most of it in", kind="wide")]
+    rows = []
     for change in changes(kernels, *SCOPE)[:SHOWN_ROWS]:
-        line = cell("th", scope_name(change)) + time_cell(change.seconds[0])
+        row = [Cell(scope_name(change)), time_cell(change.seconds[0])]
         for seconds, saved, share in zip(change.seconds[1:], change.saved_seconds, change.share_of_gain, strict=True):
-            line += time_cell(seconds) + saved_cell(saved) + cell("td", UNKNOWN if share is None else f"{share:.1%}")
-        line += cell("td", " → ".join(f"{count:,.0f}" for count in change.launches))
+            row += [time_cell(seconds), saved_cell(saved), Cell(UNKNOWN if share is None else f"{share:.1%}")]
         largest = dict.fromkeys(names[0] if names else "nothing" for names in change.largest)
-        lines.append(f"<tr>{line}{cell('td', ' → '.join(largest), 'wide')}</tr>")
-    title = "What made the difference, in ms a step" if len(labels) > 1 else "What takes longest, in ms a step"
-    return f"<h3>{title}</h3>{scrolling('figures', header, lines)}"
+        row += [Cell(" → ".join(f"{count:,.0f}" for count in change.launches)), Cell(" → ".join(largest), kind="wide")]
+        rows.append(row)
+    return Table(header, rows)
 
 
-def operators_table(labels: Labels, kernels: Sequence[RunSummary]) -> str:
-    """The same by operator and kernel, one click away."""
-    header = cell("th", "operator") + cell("th", labels[0][1])
-    header += "".join(cell("th", label) + cell("th", "saved") for _, label in labels[1:])
-    lines = []
-    for change in changes(kernels, *OPERATOR)[:SHOWN_ROWS]:
-        line = cell("th", operator_in_scope(change)) + time_cell(change.seconds[0])
-        for seconds, saved in zip(change.seconds[1:], change.saved_seconds, strict=True):
-            line += time_cell(seconds) + saved_cell(saved)
-        lines.append(f"<tr>{line}</tr>")
-    return f"<details><summary>By operator and kernel</summary>{scrolling('figures', header, lines)}</details>"
+def operators_table(kernels: Sequence[RunSummary]) -> Table:
+    """The same by operator and kernel."""
+    header = [Cell("operator"), Cell(kernels[0].label)]
+    header += [cell for run in kernels[1:] for cell in (Cell(run.label), Cell("saved"))]
+
+    def row(change: Change) -> list[Cell]:
+        others = zip(change.seconds[1:], change.saved_seconds, strict=True)
+        cells = [cell for seconds, saved in others for cell in (time_cell(seconds), saved_cell(saved))]
+        return [Cell(operator_in_scope(change)), time_cell(change.seconds[0]), *cells]
+
+    return Table(header, [row(change) for change in changes(kernels, *OPERATOR)[:SHOWN_ROWS]])
 
 
-def saved_cell(saved: float) -> str:
-    return cell("td", signed_milliseconds(saved), "good" if saved > 0 else "bad" if saved < 0 else "", exact=saved)
+def saved_cell(saved: float) -> Cell:
+    return Cell(signed_milliseconds(saved), saved, "good" if saved > 0 else "bad" if saved < 0 else "")
 
 
-def time_cell(seconds: float | None) -> str:
-    return cell("td", UNKNOWN if seconds is None else milliseconds(seconds), exact=seconds)
+def time_cell(seconds: float | None) -> Cell:
+    return Cell(UNKNOWN if seconds is None else milliseconds(seconds), seconds)

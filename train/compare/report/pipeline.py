@@ -1,20 +1,16 @@
-"""The part of `report.html` that shows a pipeline at work, of runs whose `profile/kernels.json` has a pipeline."""
+"""The chart of a pipeline's step, of runs whose `profile/kernels.json` has a pipeline."""
 
-from collections.abc import Sequence
+from train.compare.charts import RIGHT, TOP, WIDTH, Chart, bar, canvas, colour_of, label_x, write
+from train.compare.svg import ON_BAR, WAITING
+from train.kernels.summary import PipelineTimeline
 
-from train.compare.report.parts import card, swatches, text
-from train.compare.report.svg import RIGHT, WIDTH, picture, ticks
-from train.kernels.summary import PipelineTimeline, ProcessTimeline
-from train.metrics.units import short_count
-
-COLOURS = {"forward": "run0", "backward": "run1", "optimizer": "run2", "data": "run4", "communication": "waiting"}
+COLOURS: dict[str, int | str] = {"forward": 0, "backward": 1, "optimizer": 2, "data": 4, "communication": WAITING}
 LEFT, ROW, GAP, AXIS = 96, 30, 6, 40
-NARROWEST_NUMBER = 14  # of a piece that has its micro-batch's number in it
+NARROWEST_NUMBER = 14  # units of a span that has its micro-batch's number in it
 
 
-def pipeline_card(label: str, pipeline: PipelineTimeline) -> str:
+def pipeline_chart(label: str, pipeline: PipelineTimeline) -> Chart:
     """A row for each process of the pipeline, and the measured idle share beside the theoretical one."""
-    title = f"The pipeline of {label}: {pipeline.idle_share:.1%} idle"
     theory = "" if pipeline.theory is None else f", {pipeline.theory:.1%} in theory with all stages alike"
     note = (
         f"a profiled step; {pipeline.stages} processes, {pipeline.micro_batches} micro-batches, numbered; idle: "
@@ -22,37 +18,33 @@ def pipeline_card(label: str, pipeline: PipelineTimeline) -> str:
     )
     if not pipeline.one_clock:
         note += "; rows of several machines, whose clocks may differ"
-    phases = {span.phase for process in pipeline.processes for span in process.spans}
-    key = swatches([(colour, phase) for phase, colour in COLOURS.items() if phase in phases])
-    return card(title, note, drawing(title, pipeline.processes), key)
-
-
-def drawing(name: str, rows: Sequence[ProcessTimeline]) -> str:
-    longest = max((span.end for row in rows for span in row.spans), default=0.0) or 1.0
-    width = WIDTH - LEFT - RIGHT
-    bottom = len(rows) * (ROW + GAP)
-    parts = []
-    for value in ticks(0, longest * 1e3):
-        x = LEFT + value / (longest * 1e3) * width
-        parts.append(f'<path class="grid" d="M{x:.1f} 0V{bottom}"/>')
-        parts.append(f'<text x="{x:.1f}" y="{bottom + 15}" text-anchor="middle">{short_count(value)}</text>')
-    parts.append(f'<text x="{LEFT + width / 2}" y="{bottom + AXIS - 6}" text-anchor="middle">ms of the step</text>')
-    for number, row in enumerate(rows):
+    spans = [span for process in pipeline.processes for span in process.spans]
+    longest = max((span.end for span in spans), default=0.0) or 1.0
+    units_per_second = (WIDTH - LEFT - RIGHT) / longest
+    height = len(pipeline.processes) * (ROW + GAP)
+    figure, axes = canvas(TOP + height + AXIS, LEFT, AXIS)
+    axes.set(xlim=(0, 1e3 * longest), ylim=(height, 0))
+    label_x(axes, "ms of the step")
+    axes.grid(visible=False, axis="y")
+    names: list[str] = []
+    tooltips: dict[str, str] = {}
+    for number, process in enumerate(pipeline.processes):
         top = number * (ROW + GAP)
-        stages = sorted({span.stage for span in row.spans if span.stage is not None})
-        words = f"stage{'s' * (len(stages) > 1)} {', '.join(map(str, stages))}" if stages else f"process {row.rank}"
-        parts.append(f'<text x="{LEFT - 7}" y="{top + ROW / 2 + 4}" text-anchor="end">{text(words)}</text>')
-        for span in row.spans:
-            x, wide = LEFT + span.start / longest * width, (span.end - span.start) / longest * width
-            colour = COLOURS.get(span.phase, "run5")
-            second = " way-back" * bool(stages and span.stage not in (None, stages[0]))
+        stages = sorted({span.stage for span in process.spans if span.stage is not None})
+        plural = "s" * (len(stages) > 1)
+        names.append(f"stage{plural} {', '.join(map(str, stages))}" if stages else f"process {process.rank}")
+        for span in process.spans:
+            seconds = span.end - span.start
             what = span.phase if span.micro_batch is None else f"{span.phase} {span.micro_batch}"
-            said = f"{what}: {1e3 * (span.end - span.start):,.2f} ms from {1e3 * span.start:,.2f} ms"
-            parts.append(
-                f'<rect class="bar {colour}{second}" x="{x:.2f}" y="{top}" width="{max(0.4, wide):.2f}" '
-                f'height="{ROW}"><title>{text(said)}</title></rect>'
-            )
-            if span.micro_batch is not None and wide >= NARROWEST_NUMBER:
-                place = f'x="{x + wide / 2:.1f}" y="{top + ROW / 2 + 4}" text-anchor="middle"'
-                parts.append(f'<text class="on-bar" {place}>{span.micro_batch}</text>')
-    return picture(name, bottom + AXIS, parts)
+            gid = f"span-{len(tooltips)}"
+            tooltips[gid] = f"{what}: {1e3 * seconds:,.2f} ms from {1e3 * span.start:,.2f} ms"
+            second_chunk = bool(stages) and span.stage not in (None, stages[0])
+            wide = max(0.4 / units_per_second, seconds)
+            bar(axes, 1e3 * span.start, top, 1e3 * wide, ROW, colour_of(COLOURS.get(span.phase, 5)), gid=gid,
+                alpha=0.6 if second_chunk else None)  # fmt: skip
+            if span.micro_batch is not None and seconds * units_per_second >= NARROWEST_NUMBER:
+                middle = 1e3 * (span.start + seconds / 2)
+                write(axes, middle, top + ROW / 2, f"{span.micro_batch}", ON_BAR, ha="center", va="center", size=8)
+    axes.set_yticks([number * (ROW + GAP) + ROW / 2 for number in range(len(names))], names)
+    keys = [(colour, phase) for phase, colour in COLOURS.items() if phase in {span.phase for span in spans}]
+    return Chart(f"The pipeline of {label}: {pipeline.idle_share:.1%} idle", note, figure, keys, "bar", tooltips)

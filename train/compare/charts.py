@@ -1,0 +1,200 @@
+"""What charts are made of: each is drawn once by matplotlib, as SVG for the page and as PNG elsewhere.
+
+A figure is as wide as `WIDTH` units, which are points in matplotlib and pixels in the page, which scales it.
+"""
+
+import io
+import re
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import TYPE_CHECKING, Any, Literal
+
+from train.compare.svg import AXIS, COLOURS, GRID, HEADER, INK, QUIET, TRACK, to_svg
+from train.metrics.units import short_count
+
+if TYPE_CHECKING:
+    from matplotlib.artist import Artist
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+WIDTH, HEIGHT = 480, 250
+LEFT, RIGHT, TOP, BOTTOM = 56, 14, 10, 42
+DASHES = ["-", (0, (5, 2.2)), (0, (5, 2.2, 1.1, 2.2)), (0, (1.1, 2.2))]  # equal curves show through each other's gaps
+FONT_SIZE = 9.0
+LONGEST_LABEL = 30
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufffe\uffff]")
+
+
+Keys = Sequence[tuple[int | str, str]]
+"""Colour, or the number of one, and name of each entry of a legend."""
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A figure with what a page writes above it; its PNG has the same in a header."""
+
+    title: str
+    note: str
+    figure: "Figure"
+    keys: Keys
+    kind: Literal["line", "bar"] = "line"
+    tooltips: dict[str, str] = field(default_factory=dict)
+    """Texts for artists by their gid."""
+    name: str = ""
+    """Of the PNG, for charts that stand in `report.md` too."""
+
+    def svg(self) -> str:
+        return to_svg(self.figure, self.title, self.tooltips)
+
+    def png(self) -> bytes:
+        from matplotlib.transforms import Bbox
+
+        header = self._add_header()
+        width, height = self.figure.get_size_inches()
+        file = io.BytesIO()
+        self.figure.savefig(file, format="png", dpi=144, bbox_inches=Bbox([[0, 0], [width, height + header]]))
+        return file.getvalue()
+
+    def _add_header(self) -> float:
+        """Title, note and legend above the figure's upper edge, where the page's SVG does not reach; their inches."""
+        from matplotlib.lines import Line2D
+        from matplotlib.patches import Patch
+
+        columns = 3
+        rows = -(-len(self.keys) // columns) if len(self.keys) > 1 else 0
+        lines = textwrap.wrap(self.note, 100)
+        units = [10 + 16 * rows]
+        units += [units[0] + 13 * len(lines), units[0] + 13 * len(lines) + 24]
+        height = 72 * self.figure.get_size_inches()[1]
+        for text, bottom, size in (("\n".join(lines), units[0], FONT_SIZE), (self.title, units[1] + 4, 12.0)):
+            self.figure.text(6 / WIDTH, 1 + bottom / height, clean(text), size=size, color=INK, va="bottom",
+                             gid=HEADER, parse_math=False)  # fmt: skip
+        if rows:
+            handles = [
+                Line2D([], [], **stroke(colour)) if isinstance(colour, int) and self.kind == "line"
+                else Patch(color=colour_of(colour))
+                for colour, _ in self.keys
+            ]  # fmt: skip
+            names = [clean(label) for _, label in self.keys]
+            legend = self.figure.legend(handles, names, loc="lower left", bbox_to_anchor=(0, 1 + 4 / height),
+                                        ncols=columns, frameon=False, fontsize=FONT_SIZE, borderaxespad=0)  # fmt: skip
+            legend.set_gid(HEADER)
+            for label in legend.get_texts():
+                label.set_parse_math(False)
+        return units[2] / 72
+
+
+@dataclass(frozen=True)
+class Row:
+    """A name and a figure written above a bar for each of `values`, or above a dot for each of `dots`."""
+
+    label: str
+    figure: str
+    values: Sequence[tuple[int, float]] = ()
+    dots: tuple[int, Sequence[float]] = (0, ())
+
+
+# Building blocks
+
+
+def colour_of(colour: int | str) -> str:
+    return colour if isinstance(colour, str) else COLOURS[colour % len(COLOURS)]
+
+
+def stroke(index: int) -> dict[str, Any]:
+    return {"color": colour_of(index), "linestyle": DASHES[index % len(DASHES)], "linewidth": 2.2}
+
+
+def clean(text: object) -> str:
+    """A text without control characters, which neither XML nor a font has."""
+    return CONTROL.sub("\N{REPLACEMENT CHARACTER}", str(text))
+
+
+def canvas(height: float, left: float = LEFT, bottom: float = BOTTOM, right: float = RIGHT) -> "tuple[Figure, Axes]":
+    """A figure with axes that have a grid and no frame; its margins are in units of the picture."""
+    from matplotlib.figure import Figure  # without pyplot: no global state, no display
+
+    figure = Figure(figsize=(WIDTH / 72, height / 72))
+    box = (left / WIDTH, bottom / height, (WIDTH - left - right) / WIDTH, (height - bottom - TOP) / height)
+    axes = figure.add_axes(box)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(AXIS)
+    axes.tick_params(length=0, labelsize=FONT_SIZE, labelcolor=QUIET, pad=7)
+    axes.grid(color=GRID, linewidth=1)
+    axes.set_axisbelow(True)
+    axes.locator_params(nbins=5, steps=[1, 2, 5, 10])
+    return figure, axes
+
+
+def label_x(axes: "Axes", text: str) -> None:
+    """The label of the x axis, just above the figure's lower edge."""
+    from matplotlib.transforms import blended_transform_factory
+
+    figure = axes.figure
+    axes.set_xlabel(text, size=FONT_SIZE, color=QUIET, va="baseline")
+    place = blended_transform_factory(axes.transAxes, figure.dpi_scale_trans)
+    axes.xaxis.set_label_coords(0.5, 5 / 72, transform=place)
+
+
+def write(axes: "Axes", x: float, y: float, text: str, colour: str = QUIET, **options: Any) -> None:
+    axes.text(x, y, clean(text), color=colour, parse_math=False, **{"size": FONT_SIZE, **options})
+
+
+def plot_axes(x_title: str) -> "tuple[Figure, Axes]":
+    figure, axes = canvas(HEIGHT)
+    label_x(axes, x_title)
+    axes.xaxis.set_major_formatter(short_count)
+    axes.yaxis.set_major_formatter(short_count)
+    axes.set_xlim(left=0)
+    return figure, axes
+
+
+def nothing() -> "Figure":
+    figure, axes = canvas(70, 0, 0, 0)
+    axes.axis("off")
+    write(axes, 0.5, 0.4, "nothing was measured", ha="center")
+    return figure
+
+
+def row_figure(rows: Sequence[Row]) -> "Figure":
+    """Rows on a common scale from 0: a bar for each value, or dots with a stroke at their median."""
+    largest = max((value for row in rows for value in (*(v for _, v in row.values), *row.dots[1])), default=0.0) or 1.0
+    thickness = [18 if len(row.values) < 2 else 11 for row in rows]
+    heights = [22 + size * max(1, len(row.values)) + 12 for row, size in zip(rows, thickness, strict=True)]
+    figure, axes = canvas(sum(heights), 0, 0, 0)
+    axes.set_position((0, 0, 1, 1))
+    axes.axis("off")
+    axes.set(xlim=(0, WIDTH), ylim=(sum(heights), 0))
+    top = 0
+    for row, size, height in zip(rows, thickness, heights, strict=True):
+        label = row.label if len(row.label) <= LONGEST_LABEL else f"{row.label[: LONGEST_LABEL - 1]}…"
+        write(axes, 0, top + 16, label, INK, size=FONT_SIZE + 1)
+        write(axes, WIDTH, top + 16, row.figure, INK, size=FONT_SIZE + 1, ha="right", weight="bold")
+        bars = top + 22
+        if len(row.values) < 2 and not row.dots[1]:
+            bar(axes, 0, bars, WIDTH, size, TRACK)
+        for place, (index, value) in enumerate(row.values):
+            gap = 1 if len(row.values) > 1 else 0
+            bar(axes, 0, bars + size * place, max(1.0, value / largest * WIDTH), size - gap, colour_of(index))
+        if row.dots[1]:
+            index, values = row.dots
+            across = [5 + value / largest * (WIDTH - 10) for value in values]
+            axes.plot([0, WIDTH], [bars + 9] * 2, color=AXIS, linewidth=1)
+            axes.plot([median(across)] * 2, [bars, bars + 18], color=colour_of(index), linewidth=3)
+            axes.plot(across, [bars + 9] * len(across), "o", color=colour_of(index), markersize=10, alpha=0.55,
+                      markeredgewidth=0)  # fmt: skip
+        top += height
+    return figure
+
+
+def bar(axes: "Axes", x: float, y: float, width: float, height: float, colour: str, **options: Any) -> "Artist":
+    from matplotlib.patches import Rectangle
+
+    return axes.add_patch(Rectangle((x, y), width, height, facecolor=colour, edgecolor="none", **options))
+
+
+def pngs(charts: Sequence[Chart]) -> dict[str, bytes]:
+    """File name → PNG, of the charts that have a name."""
+    return {f"{chart.name}.png": chart.png() for chart in charts if chart.name}
