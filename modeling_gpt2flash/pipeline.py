@@ -1,16 +1,16 @@
-"""The model cut into stages: an ordered list of layers, and where each parameter lives.
+"""The model as a list of layers for pipeline stages, and the layer of each parameter.
 
-    0             embeddings    (B, T) tokens -> what passes between stages
-    1 ... n       blocks        what passes -> what passes
-    n + 1         final norm    what passes -> (B, T, D)
+    0             embeddings    (B, T) tokens -> `Passed`
+    1 ... n       blocks        `Passed` -> `Passed`
+    n + 1         final norm    `Passed` -> (B, T, D)
     n + 2         head          (B, T, D) -> (B, T, V) logits, or the loss
 
-What passes between stages is the hidden states, (B, T, D); where the caller gave positions, for packed documents, it
-is (hidden states, positions), for the attention of every block depends on them.
+`Passed` is the hidden states, (B, T, D), or (hidden states, positions) if the caller gave positions, for packed
+documents: the attention of every block depends on them.
 
 Shapes: B batch, T positions, D hidden width, V vocabulary.
 
-For training alone: no module that travels to the Hub imports this one.
+Only training uses this module: none that is uploaded to the Hub imports it.
 """
 
 from typing import Any
@@ -27,7 +27,7 @@ Passed = Tensor | tuple[Tensor, Tensor]
 
 
 class EmbeddingLayer(nn.Module):
-    """Tokens, alone or with their positions, to what the first block reads."""
+    """Token and position embeddings of tokens, or of (tokens, positions)."""
 
     def __init__(self, model: GPT2FlashForCausalLM) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class EmbeddingLayer(nn.Module):
         self.drop = model.transformer.drop
 
     def forward(self, tokens: Passed) -> Passed:
-        """(B, T), or that and positions (B, T), -> what passes."""
+        """(B, T) tokens, or these and (B, T) positions -> `Passed`."""
         input_ids, position_ids = _unpack(tokens)
         if position_ids is None:
             check_length(0, input_ids.shape[1], self.wpe.num_embeddings)
@@ -50,47 +50,48 @@ class EmbeddingLayer(nn.Module):
 
 
 class BlockLayer(nn.Module):
-    """One block, and what its attention is told of the documents."""
+    """One block, and the arguments that tell its attention about packed documents."""
 
-    def __init__(self, block: nn.Module, tell: "Telling") -> None:
+    def __init__(self, block: nn.Module, attention_arguments: "StageAttentionArguments") -> None:
         super().__init__()
         self.block = block
-        self.tell = tell
+        self.attention_arguments = attention_arguments
 
     def forward(self, passed: Passed) -> Passed:
-        """What passes -> what passes."""
+        """`Passed` -> `Passed`."""
         hidden_states, position_ids = _unpack(passed)
-        hidden_states = self.block(hidden_states, use_cache=False, **self.tell(hidden_states, position_ids))
+        arguments = self.attention_arguments(hidden_states, position_ids)
+        hidden_states = self.block(hidden_states, use_cache=False, **arguments)
         return _pack(hidden_states, position_ids)
 
 
-class Telling:
-    """`attention_arguments` for the blocks of a stage, worked out by the first that is handed some positions.
+class StageAttentionArguments:
+    """`attention_arguments` for the blocks of a stage, computed once for the positions that all of them receive.
 
-    The others are handed the same tensor: working it out waits for the device and may make a mask.
+    Computing them waits for the device and may make a mask.
     """
 
     def __init__(self, config: PreTrainedConfig) -> None:
         self.config = config
         self.positions: Tensor | None = None
-        self.told: dict[str, Any] = {}
+        self.arguments: dict[str, Any] = {}
 
     def __call__(self, hidden_states: Tensor, position_ids: Tensor | None) -> dict[str, Any]:
         if position_ids is None or position_ids is not self.positions:
-            self.told = attention_arguments(self.config, hidden_states, position_ids)
+            self.arguments = attention_arguments(self.config, hidden_states, position_ids)
             self.positions = position_ids
-        return self.told
+        return self.arguments
 
 
 class FinalNormLayer(nn.Module):
-    """The norm behind the last block; positions end here."""
+    """The norm after the last block; it drops the positions."""
 
     def __init__(self, model: GPT2FlashForCausalLM) -> None:
         super().__init__()
         self.ln_f = model.transformer.ln_f
 
     def forward(self, passed: Passed) -> Tensor:
-        """What passes -> (B, T, D)."""
+        """`Passed` -> (B, T, D)."""
         return self.ln_f(_unpack(passed)[0])
 
 
@@ -109,7 +110,7 @@ class HeadLayer(nn.Module):
     def loss(
         self, hidden_states: Tensor, shift_labels: Tensor, num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """(B, T, D), (B, T) -> (): as the whole model's forward computes it with `skip_logits`."""
+        """(B, T, D), (B, T) -> (): the loss of the full model's forward with `skip_logits`."""
         return causal_lm_loss(
             hidden_states,
             self.lm_head.weight,
@@ -130,8 +131,8 @@ def _pack(hidden_states: Tensor, position_ids: Tensor | None) -> Passed:
 
 def model_layers(model: GPT2FlashForCausalLM) -> list[nn.Module]:
     """The layers in order, sharing the model's own modules and parameters."""
-    tell = Telling(model.config)
-    blocks = [BlockLayer(block, tell) for block in model.transformer.h]
+    arguments = StageAttentionArguments(model.config)
+    blocks = [BlockLayer(block, arguments) for block in model.transformer.h]
     return [EmbeddingLayer(model), *blocks, FinalNormLayer(model), HeadLayer(model)]
 
 
@@ -146,8 +147,8 @@ def layer_names(n_layer: int) -> list[str]:
 def locate(name: str, n_layer: int) -> tuple[int, str]:
     """GPT-2's name of a parameter -> (its layer, its name within the layer).
 
-    A tied head has no name of its own in GPT-2: `transformer.wte.weight` is at home in layer 0, and `lm_head.weight`
-    names the copy that the last layer works with.
+    A tied head has no name in GPT-2's checkpoints: `transformer.wte.weight` is in layer 0, and `lm_head.weight` is the
+    name of the last layer's copy.
     """
     match name.split(".", 3):
         case ["transformer", ("wte" | "wpe"), "weight"]:

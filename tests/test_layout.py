@@ -1,47 +1,54 @@
 """A layout that is not what was asked for is refused: real launchers, and the table that a right one gives."""
 
 import os
+from itertools import product
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import command, python
-from train.engines.placement import Place, check_launch, check_places
+from train.engines.placement import RankPlacement, check_launch, check_placements
 from train.utils.errors import UserError
 
 
-def places(stages: int, data_parallel: int, hosts: int = 1) -> list[Place]:
+def placements(stages: int, data_parallel: int, hosts: int = 1) -> list[RankPlacement]:
     count = stages * data_parallel
     return [
-        Place(rank, f"host{rank * hosts // count}", "cpu", "ZeRO-1", rank // data_parallel, rank % data_parallel)
-        for rank in range(count)
+        RankPlacement(rank, f"host{rank * hosts // count}", "cpu", "ZeRO-1", stage, data_rank)
+        for rank, (stage, data_rank) in enumerate(product(range(stages), range(data_parallel)))
     ]
 
 
+def pairs(
+    actual: list[RankPlacement], requested: list[RankPlacement] | None = None
+) -> list[tuple[RankPlacement, RankPlacement]]:
+    return list(zip(actual, requested or actual, strict=True))
+
+
 def test_the_table_has_a_line_for_each_host_and_stage() -> None:
-    table = check_places(places(2, 4, hosts=2), places(2, 4, hosts=2)).splitlines()
+    table = check_placements(pairs(placements(2, 4, hosts=2))).splitlines()
     assert table[0] == "ZeRO-1 on 8 processes"
     assert [line.split() for line in table[2:]] == [
         ["host0", "cpu", "0", "0-3", "0-3"],
         ["host1", "cpu", "1", "4-7", "0-3"],
     ]
-    assert check_places(places(1, 1), places(1, 1)).startswith("ZeRO-1 on 1 process\n")
+    assert check_placements(pairs(placements(1, 1))).startswith("ZeRO-1 on 1 process\n")
 
 
 @pytest.mark.parametrize(
     ("field", "value"), [("wrapping", "plain"), ("stage", 0), ("data_rank", 0), ("rank", 0), ("device", "cuda")]
 )
 def test_every_process_has_to_be_what_was_asked(field: str, value: object) -> None:
-    asked = places(2, 2)
+    asked = placements(2, 2)
     found = [*asked[:3], asked[3]._replace(**{field: value})]  # type: ignore[arg-type]
     with pytest.raises(UserError, match=f"rank 3 of 4: {field} is {value}, not {getattr(asked[3], field)}"):
-        check_places(found, asked)
+        check_placements(pairs(found, asked))
 
 
 def test_two_processes_may_not_have_the_same_share() -> None:
-    twice = [places(1, 1)[0], places(1, 1)[0]._replace(rank=1)]
+    twice = [placements(1, 1)[0], placements(1, 1)[0]._replace(rank=1)]
     with pytest.raises(UserError, match="same share"):
-        check_places(twice, twice)
+        check_placements(pairs(twice))
 
 
 def test_slurm_tasks_without_a_launcher_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,9 +61,9 @@ def test_slurm_tasks_without_a_launcher_are_refused(monkeypatch: pytest.MonkeyPa
 
 def test_machines_that_train_alone_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_STEP_NUM_NODES", "2")
-    check_places(places(1, 4, hosts=2), places(1, 4, hosts=2))
+    check_placements(pairs(placements(1, 4, hosts=2)))
     with pytest.raises(UserError, match="SLURM_STEP_NUM_NODES is 2, but the processes of this job are on 1"):
-        check_places(places(1, 4), places(1, 4))
+        check_placements(pairs(placements(1, 4)))
 
 
 @pytest.mark.parametrize(

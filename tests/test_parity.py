@@ -1,4 +1,4 @@
-"""The certificate is right about right runs, and it can fail: real runs, sabotaged ones among them."""
+"""The parity test passes for correct runs and fails for others: real runs, sabotaged ones among them."""
 
 import dataclasses
 import json
@@ -13,20 +13,25 @@ from torch.nn import functional as F
 
 from tests.conftest import ROOT
 from train.parity import __main__ as parity
-from train.parity.__main__ import LAYOUTS, Case, Row, certify, error_line, launch
+from train.parity import launch as launching
+from train.parity import results
+from train.parity.__main__ import run_cases
 from train.parity.differences import TOLERANCES, Difference, differences, is_green, relative
+from train.parity.launch import error_line, launch
+from train.parity.layouts import LAYOUTS, Case
 from train.parity.reference import (
     BETA1,
     CLIP,
     LEARNING_RATE,
     STEPS,
     VOCABULARY,
-    Oracle,
+    Reference,
     clip,
     mean_loss,
-    train_oracle,
+    train_reference,
     write_problem,
 )
+from train.parity.results import Result
 from train.utils.errors import UserError
 
 LAYOUT = {layout.name: layout for layout in LAYOUTS}
@@ -41,16 +46,16 @@ def problem(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def oracle(problem: Path) -> Oracle:
-    return train_oracle(problem, CLIP)
+def reference(problem: Path) -> Reference:
+    return train_reference(problem, CLIP)
 
 
 @pytest.fixture
-def run(oracle: Oracle, tmp_path: Path) -> Path:
+def run(reference: Reference, tmp_path: Path) -> Path:
     """A run folder as a perfect fp32 trainer would leave it."""
-    moments = {name: torch.zeros_like(weight) for name, weight in oracle.steps[0].weights.items()}
+    moments = {name: torch.zeros_like(weight) for name, weight in reference.steps[0].weights.items()}
     records = []
-    for number, step in enumerate(oracle.steps, start=1):
+    for number, step in enumerate(reference.steps, start=1):
         folder = tmp_path / f"step-{number}"
         folder.mkdir()
         moments = {name: BETA1 * m + (1 - BETA1) * step.gradients[name] for name, m in moments.items()}
@@ -74,14 +79,14 @@ def red(found: dict[str, Difference]) -> set[str]:
     return {kind for kind, difference in found.items() if not difference.value <= TOLERANCES[kind]}
 
 
-# The oracle
+# The reference implementation
 
 
-def test_the_oracle_s_loss_and_clipping_are_torch_s(problem: Path, oracle: Oracle) -> None:
+def test_the_reference_s_loss_and_clipping_are_torch_s(problem: Path, reference: Reference) -> None:
     ids = torch.randint(VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(0))
-    logits = oracle.model(ids[:, :-1]).logits
+    logits = reference.model(ids[:, :-1]).logits
     expected = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
-    assert mean_loss(oracle.model, ids[:, :-1], ids[:, 1:]).item() == pytest.approx(expected.item(), rel=1e-14)
+    assert mean_loss(reference.model, ids[:, :-1], ids[:, 1:]).item() == pytest.approx(expected.item(), rel=1e-14)
     parameter = torch.nn.Parameter(torch.zeros(4, dtype=torch.float64))
     for limit in (0.0, 0.5, 100.0):
         ours = torch.tensor([1.0, -2.0, 3.0, 0.1], dtype=torch.float64)
@@ -92,38 +97,38 @@ def test_the_oracle_s_loss_and_clipping_are_torch_s(problem: Path, oracle: Oracl
         torch.testing.assert_close(ours, parameter.grad, rtol=1e-14, atol=0)
 
 
-def test_the_oracle_moves_every_tensor_and_clips_at_every_step(problem: Path, oracle: Oracle) -> None:
+def test_the_reference_moves_every_tensor_and_clips_at_every_step(problem: Path, reference: Reference) -> None:
     initial = load_file(problem / "model" / "model.safetensors")
-    assert len(oracle.steps) == STEPS
-    for step in oracle.steps:
+    assert len(reference.steps) == STEPS
+    for step in reference.steps:
         assert step.grad_norm > CLIP
         clipped = sum(float(gradient.square().sum()) for gradient in step.gradients.values()) ** 0.5
         assert clipped == pytest.approx(CLIP, rel=1e-5)
-    for name, weight in oracle.steps[-1].weights.items():
+    for name, weight in reference.steps[-1].weights.items():
         assert weight.dtype == torch.float64
         moved = relative(weight, initial[name]).value
         assert moved > 10 * TOLERANCES["weight"], f"{name}: a missed update has to show"
-    with pytest.raises(AssertionError, match="does not bite"):
-        train_oracle(problem, 1e6)
+    with pytest.raises(AssertionError, match="is not clipped"):
+        train_reference(problem, 1e6)
 
 
 # What a run's files say
 
 
-def test_a_perfect_run_is_green(run: Path, oracle: Oracle) -> None:
-    found = differences(run, oracle)
+def test_a_perfect_run_is_green(run: Path, reference: Reference) -> None:
+    found = differences(run, reference)
     assert is_green(found), found
     assert found["gradient"].value > 0, "fp32 files are not exact"
 
 
-def test_each_difference_is_red_in_its_column(run: Path, oracle: Oracle) -> None:
+def test_each_difference_is_red_in_its_column(run: Path, reference: Reference) -> None:
     records = records_of(run)
     write_records(run, [records[0], {**records[1], "loss": records[1]["loss"] + 1e-5}, *records[2:]])
-    found = differences(run, oracle)
+    found = differences(run, reference)
     assert red(found) == {"loss"}
     assert found["loss"].where == "step 2"
     write_records(run, [*records[:-1], {**records[-1], "grad_norm": None}])
-    assert differences(run, oracle)["grad_norm"] == Difference(math.inf, "step 5")
+    assert differences(run, reference)["grad_norm"] == Difference(math.inf, "step 5")
     write_records(run, records)
 
     model = run / "step-3" / "model.safetensors"
@@ -132,7 +137,7 @@ def test_each_difference_is_red_in_its_column(run: Path, oracle: Oracle) -> None
     one = weights[bias].clone()
     one[0] += LEARNING_RATE
     save_file({**weights, bias: one}, model)
-    found = differences(run, oracle)
+    found = differences(run, reference)
     assert red(found) == {"weight"}, "a step of one element"
     assert found["weight"].where == f"step 3, {bias}"
     save_file(weights, model)
@@ -141,45 +146,45 @@ def test_each_difference_is_red_in_its_column(run: Path, oracle: Oracle) -> None
     moments = load_file(file)
     scaled = "transformer.h.3.ln_1.weight"
     save_file({**moments, f"exp_avg.{scaled}": moments[f"exp_avg.{scaled}"] * 1.0001}, file)
-    found = differences(run, oracle)
+    found = differences(run, reference)
     assert red(found) == {"gradient"}
     assert found["gradient"].where == f"step 5, {scaled}"
 
 
-def test_key_biases_count_by_what_they_do(run: Path, oracle: Oracle) -> None:
+def test_key_biases_count_by_what_they_do(run: Path, reference: Reference) -> None:
     model = run / "step-2" / "model.safetensors"
     weights = load_file(model)
     bias = weights["transformer.h.0.attn.c_attn.bias"]
     width = len(bias) // 3
     bias[width : 2 * width] += torch.randn(width)
     save_file(weights, model)
-    assert is_green(differences(run, oracle)), "the softmax does not see them"
+    assert is_green(differences(run, reference)), "the softmax does not see them"
     bias[width] = math.nan
     save_file(weights, model)
-    assert red(differences(run, oracle)) == {"key_bias"}
+    assert red(differences(run, reference)) == {"key_bias"}
     bias[width] = 0
     bias[0] += 0.01
     save_file(weights, model)
-    assert red(differences(run, oracle)) == {"weight"}, "the queries' bias is compared"
+    assert red(differences(run, reference)) == {"weight"}, "the queries' bias is compared"
 
 
-def test_what_is_not_there_is_not_green(run: Path, oracle: Oracle) -> None:
+def test_what_is_not_there_is_not_green(run: Path, reference: Reference) -> None:
     records = records_of(run)
     write_records(run, records[:-1])
     with pytest.raises(ValueError, match="4 steps of 5"):
-        differences(run, oracle)
+        differences(run, reference)
     write_records(run, records)
     model = run / "step-1" / "model.safetensors"
     weights = load_file(model)
     save_file({name: weight for name, weight in weights.items() if "wpe" not in name}, model)
     with pytest.raises(ValueError, match=r"weights are other tensors: .*wpe"):
-        differences(run, oracle)
+        differences(run, reference)
     save_file({**weights, "transformer.wpe.weight": weights["transformer.wpe.weight"][:1]}, model)
     with pytest.raises(ValueError, match=r"step 1, transformer\.wpe\.weight: .* is not the shape"):
-        differences(run, oracle)
+        differences(run, reference)
     model.unlink()
     with pytest.raises(FileNotFoundError):
-        differences(run, oracle)
+        differences(run, reference)
 
 
 # The matrix and what is said of it
@@ -188,34 +193,34 @@ def test_what_is_not_there_is_not_green(run: Path, oracle: Oracle) -> None:
 def test_every_case_has_the_same_global_batch(tmp_path: Path) -> None:
     for layout in LAYOUTS:
         for accumulation in (1, 2, 8):
-            words = Case(layout, accumulation, False, True).words(tmp_path, tmp_path / "out")
+            words = Case(layout, accumulation, False, True).argv(tmp_path, tmp_path / "out")
             batch = [int(word.split("=")[1]) for word in words if word.startswith(("--train_micro", "--gradient_acc"))]
             assert math.prod(batch) * layout.data_parallel == 32
             assert f"--max_grad_norm={CLIP}" in words
             assert "--activation_checkpointing=full" not in words
-    assert "--activation_checkpointing=full" in Case(LAYOUTS[0], 1, True, False).words(tmp_path, tmp_path)
-    assert "--max_grad_norm=0.0" in Case(LAYOUTS[0], 1, True, False).words(tmp_path, tmp_path)
+    assert "--activation_checkpointing=full" in Case(LAYOUTS[0], 1, True, False).argv(tmp_path, tmp_path)
+    assert "--max_grad_norm=0.0" in Case(LAYOUTS[0], 1, True, False).argv(tmp_path, tmp_path)
 
 
 def test_the_table_shows_the_worst_and_names_what_is_red() -> None:
     case = Case(LAYOUT["pp2"], 8, True, False)
-    good = Row(case, 1.0, SMALL_DIFFERENCE)
-    bad = Row(case, 1.0, {**SMALL_DIFFERENCE, "gradient": Difference(0.5, "step 1, transformer.wte.weight")})
-    failed = Row(Case(LAYOUT["fsdp2-x2"], 1, False, True), 1.0, None, "exit code 2: error: no")
+    good = Result(case, 1.0, SMALL_DIFFERENCE)
+    bad = Result(case, 1.0, {**SMALL_DIFFERENCE, "gradient": Difference(0.5, "step 1, transformer.wte.weight")})
+    failed = Result(Case(LAYOUT["fsdp2-x2"], 1, False, True), 1.0, None, "exit code 2: error: no")
     assert good.green
     assert not bad.green
     assert bad.reason == "gradient 5.0e-01 (at most 1e-05) at step 1, transformer.wte.weight"
-    assert parity.verdict([good]) == "All 1 runs are green"
-    assert parity.verdict([good, bad, failed]) == "2 of 3 runs are RED"
-    lines = parity.table([good, bad, failed]).splitlines()
+    assert results.verdict([good]) == "All 1 runs are green"
+    assert results.verdict([good, bad, failed]) == "2 of 3 runs are RED"
+    lines = results.table([good, bad, failed]).splitlines()
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
     assert cells[3] == ["pp2", "2", "5.0e-07", "5.0e-06", "5.0e-01", "5.0e-06", "5.0e-13", "1 RED"]
     assert cells[4] == ["fsdp2-x2", "1", "-", "-", "-", "-", "-", "1 RED"]
-    text = parity.report([good, bad, failed])
+    text = results.report([good, bad, failed])
     assert f"- pp2 accumulation 8 checkpointing: {bad.reason}" in text
     assert "- fsdp2-x2 accumulation 1 clipping: exit code 2: error: no" in text
     endless = dataclasses.replace(bad, found={**SMALL_DIFFERENCE, "loss": Difference(math.inf, "step 4")})
-    written = json.loads(json.dumps(parity.as_json([endless]), allow_nan=False))
+    written = json.loads(json.dumps(results.as_json([endless]), allow_nan=False))
     assert written["green"] is False
     assert written["rows"][0]["differences"]["loss"] == {"value": None, "where": "step 4"}
 
@@ -226,15 +231,15 @@ def test_a_failed_run_is_known_by_its_error() -> None:
     )
     assert error_line("[rank1]: ValueError: so\n[rank1]: more\n") == "[rank1]: ValueError: so"
     assert error_line("only this\n\n") == "only this"
-    assert error_line("") == "it said nothing"
+    assert error_line("") == "it printed nothing"
 
 
 def test_commands_are_run_and_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log = tmp_path / "log"
     assert launch([sys.executable, "-c", "import os; assert os.environ['CUDA_VISIBLE_DEVICES'] == ''"], log) is None
     assert launch([sys.executable, "-c", "raise KeyError('x')"], log) == "exit code 1: KeyError: 'x'"
-    monkeypatch.setattr(parity, "RUN_LIMIT", 2)
-    monkeypatch.setattr(parity, "STOP_LIMIT", 2)
+    monkeypatch.setattr(launching, "RUN_LIMIT", 2)
+    monkeypatch.setattr(launching, "STOP_LIMIT", 2)
     deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
     assert launch([sys.executable, "-c", deaf], log) == "it was not done after 2 seconds"
 
@@ -243,13 +248,13 @@ def test_configurations_are_those_of_the_folder_else_the_shipped_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    words = LAYOUT["zero1-x2"].words
+    words = LAYOUT["zero1-x2"].argv
     file = Path(words[words.index("--config_file") + 1])
     assert file.samefile(ROOT / "accelerate_configs" / "deepspeed.yaml")
     (tmp_path / "accelerate_configs").mkdir()
     (tmp_path / "accelerate_configs" / "deepspeed.yaml").touch()
-    assert "accelerate_configs/deepspeed.yaml" in LAYOUT["zero1-x2"].words
-    assert {layout.words[0] for layout in LAYOUTS} == {sys.executable}
+    assert "accelerate_configs/deepspeed.yaml" in LAYOUT["zero1-x2"].argv
+    assert {layout.argv[0] for layout in LAYOUTS} == {sys.executable}
 
 
 def test_mistakes_are_sentences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -262,11 +267,11 @@ def test_mistakes_are_sentences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 # Real runs
 
 
-def test_one_process_and_two_compute_what_the_oracle_does(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_process_and_two_compute_what_the_reference_does(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    rows = certify([Case(LAYOUT[name], 2, True, True) for name in ("single", "zero2-x2")])
-    assert [row.reason for row in rows] == ["", ""]
-    assert all(row.green for row in rows)
+    found = run_cases([Case(LAYOUT[name], 2, True, True) for name in ("single", "zero2-x2")])
+    assert [each.reason for each in found] == ["", ""]
+    assert all(each.green for each in found)
 
 
 @pytest.mark.slow
@@ -274,8 +279,8 @@ def test_one_process_and_two_compute_what_the_oracle_does(monkeypatch: pytest.Mo
 def test_other_layouts_do_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     names = ["ddp-x2", "ddp-x4", "zero1-x2", "zero3-x2", "pp4", "pp2-dp2"]
-    rows = certify([Case(LAYOUT[name], 8, False, index % 2 == 0) for index, name in enumerate(names)])
-    assert [row.reason for row in rows] == [""] * len(names)
+    found = run_cases([Case(LAYOUT[name], 8, False, index % 2 == 0) for index, name in enumerate(names)])
+    assert [each.reason for each in found] == [""] * len(names)
 
 
 @pytest.mark.slow
@@ -323,7 +328,7 @@ def pipeline_run(sabotage: str, case: Case, problem: Path, folder: Path) -> Path
     """Train the case, a pipeline of two stages, with DeepSpeed changed by `sabotage`; the run's folder."""
     script = folder / "sabotage.py"
     script.write_text(sabotage + TRAIN)
-    words = case.words(problem, folder / "out")
+    words = case.argv(problem, folder / "out")
     torchrun = ["torchrun", "--nproc_per_node", "2", "--master_port", "0", "--rdzv_backend", "c10d"]
     error = launch([*torchrun, str(script), *words[words.index("train") + 1 :]], folder / "log")
     assert error is None, (folder / "log").read_text()
@@ -332,22 +337,22 @@ def pipeline_run(sabotage: str, case: Case, problem: Path, folder: Path) -> Path
 
 @pytest.mark.slow
 def test_a_pipeline_is_green_and_its_sabotage_red(
-    problem: Path, oracle: Oracle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    problem: Path, reference: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
     unclipped, clipped = (Case(LAYOUT["pp2"], 2, False, clipping) for clipping in (False, True))
     for name in ("good", "divided", "alone"):
         (tmp_path / name).mkdir()
 
-    good = differences(pipeline_run("", clipped, problem, tmp_path / "good"), oracle)
+    good = differences(pipeline_run("", clipped, problem, tmp_path / "good"), reference)
     assert is_green(good), good
 
     run = pipeline_run(DIVIDED, unclipped, problem, tmp_path / "divided")
-    found = differences(run, train_oracle(problem, 0))
+    found = differences(run, train_reference(problem, 0))
     assert red(found) >= {"gradient", "grad_norm"}, found
     assert found["gradient"].value == pytest.approx(0.5, abs=0.01), "the first stage's, divided by 2 once more"
 
-    alone = differences(pipeline_run(CLIPPED_ALONE, clipped, problem, tmp_path / "alone"), oracle)
+    alone = differences(pipeline_run(CLIPPED_ALONE, clipped, problem, tmp_path / "alone"), reference)
     assert red(alone) >= {"gradient", "grad_norm"}, alone
     assert alone["loss"].value < 1e-4, "AdamW hides it from whoever looks at losses"
     assert alone["gradient"].value > 0.1

@@ -74,7 +74,7 @@ def test_the_peak_of_a_cpu_is_taken_before_the_profiler_fills_its_memory(
     config = parse([*flags, "--profile", "--profile_steps=4:5", f"--checkpoint_path={tmp_path}"])
     config.run_folder.mkdir()
     run = SimpleNamespace(config=config, model_config=GPT2FlashConfig())
-    nothing = {"named_modules": lambda: iter(()), "holdings": lambda: iter(())}
+    nothing = {"named_modules": lambda: iter(()), "held_tensors": lambda: iter(())}
     engine = SimpleNamespace(is_main=True, rank=0, device=torch.device("cpu"), **nothing)
     monkeypatch.setattr(profiling, "run_facts", lambda *_: None)
     monkeypatch.setattr(profiling, "trace_metadata", lambda *_: "{}")

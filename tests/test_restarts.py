@@ -70,10 +70,10 @@ def test_a_restart_leaves_an_earlier_run_alone(flags: list[str], tmp_path: Path)
     assert [path.name for path in (tmp_path / "baseline").iterdir()] == ["metrics.json"]
 
 
-MEET = """
+JOIN = """
 import sys
-from train.engines.rendezvous import meet
-store = meet()
+from train.engines.rendezvous import join
+store = join()
 print(store.port, flush=True)
 store.add("came", 1)
 sys.stdin.read()
@@ -90,7 +90,7 @@ def test_processes_meet_in_the_store_of_their_own_attempt(tmp_path: Path) -> Non
 
     def start(rank: int) -> Popen[str]:
         env = {**os.environ, **shared, "RANK": str(rank)}
-        return Popen([sys.executable, "-c", MEET], env=env, stdin=PIPE, stdout=PIPE, text=True, cwd=tmp_path)
+        return Popen([sys.executable, "-c", JOIN], env=env, stdin=PIPE, stdout=PIPE, text=True, cwd=tmp_path)
 
     def port(process: Popen[str]) -> int:
         assert process.stdout is not None

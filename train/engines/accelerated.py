@@ -1,4 +1,4 @@
-"""The whole model in every process, at least while it computes, through Accelerate: plain, DDP, FSDP2 or ZeRO."""
+"""The engine of every layout without a pipeline, through Accelerate: a single process, DDP, FSDP2 or ZeRO."""
 
 from collections.abc import Iterable, Iterator
 from socket import gethostname
@@ -7,30 +7,28 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from modeling_gpt2flash import GPT2FlashForCausalLM
 from modeling_gpt2flash.documents import kernel_arguments
 from train.config import launcher_env as launcher
 from train.data.batches import IGNORED_LABEL
+from train.engines import zero
 from train.engines.base import Engine, StepResult
-from train.engines.placement import Place
+from train.engines.gradient_clipping import as_number, clip_gradients
+from train.engines.placement import RankPlacement
 from train.engines.transforms import checkpoint_arguments, checkpoint_blocks
 from train.metrics.annotations import annotate
 
 
 class AcceleratedEngine(Engine):
-    def _take(self, model: GPT2FlashForCausalLM) -> nn.Module:
+    def _build_module(self, model: GPT2FlashForCausalLM) -> nn.Module:
         mode = self.config.activation_checkpointing
         assert mode is not None
-        if mode != "none" and not self.compiler_recomputes:
+        if mode != "none" and not self.compiles_checkpointing:
             checkpoint_blocks(model, checkpoint_arguments(mode))
-        if self.config.torch_compile and self.deepspeed and self.deepspeed["zero_optimization"].get("stage") == 3:
-            # ZeRO-3 would gather each layer's parameters inside the compiled blocks, and so cut them into pieces.
-            from deepspeed.utils import set_z3_leaf_modules
-
-            set_z3_leaf_modules(model, [type(model.transformer.h[0])])
+        if self.config.torch_compile and self.deepspeed:
+            zero.gather_blocks_as_a_unit(model, self.deepspeed)
         self.module = model
         return model
 
@@ -45,27 +43,25 @@ class AcceleratedEngine(Engine):
     def parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
         for module in self.module.modules():
             if isinstance(module, FSDPModule):
-                module.reshard()  # a forward pass alone, as in validation, leaves some whole
+                module.reshard()  # a forward pass without a backward pass, as in validation, leaves some unsharded
         return self.module.named_parameters()
 
-    def _asked_wrapping(self) -> str:
+    def _requested_wrapping(self) -> str:
         if self.deepspeed is not None:
-            zero = self.deepspeed["zero_optimization"]
-            offload = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
-            return _zero(zero.get("stage", 0), offload)
+            return zero.requested_name(self.deepspeed)
         return "plain" if self.world_size == 1 else "FSDP2" if launcher.asks("FSDP") else "DDP"
 
-    def _place(self) -> Place:
+    def _placement(self) -> RankPlacement:
         model: Any = self.model
         if isinstance(model, FSDPModule):
             wrapping = "FSDP2"
         elif isinstance(model, DistributedDataParallel):
             wrapping = "DDP"
         elif self.deepspeed is not None:
-            wrapping = _zero(model.zero_optimization_stage(), model.zero_use_cpu_optimizer())
+            wrapping = zero.name(model.zero_optimization_stage(), model.zero_use_cpu_optimizer())
         else:
             wrapping = "plain"
-        return Place(self.rank, gethostname(), self.device.type, wrapping, stage=0, data_rank=self.rank)
+        return RankPlacement(self.rank, gethostname(), self.device.type, wrapping, stage=0, data_rank=self.rank)
 
     def train_step(
         self, step: int, micro_batches: Iterable[dict[str, torch.Tensor]], learning_rate: float
@@ -84,15 +80,13 @@ class AcceleratedEngine(Engine):
                     self.accelerator.backward(loss)
                 with annotate("optimizer"):
                     if self.accelerator.sync_gradients:
-                        limit = self.config.max_grad_norm or float("inf")
-                        grad_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
+                        parameters = self.model.parameters()
+                        grad_norm = clip_gradients(self.accelerator, parameters, self.config.max_grad_norm)
                     self.optimizer.step()
                     self.optimizer.zero_grad()
         with annotate("communication"):
             mean = self.accelerator.reduce(torch.stack(losses).mean(), "mean").item()
-            if isinstance(grad_norm, DTensor):
-                grad_norm = grad_norm.full_tensor()
-            return StepResult(mean, None if grad_norm is None else float(grad_norm))
+            return StepResult(mean, as_number(grad_norm))
 
     @torch.no_grad()
     def eval_step(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -103,19 +97,15 @@ class AcceleratedEngine(Engine):
 
     def close(self) -> None:
         if isinstance(self.model, DistributedDataParallel):
-            # Its reducer would be the last to let go of the process group, which then waits for its own threads with
-            # the GIL in hand, and they for the GIL (seen with torch 2.13 over gloo). So the reducer goes first.
+            # DDP's reducer would hold the last reference to the process group, whose destructor waits for its threads
+            # while it holds the GIL, which they need (seen with torch 2.13 over gloo). So delete the reducer first.
             self.accelerator.free_memory()
             del self.model
         super().close()
 
     def _inputs(self, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
-        """A batch as the model's arguments, on its way to the device."""
+        """A batch as the model's arguments, being copied to the device."""
         moved: dict[str, Any] = {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
         if "cu_seq_lens" in moved:
             moved |= kernel_arguments(moved.pop("cu_seq_lens"), batch["input_ids"].shape[1])
         return moved
-
-
-def _zero(stage: int, offload: bool) -> str:
-    return f"ZeRO-{stage}{' with its optimizer on the CPU' * offload}"

@@ -1,4 +1,4 @@
-"""The Accelerator of a run: plain PyTorch (one process, DDP, FSDP2) or DeepSpeed, as flags and launcher ask for it."""
+"""The Accelerator of a run: plain PyTorch (one process, DDP, FSDP2) or DeepSpeed, by its flags and its launcher."""
 
 import os
 from typing import Any
@@ -23,7 +23,7 @@ from train.utils.errors import UserError
 
 
 def world_size() -> int:
-    """Processes that the launcher started, by its own word."""
+    """The number of processes that the launcher says it started."""
     return processes.world_size()
 
 
@@ -38,7 +38,7 @@ def plain_accelerator(config: RunConfig) -> Accelerator:
     fsdp = _fsdp_plugin(config) if launcher.asks("FSDP") else None
     on_cpu = device_type() == "cpu"
     if fsdp and on_cpu:
-        # Accelerate 1.15 shards on accelerators alone; on a CPU it would train unsharded without a word.
+        # Accelerate 1.15 shards on accelerators only; on a CPU it would silently train unsharded.
         PartialState(cpu=True).distributed_type = DistributedType.MULTI_GPU
     return Accelerator(
         cpu=on_cpu and not fsdp,
@@ -60,13 +60,13 @@ def deepspeed_accelerator(config: RunConfig, deepspeed: dict[str, Any]) -> Accel
     handlers = []
     if device_type() == "cpu":
         handlers.append(InitProcessGroupKwargs(backend="gloo"))
-        # Without this DeepSpeed would build its shared-memory collectives with a C++ compiler at every first start.
+        # DeepSpeed would compile its shared-memory collectives at the first start otherwise.
         import deepspeed.ops as deepspeed_ops
 
         deepspeed_ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if "LOCAL_RANK" not in os.environ:  # a single process without a launcher
-        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-        os.environ.update(alone)
+        single = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+        os.environ.update(single)
     accelerator = Accelerator(
         deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=deepspeed),
         mixed_precision=config.mixed_precision,
@@ -75,14 +75,14 @@ def deepspeed_accelerator(config: RunConfig, deepspeed: dict[str, Any]) -> Accel
         kwargs_handlers=handlers,
         **_tracking(config),
     )
-    # Else transformers would build every model under ZeRO-3's `zero.Init`, where the initial weights are other draws
-    # than in any other layout, and the model that is loaded to write the sample would be sharded as well.
+    # transformers would build every model under ZeRO-3's `zero.Init` otherwise, which initializes weights differently
+    # from other layouts, and would also shard the model that generates the sample.
     unset_hf_deepspeed_config()
     return accelerator
 
 
 def _fsdp_plugin(config: RunConfig) -> FullyShardedDataParallelPlugin:
-    """FSDP2 as the launcher's YAML has it, sharded block by block, gradients summed in fp32."""
+    """FSDP2 as configured by the launcher's YAML: sharded block by block, gradients reduced in fp32."""
     for variable, wanted, remedy in (
         ("FSDP_VERSION", "2", "write fsdp_version: 2"),
         ("FSDP_AUTO_WRAP_POLICY", "transformer_based_wrap", "write TRANSFORMER_BASED_WRAP, or leave it out"),
@@ -96,7 +96,7 @@ def _fsdp_plugin(config: RunConfig) -> FullyShardedDataParallelPlugin:
     return FullyShardedDataParallelPlugin(
         fsdp_version=2,
         auto_wrap_policy="transformer_based_wrap",
-        cpu_ram_efficient_loading=False,  # every process draws or reads the same weights
+        cpu_ram_efficient_loading=False,  # every process initializes or loads the same weights
         mixed_precision_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else None,
     )
 

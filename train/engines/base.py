@@ -1,7 +1,7 @@
-"""What every engine is: the processes of a run, joined through Accelerate, and the surface that the loop sees.
+"""The interface of an engine, through which the training loop sees the model, the optimizer and the processes.
 
-Weights and the optimizer's moments pass in and out whole, in fp32, under GPT-2's parameter names, so that what one
-layout saves any other layout loads.
+Weights and the optimizer's moments are exchanged as full tensors, in fp32, under GPT-2's parameter names, so that any
+layout can load the checkpoint of any other.
 """
 
 from abc import ABC, abstractmethod
@@ -16,13 +16,14 @@ from torch import nn
 
 from modeling_gpt2flash import GPT2FlashForCausalLM
 from train.config.run_config import RunConfig
+from train.engines import zero
 from train.engines.accelerator import (
     deepspeed_accelerator,
     plain_accelerator,
     world_size,
 )
-from train.engines.placement import Place, check_launch, check_places
-from train.engines.state import create_moments, held_by_training, set_whole, torch_optimizer, whole
+from train.engines.placement import RankPlacement, check_launch, check_placements
+from train.engines.state import create_moments, full_tensor, held_by_optimizer, set_full_tensor, torch_optimizer
 from train.engines.transforms import checkpoint_arguments, compile_blocks, fuse_gelu, keep_freed_memory
 from train.optim.parameter_groups import build_optimizer, moments_of
 from train.utils import processes
@@ -32,14 +33,14 @@ from train.utils.errors import UserError
 
 @dataclass(frozen=True)
 class StepResult:
-    """Mean loss over the global batch, and the gradient's norm before clipping (None where the engine hides it)."""
+    """Mean loss over the global batch, and the norm of the gradient before clipping (None if it is not reported)."""
 
     loss: float
     grad_norm: float | None
 
 
 class Engine(ABC):
-    """Model and optimizer of one process. Every method is collective: all processes call it, in the same order."""
+    """Model and optimizer of one process. All methods are collective: all processes call them, in the same order."""
 
     def __init__(self, config: RunConfig, deepspeed: dict[str, Any] | None) -> None:
         self.config = config
@@ -72,24 +73,29 @@ class Engine(ABC):
 
     @property
     def data_rank(self) -> int:
-        """Which share of the data is this process's."""
+        """Which share of each global batch this process reads."""
         return self.rank
 
     @property
     def data_world_size(self) -> int:
-        """Into how many shares the data is divided."""
+        """The number of shares of a global batch."""
         return self.world_size
 
     @property
-    def compiler_recomputes(self) -> bool:
-        """Whether recomputation is part of what is compiled. Else it runs the whole compiled block once more."""
+    def pipeline_rank(self) -> int:
+        """The position of this process in the pipeline; 0 without one."""
+        return 0
+
+    @property
+    def compiles_checkpointing(self) -> bool:
+        """Whether activation checkpointing is part of the compiled graph, instead of running the graph again."""
         return self.config.torch_compile and self.config.activation_checkpointing == "selective"
 
     def prepare(self, model: GPT2FlashForCausalLM) -> None:
-        """Take the model in: activation, compilation, recomputation, optimizer, sharding; `layout` is a table of it.
+        """Transform the model, create its optimizer, and wrap or shard both; `layout` is then a table of the ranks.
 
         Raises:
-            UserError: on all processes, when one of them is not what was asked for.
+            UserError: on all processes, if the placement of one of them is not the requested one.
         """
         config = self.config
         assert config.learning_rate is not None
@@ -98,8 +104,8 @@ class Engine(ABC):
             if self.device.type == "cpu":
                 keep_freed_memory()
         if config.torch_compile:
-            compile_blocks(model, checkpoint_arguments("selective") if self.compiler_recomputes else None)
-        module = self._take(model)
+            compile_blocks(model, checkpoint_arguments("selective") if self.compiles_checkpointing else None)
+        module = self._build_module(model)
         optimizer = build_optimizer(
             module,
             config.optimizer,
@@ -109,28 +115,25 @@ class Engine(ABC):
             fused=config.optimized,
         )
         self.model, self.optimizer = self.accelerator.prepare(module, optimizer)
-        assert torch_optimizer(self.optimizer) is optimizer, "DeepSpeed has put in its own optimizer"
+        assert torch_optimizer(self.optimizer) is optimizer, "DeepSpeed has replaced the optimizer by its own"
         create_moments(self.optimizer, config.optimized)
-        asked = Place(
-            processes.rank(), gethostname(), device_type(), self._asked_wrapping(), self._asked_stage(), self.data_rank
+        wrapping = self._requested_wrapping()
+        requested = RankPlacement(
+            processes.rank(), gethostname(), device_type(), wrapping, self.pipeline_rank, self.data_rank
         )
-        places = gather_object([(self._place(), asked)])
-        self.layout = check_places([found for found, _ in places], [wanted for _, wanted in places])
+        self.layout = check_placements(gather_object([(self._placement(), requested)]))
 
     @abstractmethod
-    def _asked_wrapping(self) -> str:
-        """What the model should be wrapped in, by flags, DeepSpeed JSON and launcher."""
-
-    def _asked_stage(self) -> int:
-        return 0
+    def _requested_wrapping(self) -> str:
+        """The wrapping of the model that flags, DeepSpeed JSON and launcher ask for."""
 
     @abstractmethod
-    def _place(self) -> Place:
-        """What this process is, by the word of the wrapped model."""
+    def _placement(self) -> RankPlacement:
+        """The placement of this process, read from the wrapped model."""
 
     @abstractmethod
-    def _take(self, model: GPT2FlashForCausalLM) -> nn.Module:
-        """What of the model is to be trained here."""
+    def _build_module(self, model: GPT2FlashForCausalLM) -> nn.Module:
+        """The part of the model that this process trains, with activation checkpointing applied."""
 
     @abstractmethod
     def train_step(
@@ -138,7 +141,7 @@ class Engine(ABC):
     ) -> StepResult:
         """One optimizer update from this process's share of the global batch.
 
-        Dropout is drawn from (seed, step, rank) alone, so a resumed run repeats it without any saved state.
+        The random state of dropout depends on (seed, step, rank) alone, so a resumed run needs no saved state.
         """
 
     def _begin_step(self, step: int, learning_rate: float) -> None:
@@ -150,14 +153,14 @@ class Engine(ABC):
     def eval_step(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """(summed negative log-likelihood in nats, predicted tokens), float64, shape (2,).
 
-        Summed over all processes, they are those of all processes' batches.
+        The sum over all processes is that of all processes' batches.
         """
 
     def sum_over_processes(self, values: torch.Tensor) -> torch.Tensor:
         return self.accelerator.reduce(values, "sum")
 
     def peak_memory(self, own: dict[str, Any] | None = None) -> dict[str, Any]:
-        """`devices.peak_memory` of the process with the most; `own` is what this one takes for its own."""
+        """`devices.peak_memory` of the process with the most; `own` replaces the value of this process."""
         memory = {**(own or peak_memory(self.device))}
         for key in ("peak_memory_bytes", "peak_memory_reserved_bytes"):
             if memory[key] is not None:
@@ -169,56 +172,56 @@ class Engine(ABC):
         self.accelerator.wait_for_everyone()
 
     def close(self) -> None:
-        """Finish the trackers and leave the process group; from here each process is on its own."""
+        """Finish the trackers and destroy the process group. No collective may follow."""
         self.accelerator.end_training()
 
     @abstractmethod
     def parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The parameters that this process trains (or holds shards of), under GPT-2's names."""
+        """The parameters that this process trains, or holds shards of, under GPT-2's names."""
 
     @abstractmethod
     def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
         """The modules that run in this process, outer ones first, under GPT-2's names."""
 
-    def holdings(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """What this process holds for training: "optimizer", "parameters" or "gradients", and a tensor of it."""
-        yield from held_by_training(self.optimizer)
+    def held_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The tensors of this process's training state, as ("optimizer", "parameters" or "gradients", tensor)."""
+        yield from held_by_optimizer(self.optimizer)
         for parameter in self.model.parameters():
-            yield "parameters", getattr(parameter, "ds_tensor", parameter).detach()
+            yield "parameters", zero.shard(parameter).detach()
             yield "parameters", parameter.detach()
             if parameter.grad is not None:
                 yield "gradients", parameter.grad
 
     def tensors(self) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
-        """Every parameter of the model once, whole: (name, {"weight", and its `moments_of`}), fp32 on the CPU.
+        """Every parameter of the model once, as (name, {"weight" and each of its `moments_of`: full tensor}).
 
-        On the main process; the others take part in the gathering, step by step, and get nothing.
+        In fp32 on the CPU of the main process. The others take part in each gathering and get empty mappings.
         """
-        for name, state in self._whole_states():
+        for name, state in self._full_states():
             yield name, {key: value.to("cpu", torch.float32) for key, value in state.items() if self.is_main}
 
-    def _whole_states(self) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+    def _full_states(self) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
         for name, parameter in self.parameters():
-            yield name, self._whole_state(name, parameter)
+            yield name, self._full_state(name, parameter)
 
-    def _whole_state(self, name: str, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
-        moments = {key: whole(self.optimizer, parameter, key) for key in moments_of(self.config.optimizer, name)}
-        return {"weight": whole(self.optimizer, parameter), **moments}
+    def _full_state(self, name: str, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
+        moments = {key: full_tensor(self.optimizer, parameter, key) for key in moments_of(self.config.optimizer, name)}
+        return {"weight": full_tensor(self.optimizer, parameter), **moments}
 
     def load_state(
         self, weights: Mapping[str, torch.Tensor], moments: Mapping[str, torch.Tensor], updates: int
     ) -> None:
-        """Put back what `tensors` gave after `updates` optimizer updates, exactly."""
+        """Restore exactly what `tensors` returned after `updates` optimizer updates."""
         for state in torch_optimizer(self.optimizer).state.values():
             if "step" in state:
                 state["step"].fill_(updates)
         for name, parameter in self.parameters():
-            set_whole(self.optimizer, parameter, weights[name].to(self.device))
+            set_full_tensor(self.optimizer, parameter, weights[name].to(self.device))
             for key in moments_of(self.config.optimizer, name):
-                set_whole(self.optimizer, parameter, moments[f"{key}.{name}"].to(self.device), key)
+                set_full_tensor(self.optimizer, parameter, moments[f"{key}.{name}"].to(self.device), key)
 
 
 def _mix(seed: int, step: int, rank: int) -> int:
-    """One seed from three, far apart for neighbours (the odd constants are SplitMix64's)."""
+    """One seed from three numbers; adjacent numbers give distant seeds (the odd constants are SplitMix64's)."""
     mixed = seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + rank * 0x94D049BB133111EB
     return (mixed ^ (mixed >> 31)) % 2**63

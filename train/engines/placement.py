@@ -1,9 +1,9 @@
-"""The layout that was asked for against the one that came: no run is ever silently another than was meant.
+"""The requested layout compared with the actual one: a run that would train in another layout is refused.
 
-Launchers start fewer processes than they were told, or each alone, and say nothing: `accelerate launch --cpu
+Launchers may start fewer processes than requested, or unconnected ones, without a message: `accelerate launch --cpu
 --num_processes 2` starts one; with `--num_machines 2` and DeepSpeed each machine trains alone unless the launcher is
-`standard`; `srun -n 8 python` starts eight strangers. What was asked is read from the launcher's own command line and
-from the cluster's variables.
+`standard`; `srun -n 8 python` starts eight jobs of one process. The request is read from the launcher's command line
+and from the cluster's environment variables.
 """
 
 import os
@@ -17,12 +17,12 @@ from accelerate.commands.launch import launch_command_parser
 
 from train.utils.errors import UserError
 
-TASKS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # started by srun, Open MPI, MPICH
+TASKS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # of srun, Open MPI, MPICH
 NODES = "SLURM_STEP_NUM_NODES"
 
 
-class Place(NamedTuple):
-    """Where one process is and what it does there."""
+class RankPlacement(NamedTuple):
+    """Where one process runs, and its part in the layout."""
 
     rank: int
     host: str
@@ -33,44 +33,44 @@ class Place(NamedTuple):
 
 
 def check_launch(world_size: int) -> None:
-    """Refuse to train with fewer processes than the launcher or the cluster was asked for.
+    """Refuse to train with fewer processes than the launcher or the cluster was asked to start.
 
     Raises:
-        UserError: naming who asked for how many, and the cure.
+        UserError: naming the number that was requested, where, and the remedy.
     """
     for name in TASKS:
         tasks = int(os.environ.get(name, "1"))
         if tasks > world_size:
             raise UserError(
                 f"{name} is {tasks}, but this process is one of {world_size}: each would train alone; start one "
-                "launcher a machine (torchrun or accelerate launch), as accelerate_configs/slurm.sh does"
+                "launcher per machine (torchrun or accelerate launch), as accelerate_configs/slurm.sh does"
             )
     for command, folder in _ancestors():
-        asked, machines = _asked_of_accelerate(command, folder)
-        if asked not in (None, world_size):
-            cure = (
+        requested, machines = _requested_of_accelerate(command, folder)
+        if requested not in (None, world_size):
+            remedy = (
                 "add --deepspeed_multinode_launcher standard"
                 if machines > 1
                 else "launch with --config_file accelerate_configs/ddp.yaml, fsdp2.yaml or deepspeed.yaml"
             )
             raise UserError(
-                f"accelerate launch was asked for {asked} processes and started {world_size}, which would train "
-                f"alone; {cure}"
+                f"accelerate launch was asked for {requested} processes and started {world_size}, which would train "
+                f"alone; {remedy}"
             )
 
 
 def _ancestors() -> Iterator[tuple[list[str], str]]:
-    """(command line, working directory) of the processes above this one."""
+    """(command line, working directory) of each ancestor of this process."""
     for process in psutil.Process().parents():
         try:
             yield process.cmdline(), process.cwd()
-        except psutil.Error:  # gone, or another user's
+        except psutil.Error:  # it has ended, or belongs to another user
             continue
 
 
-def _asked_of_accelerate(command: list[str], folder: str) -> tuple[int | None, int]:
-    """(processes, machines) that `accelerate launch` was told, by flag or file; (None, 1) for any other command."""
-    names = [Path(word).name for word in command]
+def _requested_of_accelerate(command: list[str], folder: str) -> tuple[int | None, int]:
+    """(processes, machines) that a flag or file of `accelerate launch` requests; (None, 1) for any other command."""
+    names = [Path(argument).name for argument in command]
     starts = [
         index + 1
         for index, name in enumerate(names)
@@ -81,26 +81,29 @@ def _asked_of_accelerate(command: list[str], folder: str) -> tuple[int | None, i
         return None, 1
     args = launch_command_parser().parse_known_args(command[starts[0] :])[0]
     file = Path(folder, args.config_file or default_config_file)
-    written = load_config_from_file(str(file)) if file.exists() else None
+    config = load_config_from_file(str(file)) if file.exists() else None
     return (
-        args.num_processes or getattr(written, "num_processes", None),
-        args.num_machines or getattr(written, "num_machines", 1),
+        args.num_processes or getattr(config, "num_processes", None),
+        args.num_machines or getattr(config, "num_machines", 1),
     )
 
 
-def check_places(found: Sequence[Place], asked: Sequence[Place]) -> str:
-    """Refuse a layout that is not what was asked; else a small table of it, a line for each host and stage.
+def check_placements(ranks: Sequence[tuple[RankPlacement, RankPlacement]]) -> str:
+    """Return a table of the layout with a line for each host and stage, if it is the requested one.
+
+    `ranks` has the actual and the requested placement of each rank.
 
     Raises:
-        UserError: naming the rank, what it is and what it should be.
+        UserError: naming the rank and field that differ.
     """
-    for place, wanted in zip(found, asked, strict=True):
-        for field, is_, should in zip(Place._fields, place, wanted, strict=True):
-            if is_ != should:
+    for actual, requested in ranks:
+        for field, value, expected in zip(RankPlacement._fields, actual, requested, strict=True):
+            if value != expected:
                 raise UserError(
-                    f"rank {wanted.rank} of {len(asked)}: {field} is {is_}, not {should} as asked; compare the "
-                    "launcher's configuration with the flags"
+                    f"rank {requested.rank} of {len(ranks)}: {field} is {value}, not {expected} as requested; compare "
+                    "the launcher's configuration with the flags"
                 )
+    found = [actual for actual, _ in ranks]
     if len({(place.stage, place.data_rank) for place in found}) != len(found):
         raise UserError(f"two processes have the same share of the work: {[tuple(place) for place in found]}")
     hosts = len({place.host for place in found})

@@ -1,8 +1,8 @@
-"""The independent witness of `train.parity`: stock GPT-2 trained in float64, in one process, a whole batch at once.
+"""The reference implementation of the parity test: stock GPT-2 trained in float64 in one process.
 
-It shares with the trainer the order of the data (`train.data.batches`) and nothing else: the model is transformers'
-own, the loss is written out from its logits, clipping likewise, and the optimizer is torch's AdamW on float64 tensors.
-Every number that the compared runs are given stands here, once.
+It shares only the order of the data (`train.data.batches`) with the trainer: the model is transformers' own, loss and
+clipping are written out here, and the optimizer is torch's AdamW on float64 tensors. Every hyperparameter of the
+compared runs is defined here.
 """
 
 import argparse
@@ -25,28 +25,28 @@ SEQUENCES = 32  # in a global batch
 VOCABULARY = 256  # a token is a byte
 POSITIONS = 64
 SEED = 1337
-LEARNING_RATE = 3e-5  # one update moves a norm's weight, which is about 1, by three times what is tolerated
+LEARNING_RATE = 3e-5  # one update changes a norm's weight, which is about 1, by three times the tolerance
 WEIGHT_DECAY = 0.1
 BETA1, BETA2 = 0.9, 0.95
 CLIP = 0.5  # below the gradient's norm at each of the steps
-PROBES = 2  # sequences on which the effect of weights without a gradient is looked at
-SPREAD = 0.02  # standard deviation of what is added to every initial weight, biases and norms included
+PROBES = 2  # sequences whose logits show the effect of weights without a gradient
+SPREAD = 0.02  # standard deviation of the noise added to every initial weight, biases and norms included
 
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step in float64, tensors under GPT-2's names: what it computed, and the weights it left."""
+    """The results of one optimizer step in float64; tensors under GPT-2's names."""
 
     loss: float  # mean nats per token of the global batch
     grad_norm: float  # before clipping
     gradients: dict[str, torch.Tensor]  # after clipping
-    weights: dict[str, torch.Tensor]
-    logits: torch.Tensor  # (PROBES, positions, vocabulary), of the probes under the weights it left
+    weights: dict[str, torch.Tensor]  # after the step
+    logits: torch.Tensor  # (PROBES, positions, vocabulary), of the probes, after the step
 
 
 @dataclass(frozen=True)
-class Oracle:
-    """The right answer, with `max_grad_norm` as the threshold of clipping (0: none)."""
+class Reference:
+    """The expected results, with gradients clipped at `max_grad_norm` (0: not clipped)."""
 
     max_grad_norm: float
     model: GPT2LMHeadModel
@@ -55,7 +55,7 @@ class Oracle:
 
     @torch.no_grad()
     def logits_with(self, step: int, replaced: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """What `steps[step].logits` would be with some of the weights `replaced`."""
+        """`steps[step].logits` with some of the weights `replaced`."""
         self.model.load_state_dict({**self.steps[step].weights, **replaced}, strict=False)
         return self.model(self.probes, use_cache=False).logits
 
@@ -74,20 +74,20 @@ def write_problem(folder: Path) -> None:
     torch.manual_seed(SEED)
     model = GPT2LMHeadModel(config)
     with torch.no_grad():
-        # What begins at 0 or small would be of the learning rate's size, and so would be differences relative to it.
+        # Small weights would be of the size of the updates, and relative differences of weights as large as theirs.
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=SPREAD)
     model.save_pretrained(folder / "model")
     text = "".join(map(inspect.getsource, (argparse, subprocess, json))).encode()
     ids = np.frombuffer(text, dtype=np.uint8)
-    # Less than the steps take, so that they cross the border of an epoch.
-    cut = (STEPS - 1) * SEQUENCES * POSITIONS + 1
-    for name, part in (("train.bin", ids[:cut]), ("val.bin", ids[cut : cut + 4 * POSITIONS])):
+    # Fewer than the steps need, so that they continue into a second epoch.
+    end = (STEPS - 1) * SEQUENCES * POSITIONS + 1
+    for name, part in (("train.bin", ids[:end]), ("val.bin", ids[end : end + 4 * POSITIONS])):
         write_token_file(folder / name, [(part, 1)], VOCABULARY, {})
 
 
 def flags(folder: Path, max_grad_norm: float) -> list[str]:
-    """The flags with which `python -m train` computes what `train_oracle` does, without those of its layout."""
+    """The flags with which `python -m train` computes the same as `train_reference`, without those of the layout."""
     return [
         f"--model={folder}/model",
         f"--train_data_path={folder}/train.bin",
@@ -109,7 +109,7 @@ def flags(folder: Path, max_grad_norm: float) -> list[str]:
     ]
 
 
-def train_oracle(folder: Path, max_grad_norm: float) -> Oracle:
+def train_reference(folder: Path, max_grad_norm: float) -> Reference:
     """Train the model of `write_problem` in float64."""
     model = GPT2LMHeadModel.from_pretrained(folder / "model", dtype=torch.float64, attn_implementation="eager")
     model.eval()  # no dropout
@@ -135,25 +135,25 @@ def train_oracle(folder: Path, max_grad_norm: float) -> Oracle:
         gradients = {name: p.grad for name, p in named.items() if p.grad is not None}
         assert gradients.keys() == named.keys()
         norm = clip(gradients, max_grad_norm)
-        assert max_grad_norm == 0 or norm > max_grad_norm, f"clipping at {max_grad_norm} does not bite at {norm}"
+        assert max_grad_norm == 0 or norm > max_grad_norm, f"a norm of {norm} is not clipped at {max_grad_norm}"
         optimizer.step()
         with torch.no_grad():
             logits = model(probes, use_cache=False).logits
         steps.append(Step(loss.item(), norm, _copied(gradients), _copied(named), logits))
-    return Oracle(max_grad_norm, model, probes, steps)
+    return Reference(max_grad_norm, model, probes, steps)
 
 
 def mean_loss(model: GPT2LMHeadModel, input_ids: torch.Tensor, shift_labels: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy in nats, from its definition: transformers' own would go through float32."""
+    """Cross-entropy in nats by its definition: transformers' own computes in float32."""
     logits = model(input_ids, use_cache=False).logits
     assert logits.dtype == torch.float64
-    right = logits.gather(-1, shift_labels[..., None]).squeeze(-1)
-    return (logits.logsumexp(-1) - right).mean()
+    of_labels = logits.gather(-1, shift_labels[..., None]).squeeze(-1)
+    return (logits.logsumexp(-1) - of_labels).mean()
 
 
 @torch.no_grad()
 def clip(gradients: Mapping[str, torch.Tensor], max_norm: float) -> float:
-    """Scale `gradients` in place to a global norm of `max_norm` (0: not at all); return the norm that they had.
+    """Scale `gradients` in place to a global norm of at most `max_norm` (0: no limit); return their norm before.
 
     The divisor is the norm + 1e-6, as in torch and DeepSpeed.
     """

@@ -104,7 +104,7 @@ class Profiler(AbstractContextManager):
         # Not of compiled blocks: torch.compile steps aside for whoever looks at every operator.
         if self.engine.is_main and not self.run.config.torch_compile:
             vocabulary = self.run.model_config.vocab_size
-            self.memory = MemoryTracker(self.engine.holdings, vocabulary, self.engine.device.type)
+            self.memory = MemoryTracker(self.engine.held_tensors, vocabulary, self.engine.device.type)
             self.memory.__enter__()
 
     def _stop_tracking(self) -> MemoryTracker | None:

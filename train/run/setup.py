@@ -94,7 +94,7 @@ def settle(config: RunConfig) -> Run:
     trackers.check(config.report_to)
     if config.push_to_hub is not None and processes.rank() == 0:
         hub.check(config.push_to_hub)
-    restarted = rendezvous.has_begun(config.run_folder)
+    restarted = rendezvous.is_claimed(config.run_folder)
     if restarted:
         config = _go_on(config)
     if config.learning_rate is None:
@@ -274,7 +274,7 @@ def _settle_partition(
 
 def build(run: Run) -> Engine:
     """The engine with the model in it, at the step of the run's checkpoint; the run folder is this run's from here."""
-    rendezvous.meet()
+    rendezvous.join()
     engine = _create_engine(run)
     processes.watch_peer(gather_object([os.getpid()]))
     checkpoint = run.checkpoint
@@ -290,7 +290,7 @@ def build(run: Run) -> Engine:
     engine.wait()  # until everything is read, for what is claimed may be emptied
     if engine.is_main:
         checkpoints.claim(run.config.run_folder, checkpoint, run.config.overwrite)
-        rendezvous.mark_begun(run.config.run_folder)
+        rendezvous.claim(run.config.run_folder)
         if run.restarted:
             start = f"goes on from {checkpoint.folder}" if checkpoint else "begins anew: there was no checkpoint"
             print(f"restarted by the launcher: the run {start}", flush=True)

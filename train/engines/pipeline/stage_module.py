@@ -1,0 +1,73 @@
+"""The layers of one pipeline rank as the module that DeepSpeed's pipeline engine runs."""
+
+from collections.abc import Callable, Container, Sequence
+
+import torch
+from deepspeed.pipe import DualPipeVModule, LayerSpec, PipelineModule
+from torch import nn
+from torch.profiler import record_function
+
+from modeling_gpt2flash.pipeline import HeadLayer
+from train.engines.pipeline.tied_weights import first_and_last_layer
+from train.metrics.annotations import LOSS
+
+
+class StageModule(PipelineModule):
+    """The layers of one pipeline rank; it has no reference to the layers of others.
+
+    Args:
+        layers: all layers of the model.
+        own: the indices of those of this pipeline rank.
+        bounds: the first layer of each stage, and the number of layers.
+        size: the number of pipeline ranks.
+        tied: whether embeddings and head share their weight.
+        checkpoint: how DeepSpeed calls layers whose activations are recomputed.
+    """
+
+    def __init__(
+        self,
+        layers: list[nn.Module],
+        own: Container[int],
+        bounds: Sequence[int],
+        size: int,
+        tied: bool,
+        checkpoint: Callable,
+    ) -> None:
+        self.bounds = bounds
+        held = [layer if index in own else None for index, layer in enumerate(layers)]
+        first, last = first_and_last_layer(held[0], held[-1], tied)
+        head = held[-1]
+
+        def loss(hidden_states: torch.Tensor, shift_labels: torch.Tensor) -> torch.Tensor:
+            """The mean over a micro-batch while training, the sum while evaluating."""
+            assert isinstance(head, HeadLayer)
+            with record_function(LOSS):
+                return head.loss(hidden_states, shift_labels, num_items_in_batch=None if self.training else 1)
+
+        specs = [first, *map(_PrebuiltLayer, held[1:-1]), last]
+        super().__init__(specs, num_stages=size, loss_fn=loss, activation_checkpoint_func=checkpoint)
+        # DeepSpeed computes the norm of the gradient with one collective for each parameter group: a rank with fewer
+        # groups would make the others wait forever. Embeddings or head alone have no vector, the final norm no matrix.
+        for name, shape in (("no_matrix", (1, 1)), ("no_vector", (1,))):
+            if not any(min(parameter.ndim, 2) == len(shape) for parameter in self.parameters()):
+                self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
+
+    def _partition_layers(self, method: str = "") -> None:
+        self.parts = list(self.bounds)
+        rank = self._topo.get_coord(self.global_rank).pipe
+        self._set_bounds(self.bounds[rank], self.bounds[rank + 1])
+
+
+class DualPipeVStageModule(DualPipeVModule, StageModule):
+    """The same for DualPipeV, which takes the bounds of the first chunk from `StageModule` and adds the second's."""
+
+
+class _PrebuiltLayer(LayerSpec):
+    """DeepSpeed's description of a layer; None where another process has it."""
+
+    def __init__(self, layer: nn.Module | None) -> None:
+        super().__init__(nn.Module)
+        self.layer = layer
+
+    def build(self, log: bool = False) -> nn.Module | None:
+        return self.layer
