@@ -42,8 +42,8 @@ def track(shape: Shape, layout: Layout) -> dict[str, Any]:
     config = config_of(shape, loss_chunk_size=layout.loss_chunk_size)
     attention = "sdpa" if layout.fused_attention else "eager"
     model = GPT2FlashForCausalLM._from_config(config, attn_implementation=attention).train()
-    if layout.recompute != "none":
-        checkpoint_blocks(model, checkpoint_arguments(layout.recompute))
+    if layout.activation_checkpointing != "none":
+        checkpoint_blocks(model, checkpoint_arguments(layout.activation_checkpointing))
     optimizer = build_optimizer(model, "adamw", learning_rate=1e-3, weight_decay=0.1, betas=(0.9, 0.95), fused=False)
     ids = torch.randint(shape.vocab_size, (layout.micro_batch, shape.block_size))
 
@@ -72,13 +72,13 @@ def track(shape: Shape, layout: Layout) -> dict[str, Any]:
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("chunk", [0, 50], ids=["logits", "chunks"])
 @pytest.mark.parametrize(
-    ("attention", "recompute"),
+    ("attention", "checkpointing"),
     [("sdpa", "none"), ("eager", "none"), ("sdpa", "full"), ("sdpa", "selective"), ("eager", "full")],
 )
 @pytest.mark.parametrize(
     "shapes", [[SHAPES[2]], pytest.param(SHAPES, marks=pytest.mark.slow)], ids=["odd", "all shapes"]
 )
-def test_one_process(attention: str, recompute: Any, chunk: int, bf16: bool, shapes: list[Shape]) -> None:
+def test_one_process(attention: str, checkpointing: Any, chunk: int, bf16: bool, shapes: list[Shape]) -> None:
     for shape in shapes:
         for micro_batch, accumulation in ((1, 1), (5, 2)):
             layout = Layout(
@@ -86,7 +86,7 @@ def test_one_process(attention: str, recompute: Any, chunk: int, bf16: bool, sha
                 1,
                 micro_batch,
                 accumulation,
-                recompute=recompute,
+                activation_checkpointing=checkpointing,
                 bf16=bf16,
                 fused_attention=attention == "sdpa",
                 loss_chunk_size=chunk,
@@ -124,13 +124,17 @@ LAYOUTS = {
     "ddp": Layout("ddp", 2, 3, bf16=False, fused_attention=False, loss_chunk_size=0),
     "ddp-bf16": Layout("ddp", 2, 2, 2, bf16=True, loss_chunk_size=50),
     "fsdp2": Layout("fsdp2", 2, 3, bf16=False, fused_attention=False, loss_chunk_size=0),
-    "fsdp2-bf16": Layout("fsdp2", 2, 2, 2, bf16=True, loss_chunk_size=50, recompute="full"),
+    "fsdp2-bf16": Layout("fsdp2", 2, 2, 2, bf16=True, loss_chunk_size=50, activation_checkpointing="full"),
     "zero1": Layout("zero", 2, 3, zero_stage=1, bf16=True),
-    "zero1-recompute": Layout("zero", 2, 1, 2, zero_stage=1, bf16=False, recompute="full", loss_chunk_size=50),
+    "zero1-recompute": Layout(
+        "zero", 2, 1, 2, zero_stage=1, bf16=False, activation_checkpointing="full", loss_chunk_size=50
+    ),
     "zero2": Layout("zero", 2, 3, zero_stage=2, bf16=True, loss_chunk_size=50),
-    "zero2-recompute": Layout("zero", 2, 1, 2, zero_stage=2, bf16=False, recompute="full"),
+    "zero2-recompute": Layout("zero", 2, 1, 2, zero_stage=2, bf16=False, activation_checkpointing="full"),
     "zero3": Layout("zero", 2, 3, zero_stage=3, bf16=True),
-    "zero3-recompute": Layout("zero", 2, 1, 2, zero_stage=3, bf16=False, recompute="full", loss_chunk_size=50),
+    "zero3-recompute": Layout(
+        "zero", 2, 1, 2, zero_stage=3, bf16=False, activation_checkpointing="full", loss_chunk_size=50
+    ),
     "pipeline": Layout("zero", 2, 2, 4, zero_stage=1, stages=2, bf16=True),
     "pipeline-fp32": Layout("zero", 2, 3, 2, zero_stage=1, stages=2, bf16=False, fused_attention=False),
 }
@@ -160,7 +164,7 @@ def test_two_processes(name: str, tmp_path: Path) -> None:
         f"--mixed_precision={'bf16' if layout.bf16 else 'no'}",
         f"--attn_implementation={'sdpa' if layout.fused_attention else 'eager'}",
         f"--loss_chunk_size={layout.loss_chunk_size}",
-        f"--activation_checkpointing={layout.recompute}",
+        f"--activation_checkpointing={layout.activation_checkpointing}",
     ]
     if layout.kind == "zero":
         file = zero_json(tmp_path / "zero.json", layout.zero_stage, layout.stages > 1)

@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from train.metrics.summary import hardware, json_safe, versions
+from train.metrics.hardware import hardware, versions
 from train.parity.differences import TOLERANCES, Difference, is_green
 from train.parity.layouts import Case
 from train.parity.reference import SEQUENCES, STEPS
+from train.utils.json_files import json_safe
 from train.utils.tables import markdown_table
 
 

@@ -1,11 +1,11 @@
-"""Plan a run before it is started: what fits into memory, what is fastest, and the command.
+"""Plan a run before it is started: which layouts fit into memory, which is the fastest, and its command.
 
   python -m train.plan --model gpt2-xl --block_size 1024 --world_size 8 --device_memory 80GB
 
-Every layout of this trainer is tried (one process, DDP, FSDP2, ZeRO-1/2/3 with and without offload, 1F1B pipelines),
-with all activations kept, attention's output alone kept, or none, and with micro-batches that make the asked step.
-The memory is arithmetic that the tests hold to measured steps; the speed is an estimate that ranks, on stated
-assumptions.
+Tries every layout of this trainer (one process, DDP, FSDP2, ZeRO-1/2/3 with and without offload, 1F1B pipelines), with
+no, selective and full activation checkpointing, and with all sizes of micro-batches that divide the step. Memory is
+computed by arithmetic that the tests compare with measured steps; speed is an estimate for ranking, whose assumptions
+are printed.
 """
 
 import argparse
@@ -16,10 +16,10 @@ from dataclasses import dataclass, replace
 from typing import get_args
 
 from train.checkpoints.loading import model_config
-from train.config import packaged as shipped
+from train.config import packaged
 from train.engines.pipeline.partition import Partition, partition
 from train.plan.memory import Memory, predict
-from train.plan.shapes import Layout, Recompute, Shape
+from train.plan.shapes import ActivationCheckpointing, Layout, Shape
 from train.plan.speed import DEVICES, Device, Speed, predict_speed
 from train.utils.command import run_command
 from train.utils.errors import UserError
@@ -51,10 +51,10 @@ class Plan:
 def plans(
     model: str, block_size: int | None, world_size: int, sequences: int, device: Device, efficiency: float
 ) -> list[Plan]:
-    """Every layout that makes a step of `sequences`, fitting or not, the fastest first.
+    """Every layout for a step of `sequences`, whether it fits or not, the fastest first.
 
     Raises:
-        UserError: for a model that is not known, or numbers that no layout fits.
+        UserError: if the model is unknown, or no layout can have these numbers.
     """
     config = model_config(model, dropout=0.0, loss_chunk_size=LOSS_CHUNK_SIZE)
     block_size = block_size or config.n_positions
@@ -64,35 +64,35 @@ def plans(
     bf16 = device.has_bf16
     found = []
     for base in _layouts(world_size, shape.n_layer + 3, device):
-        cut = partition(config, base.stages, block_size=block_size) if base.stages > 1 else None
+        stages = partition(config, base.stages, block_size=block_size) if base.stages > 1 else None
         for micro_batch in _micro_batches(sequences, base.data_parallel):
             accumulation = sequences // base.data_parallel // micro_batch
-            for recompute in get_args(Recompute):
+            for mode in get_args(ActivationCheckpointing):
                 layout = replace(
                     base,
                     micro_batch=micro_batch,
                     accumulation=accumulation,
-                    recompute=recompute,
+                    activation_checkpointing=mode,
                     bf16=bf16,
                     device=device.kind,
                     loss_chunk_size=LOSS_CHUNK_SIZE,
-                    bounds=cut.bounds if cut else (),
+                    bounds=stages.bounds if stages else (),
                 )
-                found.append(_plan(shape, layout, device, efficiency, cut))
+                found.append(_plan(shape, layout, device, efficiency, stages))
     if not found:
         raise UserError(
-            f"--sequences_per_step {sequences}: cannot be shared by {world_size} processes; ask for a multiple of it"
+            f"--sequences_per_step {sequences}: cannot be divided among {world_size} processes; give a multiple of it"
         )
-    # Of equals the one that recomputes less and holds less.
+    # Of equally fast ones, the one with less memory.
     return sorted(found, key=lambda plan: (-plan.speed.tokens_per_second, plan.memory.peak))
 
 
-def _plan(shape: Shape, layout: Layout, device: Device, efficiency: float, cut: Partition | None) -> Plan:
-    return Plan(shape, layout, predict(shape, layout), predict_speed(shape, layout, device, efficiency, cut))
+def _plan(shape: Shape, layout: Layout, device: Device, efficiency: float, stages: Partition | None) -> Plan:
+    return Plan(shape, layout, predict(shape, layout), predict_speed(shape, layout, device, efficiency, stages))
 
 
 def _layouts(world_size: int, layers: int, device: Device) -> Iterator[Layout]:
-    """`layers`: what a pipeline can be cut into: embeddings, blocks, final norm, head."""
+    """`layers`: those that a pipeline can be split into: embeddings, blocks, final norm, head."""
     if world_size == 1:
         yield Layout("single", 1, 1)
     else:
@@ -100,7 +100,7 @@ def _layouts(world_size: int, layers: int, device: Device) -> Iterator[Layout]:
         yield Layout("fsdp2", world_size, 1)
     for stage in (1, 2, 3):
         for offload in (False, True):
-            # Alone there is nothing to share out, and a CPU is its own host.
+            # A single process has nothing to shard, and a CPU is its own host.
             if (not offload or device.kind == "gpu") and (offload or world_size > 1):
                 yield Layout("zero", world_size, 1, zero_stage=stage, offload=offload)
     for stages in range(2, min(world_size, layers) + 1):
@@ -109,44 +109,44 @@ def _layouts(world_size: int, layers: int, device: Device) -> Iterator[Layout]:
 
 
 def _micro_batches(sequences: int, data_parallel: int) -> list[int]:
-    """The divisors of a process's share of a step; none where the step cannot be shared."""
+    """The divisors of a process's share of a step; empty if the step cannot be divided."""
     share, rest = divmod(sequences, data_parallel)
     return [] if rest else [number for number in range(1, share + 1) if share % number == 0]
 
 
 def command(plan: Plan, model: str) -> str:
-    """What starts it here, with a shipped configuration; data and folders are the flags' defaults."""
+    """The command that starts the plan here, with a shipped configuration and the default data and folders."""
     layout = plan.layout
     files = {"ddp": "ddp", "fsdp2": "fsdp2", "zero": "deepspeed"}
-    words = ["python -m train"]
+    arguments = ["python -m train"]
     if layout.kind != "single":
-        file = shipped.accelerate_file(f"{files[layout.kind]}.yaml")
-        words = [f"accelerate launch --config_file {shlex.quote(str(file))}"]
-        words += [f"--num_processes {layout.world_size} -m train"]
-    words += [f"--run_type {'optimized' if layout.kind == 'zero' else 'baseline'}"]
+        file = packaged.accelerate_file(f"{files[layout.kind]}.yaml")
+        arguments = [f"accelerate launch --config_file {shlex.quote(str(file))}"]
+        arguments += [f"--num_processes {layout.world_size} -m train"]
+    arguments += [f"--run_type {'optimized' if layout.kind == 'zero' else 'baseline'}"]
     if layout.kind == "zero":
         name = "pipeline" if layout.stages > 1 else f"zero{layout.zero_stage}{'_offload' * layout.offload}"
-        words += [f"--deepspeed_config ds_configs/{name}.json"]
+        arguments += [f"--deepspeed_config ds_configs/{name}.json"]
     if layout.stages > 1:
-        words += [f"--pipeline_stages {layout.stages}"]
-    words += [f"--model {shlex.quote(model)} --block_size {plan.shape.block_size}"]
-    words += [f"--train_micro_batch_size_per_gpu {layout.micro_batch}"]
-    words += [f"--gradient_accumulation_steps {layout.accumulation}"]
-    if layout.recompute != "none":
-        words += [f"--activation_checkpointing {layout.recompute}"]
-    words += [f"--attn_implementation {'sdpa' if layout.recompute == 'selective' else 'auto'}"]
-    words += [f"--loss_chunk_size {layout.loss_chunk_size} --mixed_precision {'bf16' if layout.bf16 else 'no'}"]
+        arguments += [f"--pipeline_stages {layout.stages}"]
+    arguments += [f"--model {shlex.quote(model)} --block_size {plan.shape.block_size}"]
+    arguments += [f"--train_micro_batch_size_per_gpu {layout.micro_batch}"]
+    arguments += [f"--gradient_accumulation_steps {layout.accumulation}"]
+    if layout.activation_checkpointing != "none":
+        arguments += [f"--activation_checkpointing {layout.activation_checkpointing}"]
+    arguments += [f"--attn_implementation {'sdpa' if layout.activation_checkpointing == 'selective' else 'auto'}"]
+    arguments += [f"--loss_chunk_size {layout.loss_chunk_size} --mixed_precision {'bf16' if layout.bf16 else 'no'}"]
     lines = [""]
-    for word in words:
-        if len(lines[-1]) + len(word) > 100:
+    for argument in arguments:
+        if len(lines[-1]) + len(argument) > 100:
             lines[-1] += " \\"
             lines.append("   ")
-        lines[-1] += " " * bool(lines[-1]) + word
+        lines[-1] += " " * bool(lines[-1]) + argument
     return "\n".join(lines)
 
 
 def best_of_each(found: Sequence[Plan], limit: float) -> list[Plan]:
-    """Of each layout the fastest that fits, the fastest first."""
+    """The fastest plan of each layout that fits, the fastest first."""
     best: dict[str, Plan] = {}
     for plan in found:
         if plan.memory.peak <= limit:
@@ -155,16 +155,7 @@ def best_of_each(found: Sequence[Plan], limit: float) -> list[Plan]:
 
 
 def table(chosen: Sequence[Plan]) -> str:
-    header = [
-        "layout",
-        "micro-batch",
-        "accumulation",
-        "recomputed",
-        "GB a process",
-        "tokens/s",
-        "idle",
-        "communication",
-    ]
+    columns = "layout, micro-batch, accumulation, checkpointing, GB a process, tokens/s, idle, communication"
     rows = []
     for plan in chosen:
         layout, speed = plan.layout, plan.speed
@@ -173,13 +164,13 @@ def table(chosen: Sequence[Plan]) -> str:
             plan.name,
             str(layout.micro_batch),
             str(layout.accumulation),
-            layout.recompute,
+            layout.activation_checkpointing,
             f"{plan.memory.peak / 1e9:.3g}",
             f"{speed.tokens_per_second:,.0f}",
             f"{speed.bubble / seconds:.1%}",
             f"{speed.communication / seconds:.1%}",
         ])  # fmt: skip
-    return markdown_table(header, rows)
+    return markdown_table(columns.split(", "), rows)
 
 
 def assumptions(device: Device, efficiency: float, limit: float, bf16: bool) -> str:
@@ -190,7 +181,7 @@ def assumptions(device: Device, efficiency: float, limit: float, bf16: bool) -> 
         "ds_configs has",
         f"- arithmetic: {efficiency:.0%} of {device.flops(bf16) / 1e12:g} TFLOP/s ({device.name}), and what is "
         "recomputed",
-        "- offloaded state needs 16 to 18 bytes a parameter of the hosts' memory, which is not looked at",
+        "- offloaded state needs 16 to 18 bytes a parameter of the hosts' memory, which is not checked",
         f"- links: {device.link / 1e9:g} GB/s between processes, {device.host_link / 1e9:g} GB/s to the host",
     ])  # fmt: skip
 
@@ -236,7 +227,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         nearest = min(found, key=lambda plan: plan.memory.peak)
         raise UserError(
             f"nothing fits into {args.device_memory} x {USABLE:.0%}; nearest comes {nearest.name} with micro-batches "
-            f"of {nearest.layout.micro_batch}, activation checkpointing {nearest.layout.recompute}, with "
+            f"of {nearest.layout.micro_batch}, {nearest.layout.activation_checkpointing} activation checkpointing and "
             f"{nearest.memory.peak / 1e9:.3g} GB; take more processes, a smaller model or a smaller --block_size"
         )
     print(table(chosen))

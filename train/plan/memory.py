@@ -1,11 +1,10 @@
-"""What one process holds while it trains, by arithmetic: a step is gone through once, tensor by tensor, on paper.
+"""Predict the peak memory of a process in a training step, by allocating and freeing tensors on paper.
 
-Every number below was read off a tracked step (`train.metrics.memory_tracker`) and is held to it by
-tests/test_plan_memory.py. Bytes are those of tensors, without an allocator's gaps or what libraries take. Not
-compiled: torch.compile keeps fewer of a block's activations, so that a compiled run needs less than is said here.
+Every size was read off a tracked step (`train.metrics.memory_tracker`), and tests/test_plan_memory.py compares the
+predictions with tracked steps. Bytes are those of tensors, without an allocator's gaps or the memory of libraries.
+Without torch.compile, which saves fewer of a block's activations, so that a compiled run needs less.
 
-Shapes: B sequences of a micro-batch, T positions, D width, I width of the MLP, H heads, V vocabulary, L blocks, N
-parameters of the process's share of the model, P processes that share the data.
+Shapes: see `train.plan.sizes`.
 """
 
 from collections.abc import Mapping
@@ -14,339 +13,242 @@ from dataclasses import dataclass
 from modeling_gpt2flash.loss import ALIGNMENT, CPU_PIECE_ROWS
 from train.metrics.memory_profile import CATEGORIES
 from train.plan.shapes import Layout, Shape
-
-FP32, BF16, INT64 = 4, 2, 8
+from train.plan.sizes import BF16, FP32, INT64, StageSizes
 
 
 @dataclass(frozen=True)
 class Memory:
-    """The most that a process holds at one time, and of what it consists."""
+    """Peak memory in bytes, and its categories at the peak."""
 
     peak: int
     at_peak: Mapping[str, int]
 
 
+class Ledger:
+    """Bytes that are allocated now, by category, and their peak."""
+
+    def __init__(self) -> None:
+        self.held = dict.fromkeys(CATEGORIES, 0)
+        self.peak = Memory(0, self.held)
+
+    def hold(self, **bytes_: int) -> None:
+        """Allocate until freed."""
+        for category, amount in bytes_.items():
+            self.held[category] += amount
+        self.pass_through()
+
+    def free(self, **bytes_: int) -> None:
+        for category, amount in bytes_.items():
+            self.held[category] -= amount
+
+    def pass_through(self, **temporary: int) -> None:
+        """Allocate these beside what is held, and free them at once."""
+        now = {category: amount + temporary.get(category, 0) for category, amount in self.held.items()}
+        if sum(now.values()) > self.peak.peak:
+            self.peak = Memory(sum(now.values()), now)
+
+
 def predict(shape: Shape, layout: Layout) -> Memory:
-    """Of the process with the most."""
+    """The peak of the process with the most."""
     return max((predict_stage(shape, layout, stage) for stage in range(layout.stages)), key=lambda found: found.peak)
 
 
 def predict_stage(shape: Shape, layout: Layout, stage: int) -> Memory:
-    return _Step(shape, layout, stage).run()
+    """The peak of a process of one pipeline stage over a step."""
+    sizes, ledger = StageSizes(shape, layout, stage), Ledger()
+    _allocate_state(sizes, ledger)
+    at_once = min(layout.stages - stage, layout.accumulation)
+    # The first backward pass runs with all micro-batches in flight, and a later one with gradients as well.
+    later = at_once if layout.accumulation > at_once else at_once - 1
+    for number, in_flight in enumerate((at_once, later)):
+        if in_flight:
+            waiting = (in_flight - 1) * sizes.saved_by_forward
+            ledger.hold(activations=waiting)
+            _forward(sizes, ledger)
+            _backward(sizes, ledger, has_gradients=number > 0)
+            ledger.free(activations=waiting)
+    _update(sizes, ledger)
+    return ledger.peak
 
 
-class _Step:
-    """The tensors of one process over a step."""
+def _allocate_state(sizes: StageSizes, ledger: Ledger) -> None:
+    """Bytes for each parameter, before any gradient.
 
-    def __init__(self, shape: Shape, layout: Layout, stage: int) -> None:
-        self.shape, self.layout = shape, layout
-        last_layer = shape.n_layer + 2
-        bounds = layout.bounds or (0, last_layer + 1)
-        own = range(bounds[stage], bounds[stage + 1])
-        self.stage = stage
-        self.blocks = sum(1 <= layer <= shape.n_layer for layer in own)
-        self.first, self.has_norm, self.last = 0 in own, last_layer - 1 in own, last_layer in own
+    Plain: 4 weight + 8 AdamW's two moments. DDP: 4 more for its buckets of gradients. FSDP2: plain / P. ZeRO-1 and 2:
+    the weight (2 in bf16) + (4 fp32 master weight, also in fp32, + 8) / P. ZeRO-3: (weight + 4 + 8 + gradient) / P,
+    and its bucket. Offloaded state is in the host's memory. A stage after the first has buffers for the received
+    hidden states, their copy that autograd starts from, and the gradient that is sent back.
+    """
+    layout, count, shard = sizes.layout, sizes.parameter_count, sizes.shard
+    on_device = sizes.state_on_device
+    tokens = 2 * INT64 * sizes.tokens  # inputs and labels
+    match layout.kind, layout.zero_stage:
+        case "single", _:
+            ledger.hold(parameters=FP32 * count, optimizer=2 * FP32 * count, workspace=tokens)
+        case "ddp", _:
+            ledger.hold(parameters=FP32 * count, optimizer=2 * FP32 * count, workspace=tokens + FP32 * count)
+        case "fsdp2", _:
+            ledger.hold(parameters=FP32 * shard, optimizer=2 * FP32 * shard, workspace=tokens)
+        case "zero", 3:
+            ledger.hold(
+                parameters=on_device * sizes.weight * shard,
+                gradients=on_device * sizes.weight * shard,
+                optimizer=on_device * 3 * FP32 * shard,
+                workspace=tokens + sizes.weight * layout.buckets.reduce,
+            )
+        case "zero", _:
+            received = 3 * sizes.residual if sizes.stage else 0
+            ledger.hold(
+                parameters=sizes.weight * count, optimizer=on_device * 3 * FP32 * shard, workspace=tokens + received
+            )
 
-        tokens = layout.micro_batch * shape.block_size
-        self.tokens = tokens
-        pure = layout.bf16 and not layout.autocast
-        self.compute = BF16 if layout.bf16 else FP32  # what products read and write
-        self.residual = (BF16 if pure else FP32) * tokens * shape.n_embd
-        self.hidden = self.compute * tokens * shape.n_embd
-        self.inner = self.compute * tokens * shape.n_inner
-        self.scores = layout.micro_batch * shape.n_head * shape.block_size**2
-        self.weight = BF16 if pure else FP32  # of the model's own parameters, and their gradients
-        self.held = dict.fromkeys(CATEGORIES, 0)
-        self.peak = Memory(0, self.held)
 
-    def run(self) -> Memory:
-        self._hold_state()
-        at_once = min(self.layout.stages - self.stage, self.layout.accumulation)
-        # The first backward pass comes with all micro-batches in flight, and a later one with gradients as well.
-        later = at_once if self.layout.accumulation > at_once else at_once - 1
-        for number, in_flight in enumerate((at_once, later)):
-            if in_flight:
-                waiting = (in_flight - 1) * self._kept_by_forward()
-                self._hold(activations=waiting)
-                self._forward()
-                self._backward(has_gradients=number > 0)
-                self._free(activations=waiting)
-        self._update()
-        return self.peak
+# Forward
 
-    def _hold(self, **bytes_: int) -> None:
-        for category, amount in bytes_.items():
-            self.held[category] += amount
-        self._moment()
 
-    def _free(self, **bytes_: int) -> None:
-        for category, amount in bytes_.items():
-            self.held[category] -= amount
+def _forward(sizes: StageSizes, ledger: Ledger) -> None:
+    shape, layout = sizes.shape, sizes.layout
+    ledger.hold(parameters=sizes.gathered, activations=sizes.mask)
+    ledger.hold(activations=sizes.saved_by_forward)
+    if not sizes.has_head:
+        return
+    checkpoints = layout.activation_checkpointing != "none"
+    cast = BF16 * sizes.blocks * shape.matrices if layout.autocast and checkpoints else 0
+    ledger.hold(workspace=cast)  # autocast's copies, until the forward pass is over
+    if layout.loss_chunk_size:
+        _chunked_loss(sizes, ledger)
+    else:
+        logits = shape.vocab_size * sizes.tokens
+        ledger.hold(activations=sizes.hidden + (BF16 * shape.vocabulary if layout.autocast else 0))
+        ledger.hold(logits=FP32 * logits)  # log_softmax, saved
+        ledger.pass_through(
+            logits=sizes.compute * logits + (FP32 * logits if layout.bf16 else 0),
+            workspace=sizes.residual if layout.autocast else 0,
+        )
+    ledger.free(workspace=cast)
 
-    def _moment(self, **passing: int) -> None:
-        """What is held, and for a moment more."""
-        now = {category: amount + passing.get(category, 0) for category, amount in self.held.items()}
-        if sum(now.values()) > self.peak.peak:
-            self.peak = Memory(sum(now.values()), now)
 
-    # The state that stays
+def _chunked_loss(sizes: StageSizes, ledger: Ledger) -> None:
+    """The logits of a chunk, and the gradients of hidden states and head, which the forward pass computes and saves.
 
-    @property
-    def numbers(self) -> int:
-        """Parameters of this process's stage, whole; a tied head is held by the first stage and the last."""
-        shape = self.shape
-        head = shape.vocabulary if self.last and not self.first else 0
-        return self.first * shape.embeddings + self.blocks * shape.block + self.has_norm * 2 * shape.n_embd + head
+    The head's is summed in fp32 and saved in the precision of the weight.
+    """
+    shape, layout = sizes.shape, sizes.layout
+    columns = -(-shape.vocab_size // ALIGNMENT) * ALIGNMENT
+    rows = min(layout.loss_chunk_size, sizes.tokens)
+    on_cpu = layout.device == "cpu"
+    head = (shape.vocab_size if on_cpu else columns) * shape.n_embd
+    logits = sizes.compute * rows * columns
+    temporary = sizes.residual + sizes.compute * rows * shape.n_embd  # the final norm's output, a chunk's gradient
+    if layout.bf16:
+        logits += FP32 * shape.vocab_size * (min(CPU_PIECE_ROWS, rows) if on_cpu else rows)  # the softmax in fp32
+        temporary += BF16 * head  # a chunk's gradient of the head
+        if sizes.weight == BF16:
+            temporary += FP32 * head  # the sum, before it is rounded
+    if layout.autocast or head != shape.vocabulary:
+        temporary += sizes.compute * head + sizes.compute * rows * shape.n_embd  # weight and rows cast
+    ledger.hold(activations=sizes.residual + sizes.weight * head)
+    ledger.pass_through(logits=logits, workspace=temporary)
 
-    @property
-    def largest(self) -> int:
-        """The largest parameter."""
-        return self.shape.vocabulary if self.first or self.last else self.shape.n_embd * self.shape.n_inner
 
-    def _hold_state(self) -> None:
-        """Bytes for each parameter, before any gradient.
+# Backward
 
-        plain: 4 weight + 8 AdamW's two moments. DDP: and 4 for the buckets in which gradients travel. FSDP2: plain's
-        over P. ZeRO-1 and 2: the weight (2 in bf16) + (4 fp32 master, in fp32 as well, + 8) / P. ZeRO-3: (weight + 4
-        + 8 + gradient) / P, and its bucket. Offloaded state is the host's. A stage behind the first has buffers for
-        the hidden states that come, their copy that autograd begins with, and the gradient that goes back.
-        """
-        layout, numbers = self.layout, self.numbers
-        share = -(-numbers // layout.data_parallel)
-        on_device = not layout.offload or layout.device == "cpu"
-        tokens = 2 * INT64 * self.tokens  # inputs and labels
-        match layout.kind, layout.zero_stage:
-            case "single", _:
-                self._hold(parameters=FP32 * numbers, optimizer=2 * FP32 * numbers, workspace=tokens)
-            case "ddp", _:
-                self._hold(parameters=FP32 * numbers, optimizer=2 * FP32 * numbers, workspace=tokens + FP32 * numbers)
-            case "fsdp2", _:
-                self._hold(parameters=FP32 * share, optimizer=2 * FP32 * share, workspace=tokens)
-            case "zero", 3:
-                self._hold(
-                    parameters=on_device * self.weight * share,
-                    gradients=on_device * self.weight * share,
-                    optimizer=on_device * 3 * FP32 * share,
-                    workspace=tokens + self.weight * layout.buckets.reduce,
-                )
-            case "zero", _:
-                passed = 3 * self.residual if self.stage else 0
-                self._hold(
-                    parameters=self.weight * numbers,
-                    optimizer=on_device * 3 * FP32 * share,
-                    workspace=tokens + passed,
-                )
 
-    @property
-    def gathered(self) -> int:
-        """Bytes of whole parameters that come from other processes while a layer computes.
+def _backward(sizes: StageSizes, ledger: Ledger, has_gradients: bool) -> None:
+    """`has_gradients`: whether an earlier micro-batch has allocated them."""
+    shape, layout = sizes.shape, sizes.layout
+    vocabulary = sizes.weight * shape.vocabulary
+    if sizes.has_head:
+        _backward_of_loss(sizes, ledger)
+        # The head's gradient of a tied weight waits for the embeddings', to which it is added.
+        ledger.hold(workspace=vocabulary if sizes.has_embeddings else 0)
+    ledger.hold(workspace=sizes.residual)  # the gradient of the residual stream
+    shard = sizes.weight * sizes.parameter_count // layout.data_parallel
+    added = shard if layout.zero_stage == 2 and has_gradients else 0  # of this micro-batch, before it is added
+    if layout.kind == "zero":
+        ledger.hold(workspace=sizes.buckets, gradients=added)
+    bytes_each = 0 if has_gradients else sizes.gradient_bytes
+    if sizes.has_head and not sizes.has_embeddings:
+        _gradients(sizes, ledger, shape.vocabulary, bytes_each)
+    prefetched = 2 * sizes.compute * shape.block if layout.kind == "fsdp2" else 0
+    ledger.hold(parameters=prefetched)
+    for _ in range(sizes.blocks):
+        ledger.free(activations=sizes.saved_by_block)
+        _backward_of_block(sizes, ledger)
+        _gradients(sizes, ledger, shape.block, bytes_each)
+    ledger.free(parameters=prefetched)
+    if sizes.has_embeddings:
+        # The gradient of the embeddings, the head's, and their sum.
+        ledger.pass_through(workspace=vocabulary * (2 if sizes.has_head else 1))
+        _gradients(sizes, ledger, shape.embeddings, bytes_each)
+    _gradients(sizes, ledger, 2 * shape.n_embd * sizes.has_norm, bytes_each)
+    ledger.free(workspace=sizes.residual, activations=sizes.residual)
+    if sizes.has_head and sizes.has_embeddings:
+        ledger.free(workspace=vocabulary)
+    if layout.kind == "zero":
+        if layout.zero_stage == 1:  # the shard is copied out of the buckets
+            ledger.pass_through(gradients=shard)
+        ledger.free(workspace=sizes.buckets, gradients=added)
+    ledger.free(parameters=sizes.gathered, activations=sizes.mask)
 
-        FSDP2: the embeddings throughout (and, in `_backward`, a block and the one fetched ahead). ZeRO-3 lets go of a
-        parameter only if it is needed again after more than `reuse` numbers; from the forward to the backward pass
-        that is twice what lies behind it.
-        """
-        shape, layout, width = self.shape, self.layout, self.compute
-        if layout.kind == "fsdp2":
-            return width * shape.embeddings
-        if layout.kind == "zero" and layout.zero_stage == 3:
-            buckets = layout.buckets
-            return width * min(shape.parameters, buckets.reuse // 2 + buckets.prefetch + shape.vocabulary)
-        return 0
 
-    # Forward
+def _gradients(sizes: StageSizes, ledger: Ledger, count: int, bytes_each: float) -> None:
+    """The gradients of `count` parameters are computed, of which `bytes_each` remain."""
+    computed = sizes.weight * count
+    if sizes.layout.kind == "fsdp2":
+        computed = (sizes.compute + 2 * FP32) * count  # as computed, to be reduced, and those of the block before
+    ledger.pass_through(workspace=computed)
+    ledger.hold(gradients=int(bytes_each * count))
 
-    @property
-    def inner_kept(self) -> int:
-        """Tensors of B T I that the MLP keeps: GELU's input and output; of its tanh form in steps, as the baseline has
-        it, three of those as well."""
-        return 2 if self.layout.kind == "zero" else 5
 
-    @property
-    def block_activations(self) -> int:
-        """What a block keeps for its backward pass, its input included.
+def _backward_of_loss(sizes: StageSizes, ledger: Ledger) -> None:
+    shape, layout = sizes.shape, sizes.layout
+    if layout.loss_chunk_size:  # the gradients exist already, and are scaled in place
+        vocabulary = shape.vocabulary
+        if layout.device != "cpu":
+            vocabulary = -(-shape.vocab_size // ALIGNMENT) * ALIGNMENT * shape.n_embd
+        ledger.free(activations=sizes.residual + sizes.weight * vocabulary)
+        return
+    logits = shape.vocab_size * sizes.tokens
+    ledger.pass_through(logits=2 * FP32 * logits)  # of the log-softmax, and of the logits
+    ledger.free(logits=FP32 * logits)
+    ledger.pass_through(logits=(FP32 + (BF16 if layout.bf16 else 0)) * logits, workspace=sizes.hidden)
+    ledger.pass_through(logits=sizes.compute * logits, workspace=sizes.hidden + (FP32 + BF16) * shape.vocabulary)
+    ledger.free(activations=sizes.hidden + (BF16 * shape.vocabulary if layout.autocast else 0))
 
-        In products' precision: both norms' outputs 2 B T D, q, k, v and attention's output 4 B T D, and what the MLP
-        keeps (`inner_kept`). In the residual stream's: its two sums 2 B T D. Norms keep mean and deviation. Attention:
-        eager its probabilities, in fp32 and as they are multiplied; fused kernels a number for each row and head.
-        Autocast keeps the cast matrices.
-        """
-        shape, layout = self.shape, self.layout
-        kept = 2 * self.residual + 6 * self.hidden + self.inner_kept * self.inner
-        kept += 4 * FP32 * self.tokens
-        if layout.fused_attention:
-            kept += FP32 * self.tokens * shape.n_head
-        else:
-            kept += self.scores * (FP32 + (BF16 if layout.bf16 else 0))
-        return kept + (BF16 * shape.matrices if layout.autocast else 0)
 
-    @property
-    def block_kept(self) -> int:
-        """What a block keeps until its backward pass begins: all, its input alone, or that and the outputs of
-        attention and of its four matmuls."""
-        if self.layout.recompute == "none":
-            return self.block_activations
-        saved = 6 * self.hidden + self.inner + FP32 * self.tokens * self.shape.n_head
-        return self.residual + (saved if self.layout.recompute == "selective" else 0)
+def _backward_of_block(sizes: StageSizes, ledger: Ledger) -> None:
+    """The peak is at GELU, whose output is freed, with two gradients of B T I (three if it is several operators); or
+    at eager attention's softmax, after the MLP's activations are freed, with two gradients of the scores."""
+    activations = sizes.block_activations
+    matrix = sizes.weight * sizes.shape.n_embd * sizes.shape.n_inner  # the gradient of the MLP's second matrix
+    gradients = 2 if sizes.saved_by_mlp == 2 else 3
+    ledger.pass_through(activations=activations - sizes.inner, workspace=gradients * sizes.inner + matrix)
+    if not sizes.layout.fused_attention:
+        of_mlp = sizes.saved_by_mlp * sizes.inner + sizes.hidden + sizes.residual
+        of_scores = 2 * FP32 * sizes.scores - (BF16 * sizes.scores if sizes.layout.bf16 else 0)
+        ledger.pass_through(activations=activations - of_mlp, workspace=of_scores + 2 * sizes.hidden + matrix)
 
-    def _kept_by_forward(self) -> int:
-        """By a stage for one micro-batch: its blocks and the last sum, which the next stage or the norm reads."""
-        return self.blocks * self.block_kept + self.residual
 
-    @property
-    def mask(self) -> int:
-        """Eager attention's mask, which recomputed blocks and the stages of a pipeline keep for their next run."""
-        layout = self.layout
-        kept = not layout.fused_attention and self.blocks and (layout.recompute != "none" or layout.stages > 1)
-        return FP32 * layout.micro_batch * self.shape.block_size**2 if kept else 0
+# The update
 
-    def _forward(self) -> None:
-        shape, layout = self.shape, self.layout
-        self._hold(parameters=self.gathered, activations=self.mask)
-        self._hold(activations=self._kept_by_forward())
-        if not self.last:
-            return
-        cast = BF16 * self.blocks * shape.matrices if layout.autocast and layout.recompute != "none" else 0
-        self._hold(workspace=cast)  # autocast's copies, until the forward pass is over
-        if layout.loss_chunk_size:
-            self._chunked_loss()
-        else:
-            logits = shape.vocab_size * self.tokens
-            scored = FP32 * logits  # log_softmax, kept
-            self._hold(activations=self.hidden + (BF16 * shape.vocabulary if layout.autocast else 0))
-            widened = FP32 * logits if layout.bf16 else 0
-            outputs = self.residual if layout.autocast else 0
-            self._hold(logits=scored)
-            self._moment(logits=self.compute * logits + widened, workspace=outputs)
-        self._free(workspace=cast)
 
-    def _chunked_loss(self) -> None:
-        """A chunk's logits, and the gradients of rows (kept) and vocabulary (summed in fp32, kept in the weight's)."""
-        shape, layout = self.shape, self.layout
-        columns = -(-shape.vocab_size // ALIGNMENT) * ALIGNMENT
-        rows = min(layout.loss_chunk_size, self.tokens)
-        on_cpu = layout.device == "cpu"
-        vocabulary = (shape.vocab_size if on_cpu else columns) * shape.n_embd
-        logits = self.compute * rows * columns
-        passing = self.residual + self.compute * rows * shape.n_embd  # the final norm's output, a chunk's gradient
-        if layout.bf16:
-            logits += FP32 * shape.vocab_size * (min(CPU_PIECE_ROWS, rows) if on_cpu else rows)  # scored in fp32
-            passing += BF16 * vocabulary  # a chunk's gradient of the vocabulary
-            if self.weight == BF16:
-                passing += FP32 * vocabulary  # the sum, before it is rounded
-        if layout.autocast or vocabulary != shape.vocabulary:
-            passing += self.compute * vocabulary + self.compute * rows * shape.n_embd  # weight and rows cast
-        self._hold(activations=self.residual + self.weight * vocabulary)
-        self._moment(logits=logits, workspace=passing)
+def _update(sizes: StageSizes, ledger: Ledger) -> None:
+    """The temporary tensors of AdamW.
 
-    # Backward
-
-    def _backward(self, has_gradients: bool) -> None:
-        shape, layout = self.shape, self.layout
-        vocabulary = self.weight * shape.vocabulary
-        gradient = self.residual  # of the residual stream
-        if self.last:
-            self._backward_of_loss()
-            # The head's share waits for the embeddings', to which it is added.
-            self._hold(workspace=vocabulary if self.first else 0)
-        self._hold(workspace=gradient)
-        share = self.weight * self.numbers // layout.data_parallel
-        added = share if layout.zero_stage == 2 and has_gradients else 0  # this micro-batch's, before it is added
-        if layout.kind == "zero":
-            self._hold(workspace=self.buckets, gradients=added)
-        sink = 0 if has_gradients else self._gradient_bytes
-        if self.last and not self.first:
-            self._gradients(shape.vocabulary, sink)
-        ahead = 2 * self.compute * shape.block if layout.kind == "fsdp2" else 0
-        self._hold(parameters=ahead)
-        for _ in range(self.blocks):
-            self._free(activations=self.block_kept)
-            self._block_backward()
-            self._gradients(shape.block, sink)
-        self._free(parameters=ahead)
-        if self.first:
-            # Embedding's own gradient, the head's, and their sum.
-            self._moment(workspace=vocabulary * (2 if self.last else 1))
-            self._gradients(shape.embeddings, sink)
-        self._gradients(2 * shape.n_embd * self.has_norm, sink)
-        self._free(workspace=gradient, activations=self.residual)
-        if self.last and self.first:
-            self._free(workspace=vocabulary)
-        if layout.kind == "zero":
-            if layout.zero_stage == 1:  # the share is copied out of the buckets
-                self._moment(gradients=share)
-            self._free(workspace=self.buckets, gradients=added)
-        self._free(parameters=self.gathered, activations=self.mask)
-
-    @property
-    def buckets(self) -> int:
-        """ZeRO-1 sends gradients through one bucket of its full size, ZeRO-2 through two by turns."""
-        return self.weight * self.layout.buckets.reduce * {1: 1, 2: 2, 3: 0}[self.layout.zero_stage]
-
-    @property
-    def _gradient_bytes(self) -> float:
-        """Held for each parameter until the update."""
-        layout = self.layout
-        match layout.kind, layout.zero_stage:
-            case "fsdp2", _:  # while they are added up, whole and in fp32
-                return FP32 / (1 if layout.accumulation > 1 else layout.data_parallel)
-            case "zero", 2:
-                return self.weight / layout.data_parallel
-            case "zero", 3:
-                return 0
-        return self.weight
-
-    def _gradients(self, numbers: int, bytes_each: float) -> None:
-        whole = self.weight * numbers
-        if self.layout.kind == "fsdp2":
-            whole = (self.compute + 2 * FP32) * numbers  # as computed, to be summed, and those of the block before
-        self._moment(workspace=whole)
-        self._hold(gradients=int(bytes_each * numbers))
-
-    def _backward_of_loss(self) -> None:
-        shape, layout = self.shape, self.layout
-        if layout.loss_chunk_size:  # its gradients are there, and scaled where they are
-            vocabulary = shape.vocabulary
-            if layout.device == "gpu":
-                vocabulary = -(-shape.vocab_size // ALIGNMENT) * ALIGNMENT * shape.n_embd
-            self._free(activations=self.residual + self.weight * vocabulary)
-            return
-        logits = shape.vocab_size * self.tokens
-        self._moment(logits=2 * FP32 * logits)  # of the log-softmax, and of the logits
-        self._free(logits=FP32 * logits)
-        self._moment(logits=(FP32 + (BF16 if layout.bf16 else 0)) * logits, workspace=self.hidden)
-        self._moment(logits=self.compute * logits, workspace=self.hidden + (FP32 + BF16) * shape.vocabulary)
-        self._free(activations=self.hidden + (BF16 * shape.vocabulary if layout.autocast else 0))
-
-    def _block_backward(self) -> None:
-        """At its largest: at GELU, whose output is gone, and which has two gradients of B T I at hand, in steps three;
-        or, eager, at the softmax, when the MLP's activations are gone, with two gradients of the scores."""
-        shape = self.shape
-        kept = self.block_activations
-        matrix = self.weight * shape.n_embd * shape.n_inner  # the gradient of the MLP's second
-        gradients = 2 if self.inner_kept == 2 else 3
-        self._moment(activations=kept - self.inner, workspace=gradients * self.inner + matrix)
-        if not self.layout.fused_attention:
-            of_mlp = self.inner_kept * self.inner + self.hidden + self.residual
-            more = 2 * FP32 * self.scores - (BF16 * self.scores if self.layout.bf16 else 0)
-            self._moment(activations=kept - of_mlp, workspace=more + 2 * self.hidden + matrix)
-
-    # The update
-
-    def _update(self) -> None:
-        """What AdamW takes beside its state.
-
-        The baseline's, one parameter after the other on a CPU: two of its size; all at once on a GPU: one of all. The
-        optimized run's fused one nothing; but ZeRO joins the gradients of a share, and widens them to fp32.
-        """
-        layout, numbers = self.layout, self.numbers
-        share = -(-numbers // layout.data_parallel)
-        if layout.kind == "zero":
-            joined = self.weight * share if self.weight == BF16 or layout.zero_stage < 3 else 0
-            held = self.weight * share if layout.zero_stage < 3 else 0
-            self._free(gradients=self.held["gradients"] if layout.zero_stage < 3 else 0)
-            on_device = not layout.offload or layout.device == "cpu"
-            self._moment(gradients=held, workspace=joined + (FP32 * share if self.weight == BF16 else 0) * on_device)
-        elif layout.device == "gpu":
-            self._moment(workspace=FP32 * (share if layout.kind == "fsdp2" else numbers))
-        else:
-            self._moment(workspace=2 * FP32 * self.largest // (layout.data_parallel if layout.kind == "fsdp2" else 1))
+    The baseline's: two of the size of the largest parameter on a CPU, which updates one parameter after the other; one
+    of the size of all on a GPU, which updates all at once. The optimized run's fused AdamW needs none; but ZeRO
+    concatenates the gradients of a shard, and casts them to fp32.
+    """
+    layout, shard = sizes.layout, sizes.shard
+    if layout.kind == "zero":
+        from_buckets = layout.zero_stage < 3
+        concatenated = sizes.weight * shard if sizes.weight == BF16 or from_buckets else 0
+        ledger.free(gradients=ledger.held["gradients"] if from_buckets else 0)
+        cast = (FP32 * shard if sizes.weight == BF16 else 0) * sizes.state_on_device
+        ledger.pass_through(gradients=sizes.weight * shard if from_buckets else 0, workspace=concatenated + cast)
+    elif layout.device != "cpu":
+        ledger.pass_through(workspace=FP32 * (shard if layout.kind == "fsdp2" else sizes.parameter_count))
+    else:
+        sharded_by = layout.data_parallel if layout.kind == "fsdp2" else 1
+        ledger.pass_through(workspace=2 * FP32 * sizes.largest_parameter // sharded_by)

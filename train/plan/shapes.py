@@ -1,17 +1,17 @@
-"""What is planned: a model's shape, and a way to lay its training out over processes. Sizes are in numbers."""
+"""The input of a prediction: the shape of a model, and a layout of its training. Sizes are in elements."""
 
 from dataclasses import dataclass, field
 from typing import Literal
 
 from modeling_gpt2flash import GPT2FlashConfig
 
-Recompute = Literal["none", "selective", "full"]
+ActivationCheckpointing = Literal["none", "selective", "full"]
 DeviceKind = Literal["gpu", "cpu"]
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A model, and the tokens of a sequence."""
+    """The shape of a model, and the tokens of a sequence."""
 
     n_layer: int
     n_head: int
@@ -30,12 +30,12 @@ class Shape:
 
     @property
     def matrices(self) -> int:
-        """Numbers in a block's matrices: c_attn 3 D², c_proj D², the MLP's two D · I."""
+        """Elements of a block's matrices: c_attn 3 D², c_proj D², the MLP's two D · I."""
         return 4 * self.n_embd**2 + 2 * self.n_embd * self.n_inner
 
     @property
     def block(self) -> int:
-        """Numbers of a block: its matrices, biases 3 D + D + I + D, and two norms of 2 D."""
+        """Parameters of a block: its matrices, biases 3 D + D + I + D, and two norms of 2 D."""
         return self.matrices + 9 * self.n_embd + self.n_inner
 
     @property
@@ -48,22 +48,22 @@ class Shape:
 
     @property
     def parameters(self) -> int:
-        """Of the whole model, the tied head counted once."""
+        """Parameters of the model, with the tied head counted once."""
         return self.embeddings + self.n_layer * self.block + 2 * self.n_embd
 
 
 @dataclass(frozen=True)
 class Buckets:
-    """In numbers: what the shipped JSONs say, and of what they do not name DeepSpeed 0.19's own sizes."""
+    """ZeRO's buckets in elements, as in the shipped JSONs or by DeepSpeed 0.19's defaults."""
 
-    reduce: int = 100_000_000  # more than any one parameter: gpt2-xl's vocabulary has 80.4M
+    reduce: int = 100_000_000  # more than the largest parameter: gpt2-xl's vocabulary has 80.4M
     prefetch: int = 50_000_000
     reuse: int = 1_000_000_000
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a step is laid out over processes, and what it keeps."""
+    """How a step is distributed over processes, and what it saves for the backward pass."""
 
     kind: Literal["single", "ddp", "fsdp2", "zero"]
     world_size: int
@@ -72,13 +72,13 @@ class Layout:
     zero_stage: int = 0
     offload: bool = False
     stages: int = 1
-    recompute: Recompute = "none"
+    activation_checkpointing: ActivationCheckpointing = "none"
     bf16: bool = True
     fused_attention: bool = True
     loss_chunk_size: int = 512
     device: DeviceKind = "gpu"
     buckets: Buckets = field(default_factory=Buckets)
-    bounds: tuple[int, ...] = ()  # of a pipeline's stages, over embeddings, blocks, final norm and head
+    bounds: tuple[int, ...] = ()  # of the pipeline stages, over embeddings, blocks, final norm and head
 
     @property
     def data_parallel(self) -> int:
@@ -86,5 +86,5 @@ class Layout:
 
     @property
     def autocast(self) -> bool:
-        """fp32 weights cast to bf16 as they are used. ZeRO and FSDP2 compute with weights that are bf16 already."""
+        """Whether fp32 weights are cast to bf16 when they are used. ZeRO and FSDP2 compute with bf16 weights."""
         return self.bf16 and self.kind in ("single", "ddp")
