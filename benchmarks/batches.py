@@ -31,7 +31,8 @@ from benchmarks import training_runs
 from benchmarks.arguments import make_parser
 from benchmarks.rounds import spread, take_turns
 from train.data.batches import TrainBatches
-from train.data.token_file import END_OF_TEXT, TokenFile, open_tokens
+from train.data.token_file import TokenFile, open_tokens
+from train.data.tokenizer import END_OF_TEXT
 from train.utils.tables import markdown_table
 
 SHAPES = ((128, 10), (1024, 4), (1024, 32), (1024, 512))  # tokens in a sequence, sequences in a step of one process
@@ -60,7 +61,7 @@ def drop_from_page_cache(path: Path) -> None:
 def load(tokens: TokenFile, block_size: int, sequences: int, step: int) -> tuple[float, int]:
     """Milliseconds and major page faults of one step's batch, without the choice of its blocks."""
     batches = TrainBatches(tokens, block_size, sequences, seed=0)
-    batches.window_indices(step)  # computes the permutation of the epoch, once
+    batches.block_indices(step)  # computes the permutation of the epoch, once
     faults = resource.getrusage(resource.RUSAGE_SELF).ru_majflt
     started = time.perf_counter()
     batches.micro_batch(step, 0, 0, 1, sequences)

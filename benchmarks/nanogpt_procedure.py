@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from train.data.token_file import END_OF_TEXT, gpt2_encoding
+from train.data.tokenizer import END_OF_TEXT, gpt2_encoding
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -38,7 +38,7 @@ import pyarrow.parquet
 from benchmarks.arguments import make_parser
 from benchmarks.processes import Peaks, measure, sample
 from benchmarks.rounds import Round, speed_up, spread, take_turns
-from train.data.token_file import END_OF_TEXT
+from train.data.tokenizer import END_OF_TEXT
 from train.preprocess_data.__main__ import available_cores
 from train.utils.tables import markdown_table
 

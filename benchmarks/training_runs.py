@@ -9,7 +9,8 @@ import numpy as np
 
 from benchmarks import processes
 from train.checkpoints.run_folder import FinishedRun, read_run
-from train.data.token_file import END_OF_TEXT, write_token_file
+from train.data.token_file import write_token_file
+from train.data.tokenizer import END_OF_TEXT
 
 COMMAND = (sys.executable, "-m", "train")
 

@@ -119,7 +119,7 @@ def check_parity(run: Path, finished: Path) -> None:
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with train.bin (8,000 tokens) and val.bin (1,000) of Python source, bare as nanoGPT writes them."""
-    from train.data.token_file import gpt2_encoding
+    from train.data.tokenizer import gpt2_encoding
 
     folder = tmp_path_factory.mktemp("corpus")
     text = Path(json.__file__).with_name("decoder.py").read_text() + Path(subprocess.__file__).read_text()
@@ -132,7 +132,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def documents(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The corpus with an end of text in place of every eleventh token or so, several in each block."""
-    from train.data.token_file import END_OF_TEXT
+    from train.data.tokenizer import END_OF_TEXT
 
     folder = tmp_path_factory.mktemp("documents")
     for name in ("train.bin", "val.bin"):
@@ -161,7 +161,7 @@ def tuned_from(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tokenizers import ByteLevelBPETokenizer
     from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
 
-    from train.data.token_file import gpt2_encoding
+    from train.data.tokenizer import gpt2_encoding
 
     folder = tmp_path_factory.mktemp("tuned_from")
     text = gpt2_encoding().decode(np.fromfile(corpus / "train.bin", np.uint16).tolist())

@@ -27,7 +27,7 @@ def train_batches(folder: Path, windows: int, global_batch_size: int, seed: int 
 def test_every_token_once_an_epoch_in_every_epoch(tmp_path: Path) -> None:
     windows, global_batch_size, epochs = 10, 4, 6  # 10 is no multiple of 4: batches cross the borders
     batches = train_batches(tmp_path, windows, global_batch_size)
-    assert batches.windows == windows
+    assert batches.blocks == windows
     steps = batches.updates(epochs)
     assert steps == 15
     labels = [batches.micro_batch(step, 0, 0, 1, global_batch_size)["shift_labels"] for step in range(steps)]
@@ -69,7 +69,7 @@ def test_every_layout_sees_the_same_global_batch(tmp_path: Path) -> None:
     batches = train_batches(tmp_path, 29, 12)
     for step in (0, 2, 7):
         expected = batches.micro_batch(step, 0, 0, 1, 12)["input_ids"]
-        assert torch.equal(expected[:, 0], torch.from_numpy(100 + BLOCK * batches.window_indices(step)))
+        assert torch.equal(expected[:, 0], torch.from_numpy(100 + BLOCK * batches.block_indices(step)))
         for world_size in (1, 2, 3, 4, 6, 12):
             for micro in (size for size in (1, 2, 3, 4, 6, 12) if 12 % (size * world_size) == 0):
                 parts = [
@@ -87,10 +87,10 @@ def test_a_layout_beyond_the_global_batch_is_an_error(tmp_path: Path) -> None:
 
 def test_random_access_equals_reading_in_order(tmp_path: Path) -> None:
     steps = 30
-    in_order = [train_batches(tmp_path, 10, 4).window_indices(step).tolist() for step in range(steps)]
+    in_order = [train_batches(tmp_path, 10, 4).block_indices(step).tolist() for step in range(steps)]
     batches = train_batches(tmp_path, 10, 4)
     for step in np.random.default_rng(0).permutation(steps):
-        assert batches.window_indices(int(step)).tolist() == in_order[step]
+        assert batches.block_indices(int(step)).tolist() == in_order[step]
 
 
 def test_the_order_is_the_documented_function(tmp_path: Path) -> None:
@@ -98,25 +98,25 @@ def test_the_order_is_the_documented_function(tmp_path: Path) -> None:
     batches = train_batches(tmp_path, 10, 4, seed=7)
     orders = [np.random.default_rng([7, epoch]).permutation(10) for epoch in range(2)]
     sequence = np.concatenate(orders).tolist()
-    assert [i for step in range(5) for i in batches.window_indices(step)] == sequence
+    assert [i for step in range(5) for i in batches.block_indices(step)] == sequence
     assert sequence[:10] == [8, 0, 7, 1, 3, 6, 2, 4, 5, 9]
-    assert batches.window_indices(0).dtype == np.int64
+    assert batches.block_indices(0).dtype == np.int64
 
 
 def test_seeds_give_orders_of_their_own(tmp_path: Path) -> None:
-    orders = {tuple(train_batches(tmp_path, 50, 50, seed).window_indices(0)) for seed in range(5)}
+    orders = {tuple(train_batches(tmp_path, 50, 50, seed).block_indices(0)) for seed in range(5)}
     assert len(orders) == 5
 
 
 def test_the_given_order_cannot_be_spoiled(tmp_path: Path) -> None:
     batches = train_batches(tmp_path, 10, 10)
-    before = batches.window_indices(0).copy()
-    batches.window_indices(0)[:] = 0
-    assert np.array_equal(batches.window_indices(0), before)
+    before = batches.block_indices(0).copy()
+    batches.block_indices(0)[:] = 0
+    assert np.array_equal(batches.block_indices(0), before)
 
 
 def test_a_batch_larger_than_an_epoch(tmp_path: Path) -> None:
-    indices = train_batches(tmp_path, 3, 8).window_indices(0).tolist()
+    indices = train_batches(tmp_path, 3, 8).block_indices(0).tolist()
     assert sorted(indices[:3]) == sorted(indices[3:6]) == [0, 1, 2]
     assert len(indices) == 8
 
@@ -131,7 +131,7 @@ def test_updates(tmp_path: Path) -> None:
 
 
 def test_too_short_for_a_block(tmp_path: Path) -> None:
-    assert TrainBatches(token_file(tmp_path, 9), 8, 1, 0).windows == 1
+    assert TrainBatches(token_file(tmp_path, 9), 8, 1, 0).blocks == 1
     with pytest.raises(UserError, match=r"train\.bin has 8 tokens.*block of 8.*smaller"):
         TrainBatches(token_file(tmp_path, 8), 8, 1, 0)
     with pytest.raises(UserError, match=r"train\.bin has 1 token,"):
@@ -147,7 +147,7 @@ def test_evaluation_predicts_every_token_but_the_first_once(
     tokens = token_file(tmp_path, count)
     batches = EvalBatches(tokens, BLOCK)
     steps = batches.steps(world_size, micro_batch_size)
-    assert steps == math.ceil(batches.windows / (world_size * micro_batch_size))
+    assert steps == math.ceil(batches.blocks / (world_size * micro_batch_size))
     labels = []
     for step in range(steps):
         for rank in range(world_size):

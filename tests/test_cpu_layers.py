@@ -12,7 +12,7 @@ from transformers import GPT2LMHeadModel
 
 from modeling_gpt2flash import GPT2FlashForCausalLM
 from tests.tiny_gpt2 import make_ours, make_pair, pad, tokens
-from train.data.token_file import VOCABULARY_SIZE
+from train.data.tokenizer import VOCABULARY_SIZE
 from train.generate.cpu_layers import (
     LARGE_PAGE,
     MAX_THREADS_SINGLE_ROW,

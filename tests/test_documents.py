@@ -12,9 +12,9 @@ from torch.nn import functional as F
 from modeling_gpt2flash import GPT2FlashForCausalLM
 from modeling_gpt2flash.documents import document_bounds
 from tests.conftest import ROOT, accelerate, check_parity, losses, python, torchrun
-from train.data.batches import EvalBatches, TrainBatches
-from train.data.documents import document_positions
-from train.data.token_file import END_OF_TEXT, open_tokens
+from train.data.batches import EvalBatches, TrainBatches, document_positions
+from train.data.token_file import open_tokens
+from train.data.tokenizer import END_OF_TEXT
 
 E = END_OF_TEXT
 BLOCK = 32
@@ -66,7 +66,7 @@ def test_batches_give_positions_only_when_asked(documents: Path) -> None:
 def test_evaluation_pads_with_documents_that_nobody_sees(documents: Path) -> None:
     tokens = open_tokens(documents / "val.bin", 50257)
     batches = EvalBatches(tokens, BLOCK, document_mask=True)
-    last = batches.micro_batch(batches.windows - 1, 0, 1, 3)
+    last = batches.micro_batch(batches.blocks - 1, 0, 1, 3)
     assert last["position_ids"].shape == last["position_ids"].shape == (3, BLOCK)
     assert last["position_ids"].tolist() == document_positions(last["input_ids"].numpy()).tolist()
     assert (last["shift_labels"][1:] == -100).all()

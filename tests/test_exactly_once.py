@@ -176,10 +176,10 @@ def test_a_dead_run_is_explained(library: Corpus, tmp_path: Path) -> None:
     assert left["owner"]["pid"] == pid
     assert left["owner"]["host"] == platform.node()
     done = prepare(*words("hash", out), cwd=library.folder)
-    line = next(line for line in done.stderr.splitlines() if "going on from row" in line)
+    line = next(line for line in done.stderr.splitlines() if "resuming from row" in line)
     assert f"process {pid} " in line
     assert platform.node() in line
-    assert f"going on from row {left['rows']}" in line.replace(",", "")
+    assert f"resuming from row {left['rows']}" in line.replace(",", "")
     assert contents(out) == library.whole["hash"]
 
 

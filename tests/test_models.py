@@ -13,7 +13,8 @@ from transformers import AutoTokenizer, GPT2LMHeadModel
 from tests.conftest import losses, python
 from train.checkpoints.loading import load_for_inference, own_tokenizer, pretrained_arguments
 from train.config.run_config import parse
-from train.data.token_file import gpt2_tokenizer, write_token_file
+from train.data.token_file import write_token_file
+from train.data.tokenizer import gpt2_tokenizer
 from train.run.setup import Run, settle
 from train.utils.errors import UserError
 

@@ -16,7 +16,7 @@ from tests.conftest import losses, python
 from tests.test_benchmark_train_step import STAND_IN
 from train.checkpoints import nanogpt
 from train.checkpoints.loading import load_for_inference
-from train.data.token_file import gpt2_vocab_and_merges
+from train.data.tokenizer import gpt2_vocab_and_merges
 from train.export import __main__ as export
 from train.utils.errors import UserError
 

@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 
 from tests.conftest import command
-from train.data.token_file import END_OF_TEXT
+from train.data.tokenizer import END_OF_TEXT
 from train.preprocess_data.sources import stdlib_modules
 
 FILES = 3

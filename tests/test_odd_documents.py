@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 
 from tests.preparations import prepare, refused, write_compressed, write_lines, write_parquet
-from train.data.token_file import END_OF_TEXT, gpt2_encoding
+from train.data.tokenizer import END_OF_TEXT, gpt2_encoding
 
 TOKENIZERS = ("tiktoken", "gigatoken")
 MILLION = 1_000_000

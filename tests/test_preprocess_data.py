@@ -16,7 +16,8 @@ import pyarrow.parquet
 import pytest
 
 from tests.conftest import ROOT
-from train.data.token_file import END_OF_TEXT, RANKS_SHA256, VOCABULARY_SIZE, TokenAppender, gpt2_encoding, open_tokens
+from train.data.token_file import TokenWriter, open_tokens
+from train.data.tokenizer import END_OF_TEXT, RANKS_SHA256, VOCABULARY_SIZE, gpt2_encoding
 from train.preprocess_data import streams
 from train.preprocess_data.__main__ import main
 from train.preprocess_data.sources import stdlib_modules
@@ -104,7 +105,9 @@ def assert_prepared(folder: Path, texts: list[str], validation: list[int]) -> No
         assert sidecar["rows"] == len(texts)
         assert sidecar["empty_documents"] == sum(not texts[row] for row in rows)
         assert sidecar["sha256"] == hashlib.sha256((folder / f"{name}.bin").read_bytes()).hexdigest()
-        assert open_tokens(folder / f"{name}.bin", VOCABULARY_SIZE).sidecar == sidecar
+        opened = open_tokens(folder / f"{name}.bin", VOCABULARY_SIZE).sidecar
+        assert opened is not None
+        assert opened.to_json() == sidecar
     assert {path.name for path in folder.iterdir()} == {"train.bin", "train.json", "val.bin", "val.json"}
 
 
@@ -249,10 +252,10 @@ def test_a_full_disk_keeps_the_older_pair(tmp_path: Path, texts: list[str], monk
     main(f"{files} --out_dir {out}".split())
     before = {path.name: path.read_bytes() for path in out.iterdir()}
 
-    def full_disk(self: TokenAppender) -> None:
+    def full_disk(self: TokenWriter) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(TokenAppender, "sync", full_disk)
+    monkeypatch.setattr(TokenWriter, "sync", full_disk)
     with pytest.raises(UserError, match="No space left on device"):
         main(f"{files} --out_dir {out} --seed 1 --overwrite".split())
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
@@ -294,7 +297,7 @@ def test_half_a_pair_is_completed_by_the_same_command(
         ("--num_rows 5", "--num_rows 5 is for --split nanogpt"),
         (
             "--dataset wikitext",
-            "--dataset wikitext is neither openwebtext, fineweb-edu, stdlib, text, json, parquet nor.*owner/name",
+            "--dataset wikitext is neither openwebtext, fineweb-edu, stdlib, text, json, parquet, csv nor.*owner/name",
         ),
         ("--dataset a/b/c", "--dataset a/b/c is neither"),
         ("--dataset text", "--dataset text reads files: name them with --data_files"),
@@ -325,7 +328,10 @@ def test_half_a_pair_is_completed_by_the_same_command(
         ),
         ("--dataset json --data_files a.jsonl --split nanogpt --num_rows 4", "ended after 3 documents.*--num_rows 3"),
         ("--dataset json --data_files a.jsonl --order nanogpt", "--order nanogpt is for --split nanogpt"),
-        ("--dataset text --data_files a.jsonl http://h/b.txt", "--data_files mixes addresses"),
+        (
+            "--dataset text --data_files http://h/b.txt",
+            "--data_files http://h/b.txt matches no file: download it, or name",
+        ),
         ("--dataset stdlib --subset x", "--subset x is for datasets on the Hub"),
         ("--out_dir a.jsonl", r"--out_dir a\.jsonl is a file"),
         ("--dataset openwebtext", "cannot reach the Hub for --dataset openwebtext .*Skylion007/openwebtext.*stdlib"),

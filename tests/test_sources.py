@@ -1,3 +1,5 @@
+import csv
+import gzip
 import json
 import os
 import random
@@ -13,9 +15,11 @@ import pytest
 
 from train.preprocess_data import streams
 from train.preprocess_data.__main__ import main
-from train.preprocess_data.sources import OPENWEBTEXT_ID, PARQUET_REVISION, Source, resolve_source, stdlib_modules
+from train.preprocess_data.sources import HUB_DATASETS, PARQUET_REVISION, Source, resolve_source, stdlib_modules
 from train.preprocess_data.streams import Position
 from train.utils.errors import UserError
+
+OPENWEBTEXT_ID = HUB_DATASETS["openwebtext"].hub_id
 
 
 def test_stdlib_modules() -> None:
@@ -38,18 +42,20 @@ def document_files(tmp_path: Path) -> dict[str, tuple[Source, list[str]]]:
         pyarrow.parquet.write_table(pa.table({"n": range(len(part)), "text": part}), tmp_path / f"{i}.parquet", 29)
         lines = "".join(json.dumps({"text": text}) + rng.choice(["\n", "\r\n", "\n\n"]) for text in part)
         (tmp_path / f"{i}.jsonl").write_text(lines)
+        with (tmp_path / f"{i}.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([("n", "text"), *enumerate(part)])
         for j, text in enumerate(part[:30]):
             (tmp_path / f"{i}-{j:03d}.txt").write_text(text)
-    kinds = {"parquet": "*.parquet", "json": "*.jsonl", "text": "*.txt"}
-    expected = {"parquet": texts, "json": texts, "text": texts[:30] + texts[300:330]}
+    kinds = {"parquet": "*.parquet", "json": "*.jsonl", "csv": "*.csv", "text": "*.txt"}
+    expected = {"parquet": texts, "json": texts, "csv": texts, "text": texts[:30] + texts[300:330]}
     return {
         kind: (resolve_source(kind, [str(tmp_path / pattern)], "text"), expected[kind])
         for kind, pattern in kinds.items()
     }
 
 
-@pytest.mark.parametrize("kind", ["parquet", "json", "text"])
-def test_a_stream_goes_on_behind_any_batch(
+@pytest.mark.parametrize("kind", ["parquet", "json", "csv", "text"])
+def test_a_stream_resumes_after_any_batch(
     document_files: dict[str, tuple[Source, list[str]]], kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path))  # where it leaves lock files
@@ -65,8 +71,8 @@ def test_a_stream_goes_on_behind_any_batch(
     for batch in batches[:: 1 if kind == "text" else 5]:
         done = texts.index(batch.texts[-1].as_py()) + 1
         again, _ = streams.load_documents(source)
-        behind = Position(*json.loads(json.dumps(batch.behind)))
-        later = [text for batch in streams.read_documents(source, again, behind) for text in batch.texts.to_pylist()]
+        position = Position(*json.loads(json.dumps(batch.next)))
+        later = [text for batch in streams.read_documents(source, again, position) for text in batch.texts.to_pylist()]
         assert later == texts[done:]
     assert streams.count_rows(source, dataset) == len(texts)
 
@@ -131,4 +137,19 @@ def test_rows_of_openwebtext() -> None:
     silent: Any = SimpleNamespace(info=SimpleNamespace(splits=None))
     source = resolve_source("openwebtext", [], "text")
     assert streams.known_rows(source, silent) == 8_013_769
-    assert streams.known_rows(Source("openwebtext", OPENWEBTEXT_ID, "text", data_files=("a",)), silent) is None
+    assert streams.known_rows(Source("openwebtext", "text", hub_id=OPENWEBTEXT_ID, data_files=("a",)), silent) is None
+
+
+def test_csv(tmp_path: Path) -> None:
+    rows = [("title", "body"), ("a", 'NA "quoted", 1\nline two'), ("b", ""), ("c", "12"), ("d", "café"), ("e", "null")]
+    with (tmp_path / "0.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(rows[:3])
+    with gzip.open(tmp_path / "1.csv.gz", "wt", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([rows[0], *rows[3:]])
+    (tmp_path / "2.csv").write_bytes(b"body,n\nna\xefve,1\n")
+    source = resolve_source("csv", [str(tmp_path / "*.csv*")], "body")
+    dataset, source = streams.load_documents(source)
+    texts = [text for batch in streams.read_documents(source, dataset) for text in batch.texts.to_pylist()]
+    assert texts == [*(body for _, body in rows[1:]), "na\ufffdve"]
+    with pytest.raises(UserError, match=r"--dataset csv has no column text in .*0\.csv: choose one .*title, body"):
+        streams.load_documents(resolve_source("csv", [str(tmp_path / "*.csv*")], "text"))

@@ -3,7 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from train.data.token_file import END_OF_TEXT
+from train.data.tokenizer import END_OF_TEXT
 from train.preprocess_data import splits
 from train.preprocess_data.splits import document_ends, in_order, nanogpt_rows
 

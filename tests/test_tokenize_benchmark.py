@@ -8,7 +8,7 @@ import pyarrow.parquet
 import pytest
 
 from benchmarks.tokenize import NANOGPT, NANOGPTS_ORDER, ONE_BY_ONE, OURS, Variant, check_files, compare, make_corpus
-from train.data.token_file import END_OF_TEXT
+from train.data.tokenizer import END_OF_TEXT
 from train.preprocess_data.sources import stdlib_modules
 
 

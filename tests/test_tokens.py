@@ -10,17 +10,15 @@ import numpy as np
 import pytest
 
 from train.data import token_file as tokens
-from train.data.token_file import (
+from train.data import tokenizer
+from train.data.token_file import TokenWriter, open_tokens, sidecar_path, write_token_file
+from train.data.tokenizer import (
     END_OF_TEXT,
     VOCABULARY_SIZE,
-    TokenAppender,
     gpt2_encoding,
     gpt2_ranks,
     gpt2_tokenizer,
     gpt2_vocab_and_merges,
-    open_tokens,
-    sidecar_path,
-    write_token_file,
 )
 from train.utils.errors import UserError
 
@@ -86,12 +84,12 @@ def test_encoding_is_gpt2s() -> None:
 def test_a_changed_vocabulary_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "gpt2.tiktoken").write_bytes(b"IQ== 0\n")
-    monkeypatch.setattr(tokens, "files", lambda package: tmp_path)
+    monkeypatch.setattr(tokenizer, "files", lambda package: tmp_path)
     gpt2_ranks.cache_clear()
     with pytest.raises(UserError) as error:
         gpt2_ranks()
     assert str(tmp_path / "data" / "gpt2.tiktoken") in str(error.value)
-    assert tokens.RANKS_SHA256 in str(error.value)
+    assert tokenizer.RANKS_SHA256 in str(error.value)
     assert hashlib.sha256(b"IQ== 0\n").hexdigest() in str(error.value)
 
 
@@ -145,7 +143,7 @@ def test_write_token_file(tmp_path: Path) -> None:
         yield np.array([END_OF_TEXT, 258, END_OF_TEXT], dtype=np.uint16), 2
         assert not path.exists()
 
-    sidecar = write_token_file(path, pieces(), VOCABULARY_SIZE, {"split": "hash"})
+    sidecar = write_token_file(path, pieces(), VOCABULARY_SIZE, {"split": "hash"}).to_json()
     assert path.read_bytes() == b"\1\0\2\0\x50\xc4\x50\xc4\2\1\x50\xc4"
     assert json.loads((tmp_path / "train.json").read_text()) == sidecar
     assert sidecar == {
@@ -160,25 +158,25 @@ def test_write_token_file(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"train.bin", "train.json"}
 
 
-def test_an_appender_goes_on_where_its_account_ends(tmp_path: Path) -> None:
+def test_a_writer_resumes_after_its_statistics(tmp_path: Path) -> None:
     path = tmp_path / "train.bin"
-    with TokenAppender(path, VOCABULARY_SIZE) as appender:
-        appender.write(np.array([1, 2, END_OF_TEXT]), 1)
-        account = appender.account()
-        appender.write(np.array([3]), 0)  # on the disk, and in no account
-    with TokenAppender(path, VOCABULARY_SIZE, account) as appender:
-        assert appender.account() == account
-        appender.write(np.array([7, END_OF_TEXT]), 1)
-        whole = appender.account()
+    with TokenWriter(path, VOCABULARY_SIZE) as writer:
+        writer.write(np.array([1, 2, END_OF_TEXT]), 1)
+        statistics = writer.statistics()
+        writer.write(np.array([3]), 0)  # on the disk, and in no statistics
+    with TokenWriter(path, VOCABULARY_SIZE, statistics) as writer:
+        assert writer.statistics() == statistics
+        writer.write(np.array([7, END_OF_TEXT]), 1)
+        last = writer.statistics()
     assert np.fromfile(path, dtype="<u2").tolist() == [1, 2, END_OF_TEXT, 7, END_OF_TEXT]
-    assert (whole["tokens"], whole["documents"]) == (5, 2)
-    assert whole["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert (last.tokens, last.documents) == (5, 2)
+    assert last.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
     path.write_bytes(b"\0\0" + path.read_bytes()[2:])
     with pytest.raises(UserError, match=r"train\.bin was changed since it was written"):
-        TokenAppender(path, VOCABULARY_SIZE, whole)
+        TokenWriter(path, VOCABULARY_SIZE, last)
     path.write_bytes(b"\0\0")
     with pytest.raises(UserError, match=r"train\.bin has 2 bytes, and 10 were written"):
-        TokenAppender(path, VOCABULARY_SIZE, whole)
+        TokenWriter(path, VOCABULARY_SIZE, last)
 
 
 def test_a_large_vocabulary_takes_four_bytes(tmp_path: Path) -> None:
@@ -235,7 +233,7 @@ def test_the_sidecar_spares_the_scan(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.delattr(tokens, "scan_max_token_id")
     opened = open_tokens(path, VOCABULARY_SIZE)
     assert opened.sidecar is not None
-    assert opened.sidecar["tokens"] == len(opened) == 2
+    assert opened.sidecar.tokens == len(opened) == 2
     with pytest.raises(UserError, match="token id 900"):
         open_tokens(path, 900)
 

@@ -21,7 +21,7 @@ from transformers import (
 
 from tests.conftest import torchrun
 from tests.tiny_gpt2 import NO_DROPOUT, make_ours, make_pair, sgd_losses, tokens
-from train.data.token_file import gpt2_tokenizer
+from train.data.tokenizer import gpt2_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from modeling_gpt2flash import GPT2FlashConfig, GPT2FlashForCausalLM
 from train.checkpoints import nanogpt
-from train.data.token_file import VOCABULARY_SIZE, gpt2_tokenizer
+from train.data.tokenizer import VOCABULARY_SIZE, gpt2_tokenizer
 from train.utils import processes
 from train.utils.devices import device_type
 from train.utils.errors import UserError, first_line

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from modeling_gpt2flash import GPT2FlashConfig, GPT2FlashForCausalLM
-from train.data.token_file import END_OF_TEXT
+from train.data.tokenizer import END_OF_TEXT
 from train.optim.parameter_groups import ADAMW_MOMENTS, is_hidden_matrix
 from train.utils.errors import UserError, first_line
 from train.utils.files import atomic_write

@@ -1,4 +1,4 @@
-"""A step's data is read, and on a GPU's machine pinned, while the step before it runs."""
+"""Read the next step's batches, and pin them for an accelerator, while the current step runs."""
 
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,16 +10,11 @@ from train.utils.devices import thread_initializer
 Batch = dict[str, torch.Tensor]
 
 
-def read_ahead(
-    read: Callable[[int], list[Batch]],
-    steps: range,
-    device: torch.device,
-) -> Generator[list[Batch]]:
-    """`read(step)` of each of the `steps`, in a thread of its own and one step ahead of the caller.
+def read_ahead(read: Callable[[int], list[Batch]], steps: range, device: torch.device) -> Generator[list[Batch]]:
+    """Yield `read(step)` for each of the `steps`, read in a thread one step ahead of the caller.
 
-    For an accelerator the tensors lie in pinned memory, from where they can be copied without waiting. What `read`
-    raises is raised here, at the step that it belongs to. Close the iterator where it may not be read to its end: the
-    thread ends with it.
+    For an accelerator the tensors are in pinned memory, from which copies are asynchronous. An error of `read` is
+    raised at the step that it belongs to. Close the generator if it may not be exhausted: that ends the thread.
     """
 
     def fetch(step: int) -> list[Batch]:

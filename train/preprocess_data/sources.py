@@ -1,108 +1,220 @@
-"""Where text comes from: a name on the command line → a source in the words of `datasets`."""
+"""Sources of text by their name on the command line. A new one is an entry of `FILE_KINDS` or `HUB_DATASETS`."""
 
 import glob
+import json
 import platform
 import sysconfig
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from train.utils.errors import UserError
 
-OPENWEBTEXT = "openwebtext"
-OPENWEBTEXT_ID = "Skylion007/openwebtext"
-OPENWEBTEXT_ROWS = 8_013_769  # nanoGPT's count, and so the one its split is drawn over
 PARQUET_REVISION = "refs/convert/parquet"  # the Hub's own conversion of repositories that still have a script
-FINEWEB_EDU = "fineweb-edu"
-FINEWEB_EDU_ID = "HuggingFaceFW/fineweb-edu"
-FINEWEB_EDU_SUBSET = "sample-10BT"
-
-BUILDERS = ("text", "json", "parquet")
 STDLIB = "stdlib"
-# Tests and a GUI, and what somebody installed.
+# Tests, a GUI, and installed packages.
 NOT_STDLIB = frozenset({"test", "tests", "idlelib", "idle_test", "site-packages", "dist-packages"})
-
 READ_ROWS = 256  # at once
+
+
+class HubDataset(NamedTuple):
+    """A dataset on the Hub that has a short name."""
+
+    hub_id: str
+    subset: str | None = None
+    rows: int | None = None  # where the Hub does not say
+    split: str = "hash"  # the default of --split
+
+
+HUB_DATASETS = {
+    "openwebtext": HubDataset("Skylion007/openwebtext", rows=8_013_769, split="nanogpt"),  # as nanoGPT counted them
+    "fineweb-edu": HubDataset("HuggingFaceFW/fineweb-edu", subset="sample-10BT"),
+}
+
+
+@dataclass(frozen=True)
+class FileKind:
+    """How files of one kind are read."""
+
+    description: str
+    example: str  # flags, for --help
+    builder: str  # of `datasets`; "text" is train/preprocess_data/text_files.py
+    options: Callable[[str], dict[str, Any]]  # name of the text column → options of the builder
+    read_rows: int = READ_ROWS
+    parse: Callable[["Source", str], str | None] | None = None  # a line → its document; None for a blank line
+    columns: Callable[[str], Sequence[str]] | None = None  # of a file, where the builder needs to know them
+    count_rows: Callable[[Sequence[str]], int] | None = None  # of files, without reading them to their end
+    text_size: Callable[[str, str], int] | None = None  # (column, document) → about how many bytes it takes in a file
 
 
 @dataclass(frozen=True)
 class Source:
-    """One source in `load_dataset`'s words."""
+    """Where documents come from."""
 
-    name: str  # as it was asked for
-    path: str  # a builder (text, parquet) or a repository on the Hub
+    name: str  # on the command line
     text_column: str
-    files: tuple[str, ...] = ()  # local ones
-    data_files: tuple[str, ...] = ()  # as they were asked for
+    kind: FileKind | None = None  # of local files
+    files: tuple[str, ...] = ()
+    hub_id: str | None = None
+    data_files: tuple[str, ...] = ()  # on the command line
     subset: str | None = None
     revision: str | None = None
-    options: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def is_local(self) -> bool:
-        return bool(self.files)
-
-    @property
-    def addresses(self) -> tuple[str, ...]:
-        """Of files on servers that are not the Hub."""
-        return () if self.is_local or self.is_on_the_hub else self.data_files
-
-    @property
-    def is_on_the_hub(self) -> bool:
-        return self.name not in (STDLIB, *BUILDERS)
 
     def description(self) -> dict[str, Any]:
-        """For the sidecar: what was asked for, and what it was taken to mean."""
+        """For the sidecar."""
         return {
             "dataset": self.name,
-            "hub_id": self.path if self.is_on_the_hub else None,
+            "hub_id": self.hub_id,
             "subset": self.subset,
             "revision": self.revision,
             "data_files": list(self.data_files) or None,
-            "files": len(self.files) if self.is_local else None,
+            "files": len(self.files) if self.kind else None,
             "text_column": self.text_column,
             "python": platform.python_version() if self.name == STDLIB else None,
         }
 
+    def no_column(self, columns: Sequence[str], where: str = "") -> UserError:
+        return UserError(
+            f"--dataset {self.name} has no column {self.text_column}{where}: choose one with --text_column from "
+            f"{', '.join(columns)}"
+        )
+
+    def not_text(self, kind: object, columns: Sequence[str]) -> UserError:
+        return UserError(
+            f"column {self.text_column} of --dataset {self.name} holds {kind}, not text: choose another with "
+            f"--text_column from {', '.join(columns)}"
+        )
+
+
+def parse_json_line(source: Source, line: str) -> str | None:
+    """The text of a JSON line; None for a blank line. Lone surrogates become U+FFFD, as in tiktoken."""
+    if not line or line.isspace():
+        return None
+    where = f"the line that begins {line.rstrip()[:60]!r} in {' '.join(source.data_files)}"
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"cannot read --dataset json: {where} is no JSON ({error}); write one object a line") from None
+    if not isinstance(value, dict):
+        raise UserError(f"cannot read --dataset json: {where} is no JSON object; write one a line")
+    if source.text_column not in value:
+        raise source.no_column(list(value), f" in {where}")
+    text = value[source.text_column]
+    if text is not None and not isinstance(text, str):
+        raise source.not_text(type(text).__name__, list(value))
+    text = text or ""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def json_size(column: str, text: str) -> int:
+    return len(json.dumps({column: text}, ensure_ascii=False).encode()) + 1
+
+
+def csv_columns(path: str) -> list[str]:
+    import pandas as pd
+
+    return list(pd.read_csv(path, nrows=0, encoding_errors="replace").columns)
+
+
+def csv_options(column: str) -> dict[str, Any]:
+    from datasets import Features, Value
+
+    # Without these features pandas would read the text "12" as a number, and with its filter "NA" as missing.
+    features = Features({column: Value("string")})
+    return {"usecols": [column], "features": features, "na_filter": False, "encoding_errors": "replace",
+            "chunksize": 4 * READ_ROWS}  # fmt: skip
+
+
+def parquet_options(column: str) -> dict[str, Any]:
+    import pyarrow.dataset
+
+    # Otherwise Arrow keeps what it has read of a file, still compressed, until the file ends.
+    return {"fragment_scan_options": pyarrow.dataset.ParquetFragmentScanOptions(pre_buffer=False)}
+
+
+def parquet_rows(files: Sequence[str]) -> int:
+    import pyarrow.parquet
+
+    return sum(pyarrow.parquet.read_metadata(path).num_rows for path in files)
+
+
+TEXT = FileKind(
+    description="text files, one document each",
+    example="--data_files 'books/**/*.txt' --val_fraction 0.05",
+    builder="text",
+    options=lambda column: {"sample_by": "document"},
+    read_rows=1,  # files may be large
+    count_rows=len,
+)
+FILE_KINDS = {
+    "text": TEXT,
+    "json": FileKind(
+        description="JSON lines (also .gz, .zst)",
+        example="--data_files 'dump/*.jsonl.gz' --text_column content",
+        # Read as lines and parsed here, because Arrow refuses the lone surrogates that JSON can express.
+        builder="text",
+        options=lambda column: {"sample_by": "line", "chunksize": 1 << 20},
+        parse=parse_json_line,
+        text_size=json_size,
+    ),
+    "parquet": FileKind(
+        description="Parquet files",
+        example="--data_files 'shards/*.parquet'",
+        builder="parquet",
+        options=parquet_options,
+        count_rows=parquet_rows,
+    ),
+    "csv": FileKind(
+        description="CSV files with a header (also .gz, .zst)",
+        example="--data_files 'tables/*.csv' --text_column body",
+        builder="csv",
+        options=csv_options,
+        columns=csv_columns,
+    ),
+}
+
+
+def file_kinds(last: str) -> str:
+    """The names of the kinds of files, with `last` ("and", "or") before the last one."""
+    *names, end = FILE_KINDS
+    return f"{', '.join(names)} {last} {end}"
+
 
 def resolve_source(
-    name: str, data_files: list[str], text_column: str, subset: str | None = None, revision: str | None = None
+    name: str,
+    data_files: Sequence[str],
+    text_column: str,
+    subset: str | None = None,
+    revision: str | None = None,
 ) -> Source:
-    """Turn what was asked for into a source; nothing is read, and the Hub is not asked."""
+    """The source with a name; no file is read, and the Hub is not asked."""
     patterns = tuple(data_files)
-    if name == STDLIB and patterns:
-        raise UserError("--data_files is not for --dataset stdlib, which reads Python's own modules: use text")
-    if name in (STDLIB, *BUILDERS):
+    if name == STDLIB or name in FILE_KINDS:
         for flag, value in (("subset", subset), ("revision", revision)):
             if value:
                 raise UserError(f"--{flag} {value} is for datasets on the Hub, and --dataset {name} is none")
     if name == STDLIB:
-        return Source(name, "text", text_column, stdlib_modules(), options=WHOLE_DOCUMENTS)
-    if name in BUILDERS:
+        if patterns:
+            raise UserError("--data_files is not for --dataset stdlib, which reads Python's own modules: use text")
+        return Source(name, text_column, TEXT, stdlib_modules())
+    if name in FILE_KINDS:
         if not patterns:
             raise UserError(f"--dataset {name} reads files: name them with --data_files")
-        remote = [pattern for pattern in patterns if "://" in pattern]
-        if remote and len(remote) < len(patterns):
-            raise UserError(f"--data_files mixes addresses ({remote[0]}) and local files: prepare them apart")
-        options = {"text": WHOLE_DOCUMENTS, "json": LINES}.get(name, {})
-        path = "text" if name == "json" else name
-        return Source(name, path, text_column, () if remote else local_files(patterns), patterns, options=options)
-    if name == OPENWEBTEXT:
-        return Source(name, OPENWEBTEXT_ID, text_column, (), patterns, subset, revision)
-    if name == FINEWEB_EDU:
-        return Source(name, FINEWEB_EDU_ID, text_column, (), patterns, subset or FINEWEB_EDU_SUBSET, revision)
+        return Source(name, text_column, FILE_KINDS[name], local_files(patterns), data_files=patterns)
+    known = HUB_DATASETS.get(name)
+    if known is not None:
+        return Source(name, text_column, None, (), known.hub_id, patterns, subset or known.subset, revision)
     if name.count("/") != 1 or not all(name.split("/")):
         raise UserError(
-            f"--dataset {name} is neither {OPENWEBTEXT}, {FINEWEB_EDU}, {STDLIB}, {', '.join(BUILDERS)} nor a "
-            "dataset on the Hub, which is written owner/name"
+            f"--dataset {name} is neither {', '.join([*HUB_DATASETS, STDLIB, *FILE_KINDS])} nor a dataset on the Hub, "
+            "which is written owner/name"
         )
-    return Source(name, name, text_column, (), patterns, subset, revision)
-
-
-# Options of train/text_files.py.
-WHOLE_DOCUMENTS: dict[str, Any] = {"sample_by": "document"}
-# JSON lines are read as lines and parsed here, for Arrow refuses the lone surrogates that JSON can spell.
-LINES: dict[str, Any] = {"sample_by": "line", "chunksize": 1 << 20}
+    return Source(name, text_column, None, (), name, patterns, subset, revision)
 
 
 def stdlib_modules() -> tuple[str, ...]:
@@ -114,14 +226,16 @@ def stdlib_modules() -> tuple[str, ...]:
     return tuple(str(path) for path in sorted(modules))
 
 
-def local_files(patterns: tuple[str, ...]) -> tuple[str, ...]:
-    """The files that the patterns match, sorted, each once."""
+def local_files(patterns: Sequence[str]) -> tuple[str, ...]:
+    """The files that match the patterns, sorted, each once."""
     found: set[str] = set()
     for pattern in patterns:
-        # pathlib's glob takes no absolute patterns
+        # pathlib's glob takes no absolute patterns.
         matches = [path for path in glob.glob(pattern, recursive=True) if Path(path).is_file()]  # noqa: PTH207
         if not matches:
             remedy = f"give the files in it, such as {pattern.rstrip('/')}/*" if Path(pattern).is_dir() else "check it"
+            if "://" in pattern:
+                remedy = "download it, or name a dataset on the Hub as --dataset owner/name"
             raise UserError(f"--data_files {pattern} matches no file: {remedy}")
         found.update(matches)
     return tuple(sorted(found))

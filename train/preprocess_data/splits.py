@@ -1,4 +1,4 @@
-"""Which documents are for validation, and nanoGPT's order of both parts."""
+"""The split into training and validation documents, and nanoGPT's order of both."""
 
 import hashlib
 import math
@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from train.data.token_file import END_OF_TEXT
+from train.data.tokenizer import END_OF_TEXT
 
-# (number of the first row, the text of it and of those behind it) → (rows,) bool: is it for validation?
+# (number of the first row, its text and those of the next rows) → (rows,) bool: which are for validation
 SplitRule = Callable[[int, pa.LargeStringArray], np.ndarray]
 
-READ_TOKENS = 1 << 22  # at once, of a file that is put in order
+READ_TOKENS = 1 << 22  # at once, of a file that is reordered
 
 
 def hash_rule(val_fraction: float, seed: int) -> SplitRule:
@@ -34,7 +34,7 @@ def hash_rule(val_fraction: float, seed: int) -> SplitRule:
 
 
 def nanogpt_rule(val_fraction: float, seed: int, rows: int) -> SplitRule:
-    """By the row's number: it is one of `nanogpt_rows`'s for validation."""
+    """By the row's number, with the validation rows of `nanogpt_rows`."""
     validation = np.zeros(rows, dtype=bool)  # 8 MB for OpenWebText
     validation[nanogpt_rows(val_fraction, seed, rows)[1]] = True
     return lambda row, texts: validation[row : row + len(texts)]
@@ -43,9 +43,9 @@ def nanogpt_rule(val_fraction: float, seed: int, rows: int) -> SplitRule:
 def nanogpt_rows(val_fraction: float, seed: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
     """Numbers of the rows for training and for validation, both int64, in the order in which nanoGPT writes them.
 
-    This is `Dataset.train_test_split(test_size=val_fraction, seed=seed, shuffle=True)` of datasets, which nanoGPT's
-    data/openwebtext/prepare.py calls with 0.0005 and 2357: a permutation, its first ⌈rows · val_fraction⌉ entries for
-    validation.
+    This is `Dataset.train_test_split(test_size=val_fraction, seed=seed, shuffle=True)` of `datasets`, which nanoGPT's
+    data/openwebtext/prepare.py calls with 0.0005 and 2357: a permutation, whose first ⌈rows · val_fraction⌉ entries
+    are for validation.
     """
     permutation = np.random.default_rng(seed).permutation(rows)
     validation = math.ceil(rows * val_fraction)
@@ -53,7 +53,7 @@ def nanogpt_rows(val_fraction: float, seed: int, rows: int) -> tuple[np.ndarray,
 
 
 def document_ends(path: Path, dtype: np.dtype[Any]) -> np.ndarray:
-    """(documents,) int64: where each document of a token file ends, behind its <|endoftext|>."""
+    """(documents,) int64: where each document of a token file ends, after its <|endoftext|>."""
     ends = []
     start = 0
     with path.open("rb") as file:
@@ -64,18 +64,18 @@ def document_ends(path: Path, dtype: np.dtype[Any]) -> np.ndarray:
 
 
 def in_order(path: Path, dtype: np.dtype[Any], rows: np.ndarray) -> Iterator[tuple[np.ndarray, int]]:
-    """A token file's documents in another order, in pieces: ids and how many documents they close.
+    """A token file's documents in another order, in pieces: ids, and the number of documents that end in them.
 
     Args:
-        path: a token file with the documents of `rows`, by rising number.
+        path: a token file with the documents of `rows`, in ascending order.
         dtype: of its ids.
-        rows: (documents,) numbers of rows, in the order that is wanted.
+        rows: (documents,) numbers of rows, in the order to yield them in.
     """
     ends = document_ends(path, dtype)
     if len(ends) != len(rows):
         raise ValueError(f"{path} has {len(ends)} documents, and the order is of {len(rows)}")
     documents = np.empty(len(rows), dtype=np.int64)
-    documents[np.argsort(rows)] = np.arange(len(rows))  # document d of the file is the row with d smaller ones
+    documents[np.argsort(rows)] = np.arange(len(rows))  # (row order) → document of the file
     descriptor = os.open(path, os.O_RDONLY)
     try:
         for some in np.array_split(documents, math.ceil(ends[-1] / READ_TOKENS)) if len(ends) else []:

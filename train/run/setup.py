@@ -18,7 +18,8 @@ from train.config import deepspeed_config as deepspeed_json
 from train.config import launcher_env as launcher
 from train.config.run_config import DEFAULTS, RunConfig
 from train.data.batches import EvalBatches, TrainBatches
-from train.data.token_file import TOKENIZER_NAME, gpt2_encoding, open_tokens
+from train.data.token_file import open_tokens
+from train.data.tokenizer import TOKENIZER_NAME, gpt2_encoding
 from train.engines import rendezvous
 from train.engines.accelerated import AcceleratedEngine
 from train.engines.accelerator import world_size
@@ -215,7 +216,7 @@ def _settle_training_data(config: RunConfig, vocab_size: int, block_size: int, s
 
 def _check_same_tokens(config: RunConfig, tokenizer: PreTrainedTokenizerBase, train: TrainBatches) -> None:
     """Refuse data of GPT-2's tokens for a model that has others: every id fits, and none means what it did."""
-    gpt2s = (train.tokens.sidecar or {}).get("tokenizer") == TOKENIZER_NAME
+    gpt2s = train.tokens.sidecar is not None and train.tokens.sidecar.tokenizer == TOKENIZER_NAME
     if gpt2s and tokenizer.encode(PROBE, add_special_tokens=False) != gpt2_encoding().encode_ordinary(PROBE):
         raise UserError(
             f"--train_data_path {config.train_data_path}: holds GPT-2's tokens, and {config.model} has a tokenizer of "

@@ -9,7 +9,6 @@ import torch
 from transformers import PreTrainedModel
 
 from train.checkpoints.loading import load_for_inference
-from train.data.batches import describe
 from train.data.token_file import TokenFile
 from train.generate.decoding import Decoding
 from train.generate.latency import measure_latency
@@ -71,14 +70,14 @@ def write_summary(
         records,
         measured,
         flops,
-        tokens_per_epoch=run.train.windows * run.train.block_size,
+        tokens_per_epoch=run.train.blocks * run.train.block_size,
         device_peak_flops=peak_flops(device_name(model.device), precision),
     )
     write_json(config.run_folder / "metrics.json", summary)
 
 
 def data_facts(tokens: TokenFile) -> dict[str, Any]:
-    return {**describe(tokens), "source": (tokens.sidecar or {}).get("source")}
+    return {**tokens.identity, "source": tokens.sidecar.source if tokens.sidecar else None}
 
 
 def generate_sample(run: Run, model: PreTrainedModel) -> dict[str, str] | None:

@@ -1,4 +1,4 @@
-"""Work shared out among threads, its results in the order of what was asked."""
+"""Parallel work in threads, with the results in the order of the items."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -12,30 +12,30 @@ Result = TypeVar("Result")
 def in_parallel(
     function: Callable[[Item], Result], items: Iterable[Item], workers: int
 ) -> Iterator[tuple[Item, Result]]:
-    """Each item with its result, in the items' order; a few are read ahead, so that no worker waits.
+    """Yield each item with its result, in order. At most `workers` + 3 items are read ahead.
 
-    Where the items break off with an error, it comes behind the results of all that there were.
+    If the iterable raises, the error is raised after the results of all items before it.
     """
     pending: deque[tuple[Item, Future[Result]]] = deque()
     pool = ThreadPoolExecutor(workers)
-    broken = None
+    iterator = iter(items)
+    error = None
     try:
-        iterator = iter(items)
         while True:
             try:
                 item = next(iterator)
             except StopIteration:
                 break
-            except Exception as error:
-                broken = error
+            except Exception as raised:
+                error = raised
                 break
             pending.append((item, pool.submit(function, item)))
             if len(pending) > workers + 2:
-                done, future = pending.popleft()
-                yield done, future.result()
-        for done, future in pending:
-            yield done, future.result()
-        if broken is not None:
-            raise broken
+                first, future = pending.popleft()
+                yield first, future.result()
+        for item, future in pending:
+            yield item, future.result()
+        if error is not None:
+            raise error
     finally:
         pool.shutdown(cancel_futures=True)

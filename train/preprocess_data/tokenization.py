@@ -1,4 +1,4 @@
-"""Texts → GPT-2's ids, by tiktoken, which is the reference, or by gigatoken, which is many times faster."""
+"""Texts → GPT-2's token ids, by tiktoken (the reference) or by gigatoken, which is many times as fast."""
 
 import re
 from collections.abc import Callable
@@ -9,11 +9,11 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from train.data.token_file import gpt2_encoding, gpt2_ranks
+from train.data.tokenizer import gpt2_encoding, gpt2_ranks
 from train.utils.errors import UserError
 
 ENCODERS = ("auto", "tiktoken", "gigatoken")
-SPOT_CHECK_CHARACTERS = 2000  # at most, of a document that is encoded a second time while the work goes on: 1% to 4%
+SPOT_CHECK_CHARACTERS = 2000  # of a document that is encoded a second time, at most: 1% to 4% of the time
 
 # What Rust's regular expressions call \s; Python's has four control characters more.
 BLANKS = "\t\n\v\f\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
@@ -29,15 +29,15 @@ Encoder = Callable[[pa.LargeStringArray], Encoded]
 
 
 def ids_of(text: str) -> np.ndarray:
-    """tiktoken's `encode_ordinary` as (tokens,) uint32; the interpreter is free meanwhile.
+    """tiktoken's `encode_ordinary` as (tokens,) uint32, without holding the interpreter's lock.
 
-    Blanks before a word take tiktoken's engine a step of its stack each, of which it has a million.
+    Each blank before a word takes one step of the stack of tiktoken's engine, which has a million.
     """
     parts = []
     start = 0
     for run in LONG_RUN_OF_BLANKS.finditer(text):
-        # GPT-2's rule leaves the last blank of a run to the word behind it and makes the others a piece, which by
-        # itself takes one step.
+        # GPT-2's pattern leaves the last blank of a run to the next word, and matches the others as one piece, which
+        # alone takes one step.
         end = run.end() if run.end() == len(text) else run.end() - 1
         parts += [text[start : run.start()], text[run.start() : end]]
         start = end
@@ -52,18 +52,20 @@ def encode_with_tiktoken(texts: pa.LargeStringArray) -> Encoded:
 
 
 class GigatokenEncoder:
+    """gigatoken with GPT-2's vocabulary, in the calling thread."""
+
     def __init__(self) -> None:
         import gigatoken
 
         gpt2_ranks()  # checks the file
         with as_file(files("train") / "data" / "gpt2.tiktoken") as path:
-            # Without special tokens: the text <|endoftext|> is text.
+            # Without special tokens, so that <|endoftext|> in a document is text.
             self._tokenizer = gigatoken.Tokenizer.from_tiktoken(path, pretokenizer="r50k")
 
     def __call__(self, texts: pa.LargeStringArray) -> Encoded:
         import awkward
 
-        # Arrow's memory as it is: strings of Python would be made, and let go, while no other thread runs.
+        # Passes Arrow's memory: creating and freeing Python strings would hold the interpreter's lock.
         ids = self._tokenizer.encode_batch(awkward.from_arrow(texts), parallel=False)
         return Encoded(awkward.to_numpy(awkward.flatten(ids)), awkward.to_numpy(awkward.num(ids)))
 

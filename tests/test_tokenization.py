@@ -6,10 +6,10 @@ import pyarrow as pa
 import pytest
 
 from tests.test_tokens import NASTY, random_strings
-from train.data.token_file import gpt2_encoding
-from train.preprocess_data import encoders
-from train.preprocess_data.encoders import Encoded, GigatokenEncoder, choose_encoder, encode_with_tiktoken
+from train.data.tokenizer import gpt2_encoding
+from train.preprocess_data import tokenization
 from train.preprocess_data.sources import stdlib_modules
+from train.preprocess_data.tokenization import Encoded, GigatokenEncoder, choose_encoder, encode_with_tiktoken
 from train.utils.errors import UserError
 
 BLANKS_BEFORE_WORDS = [
@@ -62,7 +62,7 @@ def test_what_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
         encode, why = choose_encoder(name, sample)
         assert why.startswith(expected)
         assert split(encode(sample)) == reference(sample.to_pylist())
-    monkeypatch.setattr(encoders, "find_spec", lambda name: None)
+    monkeypatch.setattr(tokenization, "find_spec", lambda name: None)
     assert choose_encoder("auto", sample)[1].startswith("tiktoken")
     with pytest.raises(UserError, match=r"gigatoken: it is not installed; pip install 'gpt2flash\[fast\]'"):
         choose_encoder("gigatoken", sample)

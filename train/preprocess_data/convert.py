@@ -1,0 +1,307 @@
+"""Documents → `train.bin` and `val.bin`: the steps of the README in this folder."""
+
+import gc
+import shutil
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from tqdm import tqdm
+
+from train.data.token_file import is_sidecar, read_sidecar, sidecar_path, token_dtype
+from train.data.tokenizer import END_OF_TEXT, RANKS_SHA256, TOKENIZER_NAME, VOCABULARY_SIZE
+from train.preprocess_data.preparation import PARTS, WORK_FOLDER, Chunk, Preparation, is_finished, locked
+from train.preprocess_data.sources import Source, resolve_source
+from train.preprocess_data.splits import SplitRule, hash_rule, nanogpt_rows, nanogpt_rule
+from train.preprocess_data.streams import (
+    Documents,
+    Position,
+    count_rows,
+    estimated_rows,
+    fingerprint,
+    known_rows,
+    load_documents,
+    read_documents,
+)
+from train.preprocess_data.tokenization import Encoder, choose_encoder
+from train.utils.errors import UserError
+from train.utils.workers import in_parallel
+
+if TYPE_CHECKING:
+    from datasets import IterableDataset
+
+CHECKED_DOCUMENTS = 64  # that the encoder must agree with the reference on before anything is written
+GC_INTERVAL = 16  # batches
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparationConfig:
+    """What the command was asked for; the flags have the same names."""
+
+    dataset: str
+    out_dir: Path
+    data_files: list[str]
+    text_column: str
+    subset: str | None
+    revision: str | None
+    max_documents: int | None
+    val_fraction: float
+    split: str
+    num_rows: int | None
+    seed: int
+    order: str
+    tokenizer: str
+    num_proc: int
+    overwrite: bool
+
+    def check(self) -> None:
+        """Refuse what cannot be, before anything is read."""
+        if not 0 < self.val_fraction < 1:
+            raise UserError(f"--val_fraction {self.val_fraction} is not between 0 and 1 (nanoGPT's is 0.0005)")
+        for name in ("max_documents", "num_rows", "num_proc"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name} {value} must be at least 1")
+        if not 0 <= self.seed < 2**64:
+            raise UserError(f"--seed {self.seed} must be at least 0 and less than 2^64")
+        if self.split != "nanogpt":
+            if self.num_rows:
+                raise UserError(
+                    f"--num_rows {self.num_rows} is for --split nanogpt; --split hash needs no count: leave it out"
+                )
+            if self.order == "nanogpt":
+                raise UserError(
+                    "--order nanogpt is for --split nanogpt: the order is the one of that split's permutation"
+                )
+        if self.out_dir.exists() and not self.out_dir.is_dir():
+            raise UserError(f"--out_dir {self.out_dir} is a file: name a folder")
+        for name in PARTS:
+            sidecar = sidecar_path(self.out_dir / f"{name}.bin")
+            if sidecar.exists() and not is_sidecar(sidecar):
+                raise UserError(f"{sidecar} is in the way of a sidecar and is not one: name another --out_dir")
+
+    def request(self, source: Source) -> dict[str, Any]:
+        """Everything that decides about the files' content. Only the same request resumes a killed preparation."""
+        fields = asdict(self)
+        for name in ("out_dir", "tokenizer", "num_proc", "overwrite"):
+            del fields[name]
+        return fields | {"files_sha256": fingerprint(source)}
+
+
+class Batch(NamedTuple):
+    row: int  # number of the first one
+    texts: pa.LargeStringArray
+    next: Position  # of the stream, after the batch
+
+
+def prepare(config: PreparationConfig) -> None:
+    """Prepare the files in `config.out_dir`, or resume a preparation that was killed there."""
+    config.check()
+    source = resolve_source(config.dataset, config.data_files, config.text_column, config.subset, config.revision)
+    request = config.request(source)
+    out_dir = config.out_dir
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        with locked(out_dir):
+            is_unfinished = (out_dir / WORK_FOLDER / "journal.json").exists()
+            present = [str(path) for path in (out_dir / f"{name}.bin" for name in PARTS) if path.exists()]
+            if present and not is_unfinished and not config.overwrite:
+                if not is_finished(out_dir, request):
+                    raise UserError(f"{' and '.join(present)} exist already: give --overwrite, or another --out_dir")
+                shutil.rmtree(out_dir / WORK_FOLDER, ignore_errors=True)  # a kill at the very end leaves it, empty
+                print("already prepared; --overwrite prepares it again", file=sys.stderr)
+                return
+            with Preparation(out_dir, request, config.overwrite) as preparation:
+                if preparation.journal.phase == "reading":
+                    read_all(config, source, preparation)
+                preparation.finish(orders(preparation))
+    except OSError as error:
+        kept = "; the same command resumes when there is room" if (out_dir / WORK_FOLDER).exists() else ""
+        raise UserError(f"cannot write to --out_dir {out_dir}: {error.strerror or error}{kept}") from error
+
+
+def read_all(config: PreparationConfig, source: Source, preparation: Preparation) -> None:
+    """Stream the source from the preparation's position to the end, tokenize and write it."""
+    before = preparation.journal.provenance
+    dataset, source = load_documents(replace(source, revision=before["source"]["revision"]) if before else source)
+    stream = read_documents(source, dataset, preparation.position, preparation.rows)
+    first = next(stream, None)
+    if first is None and not preparation.rows:
+        files = " ".join(config.data_files) or "its name"
+        raise UserError(f"--dataset {config.dataset} has no documents: check {files}")
+    if not before:
+        preparation.set_provenance(provenance(config, source, dataset))
+    rows = preparation.journal.provenance["num_rows"]
+    if first is not None:
+        encode, why = choose_encoder(config.tokenizer, first.texts[:CHECKED_DOCUMENTS])
+        print(f"tokenizer: {why}", file=sys.stderr)
+        rule = (
+            hash_rule(config.val_fraction, config.seed)
+            if rows is None
+            else nanogpt_rule(config.val_fraction, config.seed, rows)
+        )
+        batches = numbered(chain([first], stream), preparation.rows, config.max_documents)
+        batches = limited(batches, rows, preparation)
+        known = known_rows(source, dataset) or estimated_rows(source, first.texts)
+        expected = rows or min(filter(None, (known, config.max_documents)), default=None)
+        tokenized = in_parallel(partial(tokenize, encode=encode, rule=rule), batches, config.num_proc)
+        write_all(tokenized, f"{config.dataset}, {config.split} split", expected, preparation)
+    check_parts(config, preparation)
+
+
+def provenance(config: PreparationConfig, source: Source, dataset: "IterableDataset") -> dict[str, Any]:
+    """The fields that both sidecars share."""
+    return {
+        "tokenizer": TOKENIZER_NAME,
+        "tokenizer_sha256": RANKS_SHA256,
+        "source": source.description(),
+        "split": config.split,
+        "order": config.order,
+        "val_fraction": config.val_fraction,
+        "seed": config.seed,
+        "num_rows": rows_to_split(config, source, dataset) if config.split == "nanogpt" else None,
+        "max_documents": config.max_documents,
+    }
+
+
+def rows_to_split(config: PreparationConfig, source: Source, dataset: "IterableDataset") -> int:
+    """The n of the nanogpt rule; local files that do not state it are read once to count it."""
+    rows = config.num_rows or count_rows(source, dataset)
+    if rows is None:
+        raise UserError(
+            f"--split nanogpt needs the number of documents in --dataset {config.dataset}, and nothing says it: "
+            "give --num_rows, or --split hash"
+        )
+    return min(rows, config.max_documents or rows)
+
+
+def numbered(documents: Iterable[Documents], row: int, limit: int | None) -> Iterator[Batch]:
+    """Documents with their row numbers, from `row` up to `limit`."""
+    for texts, position in documents:
+        kept = texts if limit is None else texts[: limit - row]
+        if len(kept):
+            yield Batch(row, kept, position)
+        row += len(kept)
+        if row == limit:
+            return
+
+
+def limited(batches: Iterable[Batch], rows: int | None, preparation: Preparation) -> Iterator[Batch]:
+    """Raise, and leave nothing, where there are more documents than the split is for."""
+    for batch in batches:
+        if rows is not None and batch.row + len(batch.texts) > rows:
+            preparation.discard()
+            raise UserError(f"there are more than the {rows:,} documents that the split is for: correct --num_rows")
+        yield batch
+
+
+def tokenize(batch: Batch, encode: Encoder, rule: SplitRule) -> tuple[Chunk, Chunk]:
+    """The training and the validation documents of a batch."""
+    ids, lengths = encode(batch.texts)
+    is_validation = rule(batch.row, batch.texts)
+    terminated = np.full(ids.size + lengths.size, END_OF_TEXT, dtype=token_dtype(VOCABULARY_SIZE))
+    is_text = np.ones(terminated.size, dtype=bool)
+    is_text[np.cumsum(lengths + 1) - 1] = False
+    terminated[is_text] = ids
+    sizes = pc.binary_length(batch.texts).to_numpy()
+    damaged = with_replacement_character(batch.texts)
+
+    def chunk(chosen: np.ndarray) -> Chunk:
+        kept = terminated if chosen.all() else terminated[np.repeat(chosen, lengths + 1)]
+        chosen_sizes = sizes[chosen]
+        return Chunk(
+            ids=kept,
+            documents=len(chosen_sizes),
+            empty_documents=int((chosen_sizes == 0).sum()),
+            documents_with_replacement_character=int(damaged[chosen].sum()),
+            text_bytes=int(chosen_sizes.sum()),
+        )
+
+    return chunk(~is_validation), chunk(is_validation)
+
+
+def with_replacement_character(texts: pa.LargeStringArray) -> np.ndarray:
+    """(texts,) bool: which of them contain U+FFFD, which replaces bytes that are not UTF-8."""
+    # Arrow's search takes a third of gigatoken's time, and mostly no text of a batch has one.
+    _, offsets, content = texts.buffers()
+    start, end = np.frombuffer(offsets, dtype=np.int64)[[texts.offset, texts.offset + len(texts)]].tolist()
+    if "\ufffd".encode() not in content.slice(start, end - start).to_pybytes():
+        return np.zeros(len(texts), dtype=bool)
+    return pc.match_substring(texts, "\ufffd").to_numpy(zero_copy_only=False)
+
+
+def write_all(
+    tokenized: Iterable[tuple[Batch, tuple[Chunk, Chunk]]], title: str, expected: int | None, preparation: Preparation
+) -> None:
+    """Append everything to the preparation, under a progress bar."""
+    text_bytes = 0
+    # A terminal is refreshed twice a second; a log gets a line every half minute.
+    interval = 0.5 if sys.stderr.isatty() else 30
+    with tqdm(
+        desc=title, total=expected, initial=preparation.rows, unit=" documents", unit_scale=True, mininterval=interval
+    ) as progress:
+        # Bounds the memory: what `datasets` keeps of each table is in a reference cycle, which Python would look for
+        # after hundreds of tables only.
+        gc.freeze()
+        for number, (batch, chunks) in enumerate(tokenized):
+            if number % GC_INTERVAL == 0:
+                gc.collect()
+            preparation.append(chunks, len(batch.texts), batch.next)
+            text_bytes += sum(chunk.text_bytes for chunk in chunks)
+            rate = text_bytes / 1e6 / max(progress.format_dict["elapsed"], 1e-9)
+            progress.set_postfix_str(f"{rate:.1f} MB/s, {preparation.tokens:,} tokens", refresh=False)
+            progress.update(len(batch.texts))
+
+
+def check_parts(config: PreparationConfig, preparation: Preparation) -> None:
+    """Raise, and leave nothing, if the split was for another number of documents, or leaves a part empty."""
+    rows, expected, fault = preparation.rows, preparation.journal.provenance["num_rows"], None
+    documents = preparation.documents()
+    if expected is not None and rows != expected:
+        fault = (
+            f"--dataset {config.dataset} ended after {rows:,} documents, and the split was for {expected:,}: "
+            f"give --num_rows {rows}, or --split hash"
+        )
+    for part, name, direction in (("train", "training", "lower"), ("val", "validation", "raise")):
+        if not documents[part]:
+            fault = fault or (
+                f"--val_fraction {config.val_fraction} leaves no document for {name} of {rows:,} in all: "
+                f"{direction} it, or prepare more documents"
+            )
+    if fault:
+        preparation.discard()
+        raise UserError(fault)
+
+
+def orders(preparation: Preparation) -> dict[str, np.ndarray | None]:
+    """For each part, the row numbers in the order of its file; None for the stream's order."""
+    fields = preparation.journal.provenance
+    if fields["split"] != "nanogpt":
+        return dict.fromkeys(PARTS)
+    train, val = nanogpt_rows(fields["val_fraction"], fields["seed"], fields["num_rows"])
+    return {"train": train if fields["order"] == "nanogpt" else None, "val": val}
+
+
+def summary(out_dir: Path) -> str:
+    """A description of the prepared files."""
+    train, val = (read_sidecar(out_dir / f"{name}.bin") for name in PARTS)
+    assert train is not None
+    assert val is not None
+    documents, text_bytes, empty, undecodable = (
+        getattr(train, key) + getattr(val, key)
+        for key in ("documents", "text_bytes", "empty_documents", "documents_with_replacement_character")
+    )
+    return (
+        f"documents: {documents:,} ({text_bytes / 1e6:,.1f} MB of text, {empty:,} empty, {undecodable:,} with U+FFFD)"
+        "\n"
+        f"tokens: {train.tokens:,} for training, {val.tokens:,} for validation\n"
+        f"split: {val.split}, val_fraction {val.val_fraction}, seed {val.seed}, {val.documents:,} documents\n"
+        f"files: {out_dir / 'train.bin'} and {out_dir / 'val.bin'}, each with its .json"
+    )
