@@ -177,7 +177,7 @@ def test_counted_parameters_are_the_layers_own(n_inner: int | None) -> None:
 
 
 def test_flops_are_twice_the_products_numbers_and_attention() -> None:
-    flops = partitioning.forward_flops(GPT2, 1024)
+    flops = partitioning.layer_flops(GPT2, 1024)
     assert flops[1] == 24 * 768**2 + 4 * 1024 * 768
     assert flops[-1] == 2 * 50257 * 768
     assert 4 < flops[-1] / flops[1] < 5  # GPT-2's head is worth several blocks

@@ -1,4 +1,4 @@
-"""The arithmetic of a training step, counted by formula, and what devices can do at most.
+"""FLOPs of a training step, by formula, and the peak rates of devices.
 
 Tests hold the formulas to within 1 % of torch's counter over a real forward and backward pass.
 """
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 TFLOPS = 1e12
 
 # Dense peaks in TFLOP/s, accumulating in fp32. Datasheets from Ampere on print tensor-core numbers "with sparsity":
-# half of those is what a dense matrix product can reach. The pattern must match the whole device name that torch
+# half of those is what a dense matmul can reach. The pattern must match the whole device name that torch
 # gives, so that a laptop part, a "Ti", a MIG slice or a GH200 is unknown instead of wrong.
 PEAK_TFLOPS: tuple[tuple[str, dict[str, float]], ...] = (
     # NVIDIA Tesla V100 datasheet (2017): no bf16 and no tf32 on Volta.
@@ -50,19 +50,47 @@ PEAK_BANDWIDTH: tuple[tuple[str, float], ...] = (
 
 
 @dataclass(frozen=True)
+class ForwardFlops:
+    """FLOPs of the forward pass for one token: a multiply and an add for each element of a weight in a matmul."""
+
+    block_matmuls: int
+    """c_attn and attn.c_proj 2 · (3 + 1) · E², c_fc and mlp.c_proj 2 · 2 · E · I."""
+    mlp_projection: int
+    """mlp.c_proj alone, 2 · E · I: the last matmul of a block."""
+    attention: int
+    """Of one block: scores and weighted values, 2 · E · T each, without the causal mask's halving."""
+    head: int
+    """2 · V · E."""
+
+
+def forward_flops(n_embd: int, n_inner: int | None, vocab_size: int, block_size: int) -> ForwardFlops:
+    """Forward FLOPs per token in a sequence of `block_size` tokens; `n_inner=None` is GPT-2's default, 4 · E.
+
+    Left out are embedding tables, which are gathered from, and biases, norms and activation functions.
+    """
+    inner = 4 * n_embd if n_inner is None else n_inner
+    return ForwardFlops(
+        block_matmuls=8 * n_embd**2 + 4 * n_embd * inner,
+        mlp_projection=2 * n_embd * inner,
+        attention=4 * n_embd * block_size,
+        head=2 * n_embd * vocab_size,
+    )
+
+
+@dataclass(frozen=True)
 class Flops:
     """Training FLOPs per token, forward and backward, by what they are spent on."""
 
     blocks: int
     head: int
     attention: int
-    recomputed: int  # what activation checkpointing and fused attention kernels compute a second time
-    embedding: int = 0  # a lookup: nothing is multiplied
+    recomputed: int
+    """What activation checkpointing and fused attention kernels compute a second time."""
 
     @property
     def model(self) -> int:
         """What the model needs, the same for every kernel and every run: the FLOPs of MFU."""
-        return self.blocks + self.head + self.attention + self.embedding
+        return self.blocks + self.head + self.attention
 
     @property
     def hardware(self) -> int:
@@ -83,32 +111,31 @@ def count_flops(
 ) -> Flops:
     """Training FLOPs per token: 6·N + 12·L·E·T, as in PaLM's appendix B, and what is recomputed.
 
-    N counts the parameters that take part in matrix products: the blocks and the tied head. Each costs one multiply
-    and one add in forward and twice that in backward: 6. The embedding tables are left out where they are gathered
-    from, as are biases and layer norms. Attention multiplies scores and values: 2 products · 2 FLOPs · E · T in
-    forward, twice that again in backward: 12·E·T a layer. By the convention the causal mask's halving is *not*
-    applied, and recomputed activations do not count, so the figure is the same for every kernel and every run.
-    All micro-batches of a step are tokens of that step, so accumulation changes nothing per token.
+    N counts the parameters that take part in matmuls: the blocks and the tied head. The backward pass has two matmuls
+    for each one of `forward_flops`, so training costs three times the forward pass. By the convention the causal
+    mask's halving is *not* applied, and recomputed activations do not count, so the model's FLOPs are the same for
+    every kernel and every run. All micro-batches of a step are tokens of that step, so accumulation changes nothing
+    per token.
 
     GPT-2 124M at 1024: blocks 12 · (4 · 768² + 2 · 768 · 3072) = 84,934,656; head 768 · 50257 = 38,597,376;
     6 · 123,532,032 = 741,192,192; attention 12 · 12 · 768 · 1024 = 113,246,208; together 854,438,400.
 
     `recomputed` is, with `activation_checkpointing="full"`, a second forward pass of every block, but for the last
     matmul of each group of `activation_checkpointing_interval` blocks: recomputation ends with the last activation
-    that the backward pass needs, which is the input of that matmul. "selective" recomputes no matmul. And with
-    `fused_attention` (sdpa, FlashAttention), which keeps no scores, one more product of queries and keys in backward,
-    2·E·T a layer.
-
-    `n_inner=None` is GPT-2's default, 4·E.
+    that the backward pass needs, which is the input of that matmul. "selective" recomputes no matmul. With
+    `fused_attention` (sdpa, FlashAttention), which keeps no scores, the backward pass computes them once more.
     """
-    inner = 4 * n_embd if n_inner is None else n_inner
-    block = 4 * n_embd**2 + 2 * n_embd * inner  # q, k, v, projection; up, down
-    scores = 2 * n_layer * n_embd * block_size  # one product of queries and keys, or of weights and values
-    recomputed = scores if fused_attention else 0
+    forward = forward_flops(n_embd, n_inner, vocab_size, block_size)
+    recomputed = n_layer * forward.attention // 2 if fused_attention else 0
     if activation_checkpointing == "full":
         groups = n_layer // activation_checkpointing_interval
-        recomputed += 2 * n_layer * block - 2 * groups * n_embd * inner + 2 * scores
-    return Flops(blocks=6 * n_layer * block, head=6 * n_embd * vocab_size, attention=6 * scores, recomputed=recomputed)
+        recomputed += n_layer * (forward.block_matmuls + forward.attention) - groups * forward.mlp_projection
+    return Flops(
+        blocks=3 * n_layer * forward.block_matmuls,
+        head=3 * forward.head,
+        attention=3 * n_layer * forward.attention,
+        recomputed=recomputed,
+    )
 
 
 def peak_flops(device_name: str, dtype: str) -> float | None:

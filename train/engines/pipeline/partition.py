@@ -6,21 +6,20 @@ from typing import NamedTuple
 from transformers.configuration_utils import PreTrainedConfig
 
 from modeling_gpt2flash.pipeline import layer_names
+from train.metrics.flops import forward_flops
 
 PARTITION_METHODS = ("uniform", "parameters", "cost")
 
 
-def forward_flops(config: PreTrainedConfig, block_size: int) -> list[int]:
-    """Floating-point operations of each layer for one token in a sequence of `block_size`, forward only.
+def layer_flops(config: PreTrainedConfig, block_size: int) -> list[int]:
+    """Forward FLOPs of each layer for one token in a sequence of `block_size`.
 
-    A product with a matrix of P numbers costs 2P. Backward is twice that for every layer, so the shares are the same.
+    The backward pass costs twice that in every layer, so the shares are the same.
     """
-    width, vocabulary = config.n_embd, config.vocab_size
-    inner = config.n_inner if config.n_inner is not None else 4 * width
-    # c_attn and c_proj 2 * (3 + 1) * D**2, the MLP 2 * 2 * D * I (24 * D**2 in all for I = 4D), and scores and
-    # weighted values 2 * T * D each.
-    block = 8 * width**2 + 4 * width * inner + 4 * block_size * width
-    return [2 * width, *[block] * config.n_layer, 8 * width, 2 * vocabulary * width]
+    width = config.n_embd
+    forward = forward_flops(width, config.n_inner, config.vocab_size, block_size)
+    embeddings, norm = 2 * width, 8 * width  # elementwise operations, so that no layer costs nothing
+    return [embeddings, *[forward.block_matmuls + forward.attention] * config.n_layer, norm, forward.head]
 
 
 def parameter_counts(config: PreTrainedConfig) -> list[int]:
@@ -84,7 +83,7 @@ def partition(
     """
     names = layer_names(config.n_layer)
     parameters = parameter_counts(config)
-    flops = forward_flops(config, config.n_positions if block_size is None else block_size)
+    flops = layer_flops(config, config.n_positions if block_size is None else block_size)
     if stages < 1:
         raise ValueError(f"{stages} pipeline stages: ask for at least 1.")
     if stages > len(names):
