@@ -1,4 +1,4 @@
-"""Compare finished runs: what changed in speed, memory and quality, and whether the comparison is a fair one."""
+"""Compare finished runs: what changed in speed, memory and loss, and whether the runs are comparable."""
 
 import argparse
 import sys
@@ -26,14 +26,13 @@ EXAMPLE = "python -m train.compare checkpoint/baseline checkpoint/optimized --ou
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m train.compare",
-        description="Compare finished runs: speed, memory and loss of each against the first, as a page that opens "
-        "anywhere, as Markdown with plots, and as JSON. Runs that did different work are compared only under a "
-        "warning.",
+        description="Compare finished runs: speed, memory and loss of each against the first, as a self-contained "
+        "page, as Markdown with charts, and as JSON. Runs that did different work are compared only under a warning.",
         epilog=f"examples:\n  {EXAMPLE}\n  {EXAMPLE} \\\n      --gate '{GATE_EXAMPLE}'\n\n"
-        "The first run is the one that the others are measured against. A gate's metrics have their names in\n"
-        "metrics.json (peak_memory is short for peak_memory_bytes); 1.2x is times the first run's figure, +0.02 is\n"
-        "that much more than it, a bare number is the figure itself. The exit code is 1 when a run misses a\n"
-        "condition, or when a figure is unknown or not comparable.",
+        "The first run is the one that the others are compared with. A gate's metrics have their names in\n"
+        "metrics.json (peak_memory is short for peak_memory_bytes); 1.2x is times the first run's value, +0.02 is\n"
+        "that much more than it, a bare number is the value itself. The exit code is 1 when a run misses a\n"
+        "condition, or when a value is unknown or not comparable.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="a run's folder, with its metrics.json")
@@ -42,15 +41,17 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         type=Path,
         default=Path("comparison"),
         metavar="FOLDER",
-        help="where report.html, report.md, comparison.json and five PNG plots go; made if missing "
+        help="folder of report.html, report.md, comparison.json and PNG charts; created if missing "
         "(default: %(default)s)",
     )
-    parser.add_argument("--gate", metavar="CONDITIONS", help="what every run but the first has to meet, by commas")
+    parser.add_argument(
+        "--gate", metavar="CONDITIONS", help="conditions for every run but the first, separated by commas"
+    )
     return parser.parse_args(argv)
 
 
 def write(folder: Path, report: Report) -> None:
-    """Everything is made before the first byte is written; the reports, which show the rest, come last."""
+    """Create everything before the first byte is written; the reports, which show the rest, are written last."""
     images, text, data, html = pngs(report.charts), report.markdown(), report.as_json(), page(report)
     try:
         folder.mkdir(parents=True, exist_ok=True)

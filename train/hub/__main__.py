@@ -17,10 +17,10 @@ from train.utils.files import write_text
 
 
 def check(repo: str, flag: str = "--push_to_hub") -> None:
-    """Refuse what could not be pushed to, before a run begins; `flag` is how it was named.
+    """Refuse a repository that could not be pushed to, before a run begins; messages name it by `flag`.
 
     Raises:
-        UserError: when `repo` is no owner/name, or nobody is logged in.
+        UserError: when `repo` is not owner/name, or nobody is logged in.
     """
     try:
         validate_repo_id(repo)
@@ -37,7 +37,7 @@ def check(repo: str, flag: str = "--push_to_hub") -> None:
 
 
 def push(run_folder: Path, repo: str, flag: str = "--push_to_hub") -> str:
-    """Write the card and its chart into the run folder, and upload them with the latest model; its address.
+    """Write the card and its chart into the run folder, upload them with the latest model, and return its address.
 
     Raises:
         UserError: when the run is not finished, or the Hub refuses.
@@ -45,7 +45,7 @@ def push(run_folder: Path, repo: str, flag: str = "--push_to_hub") -> str:
     run = read_run(run_folder, repo.rpartition("/")[2])
     write_text(run_folder / "README.md", str(card(run, repo)))
     (run_folder / CHART).write_bytes(training_loss_chart([run]).png())
-    # Not what else is there: metrics and traces name the folders of this machine.
+    # Nothing else of the folder: metrics and traces name paths of this machine.
     model_files = [path.name for path in latest(run_folder).iterdir() if (run_folder / path.name).exists()]
     try:
         api = HfApi()
@@ -56,9 +56,9 @@ def push(run_folder: Path, repo: str, flag: str = "--push_to_hub") -> str:
             allow_patterns=[*model_files, "README.md", CHART],
             commit_message=f"{run.summary['steps']} steps",
         )
-    except Exception as error:  # as above
+    except Exception as error:  # each its own class
         raise UserError(
-            f"{flag} {repo}: {first_line(error)}; the run in {run_folder} is whole: "
+            f"{flag} {repo}: {first_line(error)}; the run in {run_folder} is complete: "
             f"python -m train.hub {run_folder} {repo} tries again"
         ) from None
     return done.repo_url.url
@@ -67,7 +67,7 @@ def push(run_folder: Path, repo: str, flag: str = "--push_to_hub") -> str:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m train.hub", description=__doc__, allow_abbrev=False)
     parser.add_argument("run", metavar="RUN", type=Path, help="the folder of a finished run")
-    parser.add_argument("repo", metavar="OWNER/NAME", help="the repository, which is made if it is not there")
+    parser.add_argument("repo", metavar="OWNER/NAME", help="the repository, which is created if it does not exist")
     args = parser.parse_args(argv)
     check(args.repo, "OWNER/NAME")
     print(push(args.run, args.repo, "OWNER/NAME"))
