@@ -28,14 +28,15 @@ from train.generate.decoding import Decoding
 from train.generate.texts import generate_text
 from train.metrics.memory_tracker import MemoryTracker
 from train.run import validate
+from train.run.build import build
 from train.run.loop import save
-from train.run.setup import Run, build, settle
+from train.run.setup import ResolvedRun, resolve
 
 Batch = dict[str, torch.Tensor]
 LEARNING_RATE = 1e-3
 
 
-def micro_batches(engine: Engine, run: Run, step: int) -> Iterator[Batch]:
+def micro_batches(engine: Engine, run: ResolvedRun, step: int) -> Iterator[Batch]:
     for micro_step in range(run.accumulation):
         yield run.train.micro_batch(step, micro_step, engine.data_rank, engine.data_world_size, run.micro_batch_size)
 
@@ -48,12 +49,12 @@ def packed(batch: Batch) -> Batch:
     return {**batch, "position_ids": columns - starts}
 
 
-def plain(engine: Engine, run: Run) -> Iterator[dict[str, Any]]:
+def plain(engine: Engine, run: ResolvedRun) -> Iterator[dict[str, Any]]:
     for step in range(run.total_steps):
         yield vars(engine.train_step(step, micro_batches(engine, run, step), LEARNING_RATE))
 
 
-def in_packs(engine: Engine, run: Run) -> Iterator[dict[str, Any]]:
+def in_packs(engine: Engine, run: ResolvedRun) -> Iterator[dict[str, Any]]:
     """Packed and plain micro-batches, in training and evaluation, by turns of two steps."""
     for step in range(run.total_steps):
         pack: Callable[[Batch], Batch] = packed if step % 4 < 2 else dict
@@ -63,7 +64,7 @@ def in_packs(engine: Engine, run: Run) -> Iterator[dict[str, Any]]:
         yield {**vars(result), "val_loss": nll / tokens}
 
 
-def interrupted(engine: Engine, run: Run) -> Iterator[dict[str, Any]]:
+def interrupted(engine: Engine, run: ResolvedRun) -> Iterator[dict[str, Any]]:
     """Between steps: validation with batches of another size than the training's, a checkpoint, text from it."""
     for step in range(run.total_steps):
         yield vars(engine.train_step(step, micro_batches(engine, run, step), LEARNING_RATE))
@@ -77,7 +78,7 @@ def interrupted(engine: Engine, run: Run) -> Iterator[dict[str, Any]]:
         engine.wait()
 
 
-def watched(engine: Engine, run: Run) -> Iterator[dict[str, Any]]:
+def watched(engine: Engine, run: ResolvedRun) -> Iterator[dict[str, Any]]:
     """The layers of this process in the order in which they run forward in a step, and in a batch of evaluation."""
     assert isinstance(engine, PipelinedEngine)
     calls: list[int] = []
@@ -104,7 +105,7 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def counted(engine: Engine, run: Run) -> Iterator[dict[str, Any]]:
+def counted(engine: Engine, run: ResolvedRun) -> Iterator[dict[str, Any]]:
     """How often each operation is carried out in a step."""
     for step in range(run.total_steps):
         with Operations() as operations:
@@ -112,7 +113,7 @@ def counted(engine: Engine, run: Run) -> Iterator[dict[str, Any]]:
         yield {**vars(result), "operations": operations.counts}
 
 
-def paged(engine: Engine, run: Run) -> Iterator[dict[str, Any]]:
+def paged(engine: Engine, run: ResolvedRun) -> Iterator[dict[str, Any]]:
     """How many pages of memory the system gives for a step."""
     for step in range(run.total_steps):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -120,7 +121,7 @@ def paged(engine: Engine, run: Run) -> Iterator[dict[str, Any]]:
         yield {**vars(result), "page_faults": resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before}
 
 
-def tracked(engine: Engine, run: Run) -> Iterator[dict[str, Any]]:
+def tracked(engine: Engine, run: ResolvedRun) -> Iterator[dict[str, Any]]:
     """Where the memory of the last step goes; in the ones before, buckets and gathered parameters find their sizes."""
     for step in range(run.total_steps):
         tracker = MemoryTracker(engine.held_tensors, run.model_config.vocab_size, engine.device.type)
@@ -130,7 +131,7 @@ def tracked(engine: Engine, run: Run) -> Iterator[dict[str, Any]]:
         yield {**vars(result), **asdict(tracker.profile())}
 
 
-def alternating(engine: Engine, run: Run) -> Iterator[dict[str, Any]]:
+def alternating(engine: Engine, run: ResolvedRun) -> Iterator[dict[str, Any]]:
     """Training and evaluation by turns, and what torch.compile did; from the third step on it may do nothing."""
     counters = torch._dynamo.utils.counters
     for step in range(run.total_steps):
@@ -163,7 +164,7 @@ SCENARIOS = {
 
 def main(scenario: str, out: str, *flags: str) -> None:
     torch.set_num_threads(1)
-    run = settle(parse(list(flags)))
+    run = resolve(parse(list(flags)))
     engine = build(run)
     lines = list(SCENARIOS[scenario](engine, run))
     weights = {name: tensor["weight"] for name, tensor in engine.tensors() if engine.is_main}

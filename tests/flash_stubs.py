@@ -131,7 +131,7 @@ def make_flash(implementation: str, **fields: Any) -> GPT2FlashForCausalLM:
 def main(implementation: str, *flags: str) -> None:
     from train.config.run_config import parse
     from train.run.loop import train
-    from train.run.setup import settle
+    from train.run.setup import resolve
 
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
@@ -146,7 +146,7 @@ def main(implementation: str, *flags: str) -> None:
         patch.setattr(GPT2FlashForCausalLM, "_flash_attn_can_dispatch", lambda *_, **__: True)
         for version in flash_utils.FLASH_ATTENTION_COMPATIBILITY_MATRIX.values():
             patch.setitem(version, "general_availability_check", lambda **_: True)
-        train(settle(parse(list(flags))))
+        train(resolve(parse(list(flags))))
     kinds = Counter("bounds of documents" if call.bounds else "no bounds" for call in calls)
     print("".join(f"\n{implementation}: {count} calls with {kind}" for kind, count in kinds.items()), flush=True)
 

@@ -7,7 +7,7 @@ import pytest
 from tests.conftest import ROOT
 from train.config.run_config import parse
 from train.engines.accelerator import deepspeed_accelerator, plain_accelerator
-from train.run.setup import settle
+from train.run.setup import resolve
 from train.utils.errors import UserError
 
 
@@ -23,7 +23,7 @@ from train.utils.errors import UserError
 def test_a_baseline_is_not_overruled(
     flags: list[str], monkeypatch: pytest.MonkeyPatch, variable: str, value: str, words: list[str]
 ) -> None:
-    run = settle(parse(flags))
+    run = resolve(parse(flags))
     monkeypatch.setenv(variable, value)
     with pytest.raises(UserError) as error:
         plain_accelerator(run.config)
@@ -45,7 +45,7 @@ def test_an_optimized_run_is_not_overruled(
     config = dataclasses.replace(
         parse(flags), run_type="optimized", deepspeed_config=f"{ROOT}/ds_configs/zero2.json", mixed_precision="no"
     )
-    run = settle(config)
+    run = resolve(config)
     assert run.deepspeed is not None
     monkeypatch.setenv(variable, value)
     with pytest.raises(UserError) as error:

@@ -15,30 +15,30 @@ from train.checkpoints.loading import load_for_inference, own_tokenizer, pretrai
 from train.config.run_config import parse
 from train.data.token_file import write_token_file
 from train.data.tokenizer import gpt2_tokenizer
-from train.run.setup import Run, settle
+from train.run.setup import ResolvedRun, resolve
 from train.utils.errors import UserError
 
 
-def settled(flags: list[str], *more: str) -> Run:
-    return settle(parse([*(flag for flag in flags if not flag.startswith("--learning_rate")), *more]))
+def resolved(flags: list[str], *more: str) -> ResolvedRun:
+    return resolve(parse([*(flag for flag in flags if not flag.startswith("--learning_rate")), *more]))
 
 
 def test_weights_are_tuned_at_a_lower_rate_than_fresh_ones(flags: list[str]) -> None:
-    assert settled(flags, "--model=tiny").config.learning_rate == 6e-4
-    assert settled(flags).config.learning_rate == 5e-5
-    assert settled(flags, "--learning_rate=1e-3").config.learning_rate == 1e-3
+    assert resolved(flags, "--model=tiny").config.learning_rate == 6e-4
+    assert resolved(flags).config.learning_rate == 5e-5
+    assert resolved(flags, "--learning_rate=1e-3").config.learning_rate == 1e-3
 
 
 def test_weights_bring_their_tokenizer(flags: list[str], tuned_from: Path) -> None:
     data = [f"--{split}_data_path={tuned_from}/train.bin" for split in ("train", "val")]
-    tokenizer = settled(flags, f"--model={tuned_from}", *data).tokenizer
+    tokenizer = resolved(flags, f"--model={tuned_from}", *data).tokenizer
     assert tokenizer is not None
     assert (len(tokenizer), tokenizer.pad_token, tokenizer.model_max_length) == (300, "<|endoftext|>", 64)
 
 
 def test_where_there_is_none_it_is_gpt2s(flags: list[str], small_model: Path) -> None:
     assert own_tokenizer(str(small_model), 64) is None
-    tokenizer = settled(flags).tokenizer
+    tokenizer = resolved(flags).tokenizer
     assert tokenizer is not None
     assert tokenizer.get_vocab() == gpt2_tokenizer().get_vocab()
 
@@ -53,8 +53,8 @@ def test_a_damaged_tokenizer_is_a_sentence(tuned_from: Path, tmp_path: Path) -> 
 def test_data_of_another_tokenizer_is_refused(flags: list[str], tuned_from: Path, tmp_path: Path) -> None:
     gpt2s = write_of(tmp_path / "train.bin", {"tokenizer": "gpt2"})
     with pytest.raises(UserError, match=r"train\.bin: holds GPT-2's tokens, and .* has a tokenizer of its own"):
-        settled(flags, f"--model={tuned_from}", gpt2s)
-    settled(
+        resolved(flags, f"--model={tuned_from}", gpt2s)
+    resolved(
         flags,
         f"--model={tuned_from}",
         write_of(tmp_path / "others.bin", {"tokenizer": "its own"}),

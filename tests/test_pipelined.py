@@ -25,7 +25,7 @@ from tests.conftest import (
     torchrun,
 )
 from train.config.run_config import parse
-from train.run.setup import settle
+from train.run.setup import resolve
 from train.utils.errors import UserError
 
 
@@ -276,7 +276,7 @@ def test_stages_that_the_model_cannot_have_are_refused(
     monkeypatch.setenv("WORLD_SIZE", str(stages))
     config = parse([*flags, *layout(tmp_path, stages, stages, partition)])
     with pytest.raises(UserError) as error:
-        settle(config)
+        resolve(config)
     assert all(word in str(error.value) for word in words), str(error.value)
 
 
@@ -285,24 +285,24 @@ def test_dualpipev_is_refused_where_it_cannot_be(
 ) -> None:
     dual = [*flags, "--pipeline_schedule=dualpipev"]
     with pytest.raises(UserError, match="--pipeline_schedule dualpipev: there is one stage"):
-        settle(parse(dual))
+        resolve(parse(dual))
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match=r"needs --gradient_accumulation_steps 4 or more .*, not 2"):
-        settle(parse([*dual, *layout(tmp_path, 2, 2)]))
+        resolve(parse([*dual, *layout(tmp_path, 2, 2)]))
     monkeypatch.setenv("WORLD_SIZE", "3")
     three = [*dual, *layout(tmp_path, 3, 3), "--gradient_accumulation_steps=6"]
     with pytest.raises(UserError, match="dualpipev: 6 pipeline stages for 5 layers"):
-        settle(parse(three))
+        resolve(parse(three))
 
 
 def test_groups_of_layers_are_recomputed_in_a_pipeline_only(flags: list[str], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"checkpointing_interval 2: without a pipeline .*; write 1 .*stages"):
-        settle(parse([*flags, *grouped(2)]))
+        resolve(parse([*flags, *grouped(2)]))
     (tmp_path / "ds.json").write_text('{"pipeline": {"stages": 1, "activation_checkpoint_interval": 2}}')
     one = ["--run_type=optimized", f"--deepspeed_config={tmp_path}/ds.json", "--mixed_precision=no"]
     with pytest.raises(UserError, match=r"--activation_checkpointing_interval 2: .* \(in the JSON too\)"):
-        settle(parse([*flags, *one]))
-    assert settle(parse(flags)).config.activation_checkpointing == "none"
+        resolve(parse([*flags, *one]))
+    assert resolve(parse(flags)).config.activation_checkpointing == "none"
 
 
 def test_the_global_batch_counts_data_parallel_processes(
@@ -310,7 +310,7 @@ def test_the_global_batch_counts_data_parallel_processes(
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
     config = parse([*flags, *layout(tmp_path, 2, 4)])
-    run = settle(dataclasses.replace(config, train_micro_batch_size_per_gpu=3))
+    run = resolve(dataclasses.replace(config, train_micro_batch_size_per_gpu=3))
     assert run.train.global_batch_size == 3 * 2 * 2
     assert run.deepspeed is not None
     assert run.deepspeed["train_batch_size"] == 12

@@ -139,11 +139,11 @@ def test_impossible_profiles_are_refused_in_a_sentence(flags: list[str], words: 
 def test_what_does_not_fit_the_run_is_refused_before_it_begins(
     flags: list[str], more: list[str], words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from train.run.setup import settle
+    from train.run.setup import resolve
 
     monkeypatch.setattr(devices, "device_type", lambda: "cpu")
     with pytest.raises(UserError) as refusal:
-        settle(parse([*flags, *SHORT, *more, f"--checkpoint_path={tmp_path}"]))
+        resolve(parse([*flags, *SHORT, *more, f"--checkpoint_path={tmp_path}"]))
     assert all(word in str(refusal.value) for word in words)
 
 

@@ -17,7 +17,7 @@ from tests.test_packed_documents import packed_positions
 from tests.tiny_gpt2 import gradients, make_ours, tokens
 from train.config.run_config import parse
 from train.engines.transforms import ATTENTION_OPERATORS, checkpoint_arguments, checkpoint_blocks
-from train.run.setup import settle
+from train.run.setup import resolve
 from train.utils.errors import UserError
 
 SDPA = "aten::_scaled_dot_product_flash_attention_for_cpu"
@@ -132,7 +132,7 @@ def test_runs_of_every_mode_have_the_same_losses(flags: list[str], tmp_path: Pat
 def test_selective_refuses_what_differs(flags: list[str], tmp_path: Path, more: list[str], message: str) -> None:
     selective = "--activation_checkpointing=selective"
     with pytest.raises(UserError, match=message):
-        settle(parse([*flags, *more, selective, f"--checkpoint_path={tmp_path}"]))
+        resolve(parse([*flags, *more, selective, f"--checkpoint_path={tmp_path}"]))
 
 
 @pytest.mark.slow

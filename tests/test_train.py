@@ -14,7 +14,7 @@ from modeling_gpt2flash import GPT2FlashForCausalLM
 from tests.conftest import ROOT, losses, python, records
 from train.config.run_config import parse
 from train.metrics.hardware import versions
-from train.run.setup import settle
+from train.run.setup import resolve
 from train.utils.errors import UserError
 
 
@@ -200,7 +200,7 @@ def test_a_checkpoint_of_another_run_is_refused(flags: list[str], finished: Path
 def test_a_checkpoint_of_another_optimizer_is_refused(flags: list[str], finished: Path, tmp_path: Path) -> None:
     there = [f"--resume_from_checkpoint={finished}/step-4", f"--checkpoint_path={tmp_path}"]
     with pytest.raises(UserError, match=r"was trained with optimizer adamw, this run has muon.*--model"):
-        settle(parse([*flags, "--optimizer=muon", *there]))
+        resolve(parse([*flags, "--optimizer=muon", *there]))
 
 
 def test_a_checkpoint_from_the_time_of_follow(flags: list[str], finished: Path, tmp_path: Path) -> None:
@@ -210,10 +210,10 @@ def test_a_checkpoint_from_the_time_of_follow(flags: list[str], finished: Path, 
     assert "follow" not in state
     resumed = [*flags, f"--resume_from_checkpoint={file.parent}", f"--checkpoint_path={tmp_path}", "--max_steps=8"]
     file.write_text(json.dumps({**state, "follow": False}))
-    assert settle(parse(resumed)).checkpoint is not None
+    assert resolve(parse(resumed)).checkpoint is not None
     file.write_text(json.dumps({**state, "follow": True}))
     with pytest.raises(UserError, match=r"was trained with --follow.*--model"):
-        settle(parse(resumed))
+        resolve(parse(resumed))
 
 
 def write_tokens(path: Path, ids: list[int]) -> None:

@@ -15,11 +15,11 @@ def main() -> None:
 
     silence_third_party_warnings()
     from train.run.loop import train
-    from train.run.setup import settle
+    from train.run.setup import resolve
 
     gc.freeze()
     gc.enable()
-    train(settle(config))
+    train(resolve(config))
 
 
 if __name__ == "__main__":

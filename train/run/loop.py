@@ -11,9 +11,10 @@ from train.hub import __main__ as hub
 from train.metrics.annotations import annotate
 from train.metrics.energy import EnergyMeter, energy_reader
 from train.optim.schedule import learning_rate
+from train.run.build import build
 from train.run.log import RunLog
 from train.run.profiling import Profiler
-from train.run.setup import Run, build
+from train.run.setup import ResolvedRun
 from train.run.summary import write_summary
 from train.run.validate import validate
 from train.utils.devices import matmul_precision
@@ -25,7 +26,7 @@ def due(step: int, interval: int, last: int) -> bool:
 
 
 @annotate("checkpoint")
-def save(engine: Engine, run: Run, step: int) -> None:
+def save(engine: Engine, run: ResolvedRun, step: int) -> None:
     """Write the checkpoint after `step` steps, parameter by parameter."""
     tensors = engine.tensors()
     if engine.is_main:
@@ -38,7 +39,7 @@ def save(engine: Engine, run: Run, step: int) -> None:
     engine.wait()
 
 
-def train(run: Run) -> None:
+def train(run: ResolvedRun) -> None:
     """Train from the run's checkpoint, or from nothing, to its last step; leave the run folder finished."""
     config = run.config
     assert config.learning_rate is not None

@@ -23,7 +23,7 @@ from train.metrics.flops import peak_bandwidth, peak_flops
 from train.metrics.hardware import versions
 from train.metrics.memory_profile import write_memory
 from train.metrics.memory_tracker import MemoryTracker
-from train.run.setup import Run
+from train.run.setup import ResolvedRun
 from train.utils import devices
 from train.utils.files import atomic_write
 
@@ -31,7 +31,7 @@ from train.utils.files import atomic_write
 class Profiler(AbstractContextManager):
     """Records the steps that the run's flags name; without `--profile` it does nothing."""
 
-    def __init__(self, run: Run, engine: Engine, done: int) -> None:
+    def __init__(self, run: ResolvedRun, engine: Engine, done: int) -> None:
         """`done`: the optimizer steps before this process's first."""
         self.run = run
         self.engine = engine
@@ -166,7 +166,7 @@ class Names:
         self._undo.append(lambda: setattr(owner, attribute, call) if own else delattr(owner, attribute))
 
 
-def run_facts(run: Run, engine: Engine, recorded: range) -> RunFacts:
+def run_facts(run: ResolvedRun, engine: Engine, recorded: range) -> RunFacts:
     config = run.config
     precision = devices.matmul_precision(config.mixed_precision, config.optimized)
     device_name = devices.device_name(engine.device)

@@ -1,19 +1,19 @@
-"""A run made ready: everything settled and checked from files first, then the engine with the model in it."""
+"""Resolve a run: every open flag gets its value, every file is opened and checked, nothing is written or built yet.
 
-import dataclasses
-import json
-import os
-from dataclasses import dataclass
+The parts are resolved in this order: engine (run type, launcher, DeepSpeed JSON, hardware), start (run folder and
+checkpoint), model, data. What needs no file is refused before the first one is opened.
+"""
+
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object, set_seed
 from transformers import PreTrainedTokenizerBase
 
 from modeling_gpt2flash import GPT2FlashConfig
 from modeling_gpt2flash.attention import choose_attention
 from train.checkpoints import step_folder as checkpoints
-from train.checkpoints.loading import default_learning_rate, default_tokenizer, load_model, model_config, own_tokenizer
+from train.checkpoints.loading import default_learning_rate, default_tokenizer, model_config, own_tokenizer
 from train.config import deepspeed_config as deepspeed_json
 from train.config import launcher_env as launcher
 from train.config.run_config import DEFAULTS, RunConfig
@@ -21,9 +21,7 @@ from train.data.batches import EvalBatches, TrainBatches
 from train.data.token_file import open_tokens
 from train.data.tokenizer import TOKENIZER_NAME, gpt2_encoding
 from train.engines import rendezvous
-from train.engines.accelerated import AcceleratedEngine
 from train.engines.accelerator import world_size
-from train.engines.base import Engine
 from train.engines.pipeline.partition import Partition, partition
 from train.engines.transforms import SELECTIVE_ATTENTION
 from train.hub import __main__ as hub
@@ -33,28 +31,60 @@ from train.utils.compilers import check_cpp_compiler
 from train.utils.devices import device_type, has_fast_bf16, has_memory_history
 from train.utils.errors import UserError
 
-PROBE = "Tokenizers that cut this sentence alike, its (few) signs and\n 2 lines too, are held to be the same."
+PROBE = (
+    "Two tokenizers that split this (short) sentence alike, with its signs and\n 2 lines, are taken to be the same."
+)
 SHAPE = ("n_layer", "n_head", "n_embd", "n_inner", "n_positions", "vocab_size")
 
 
 @dataclass(frozen=True)
-class Run:
-    """A settled run: no number left open, every file there and fitting, nothing written and nothing built yet."""
+class Start:
+    """Where a run starts: at a checkpoint, or at step 0 without one."""
+
+    checkpoint: checkpoints.Checkpoint | None
+    same_folder: bool  # whether the checkpoint is in this run's own folder
+    restarted: bool  # by the launcher, in the run folder of an earlier attempt of this job
+
+
+@dataclass(frozen=True)
+class ResolvedModel:
+    config: GPT2FlashConfig
+    block_size: int
+    own_tokenizer: PreTrainedTokenizerBase | None  # that of the weights from which the run starts
+    attention: tuple[str, str]  # implementation, why
+    partition: Partition | None  # None without a pipeline
+
+
+@dataclass(frozen=True)
+class ResolvedRun:
+    """A run without open flags, whose files are all there and fit together."""
 
     config: RunConfig
     deepspeed: dict[str, Any] | None
-    model_config: GPT2FlashConfig
-    own_tokenizer: PreTrainedTokenizerBase | None  # of the weights that the run starts from
-    attention: tuple[str, str]  # implementation, why
+    model: ResolvedModel
     train: TrainBatches
     val: EvalBatches
-    partition: Partition | None  # None without a pipeline
     micro_batch_size: int  # sequences per data-parallel process
     accumulation: int  # micro-batches per step
     total_steps: int
     warmup_steps: int
-    checkpoint: checkpoints.Checkpoint | None
-    restarted: bool  # by the launcher, in the run folder of this job's earlier attempt
+    start: Start
+
+    @property
+    def model_config(self) -> GPT2FlashConfig:
+        return self.model.config
+
+    @property
+    def attention(self) -> tuple[str, str]:
+        return self.model.attention
+
+    @property
+    def partition(self) -> Partition | None:
+        return self.model.partition
+
+    @property
+    def checkpoint(self) -> checkpoints.Checkpoint | None:
+        return self.start.checkpoint
 
     @property
     def tokens_per_step(self) -> int:
@@ -62,15 +92,15 @@ class Run:
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """The model's own, else GPT-2's where the vocabulary has room for it."""
-        return self.own_tokenizer or default_tokenizer(self.model_config)
+        """The model's own, else GPT-2's if the vocabulary has room for it."""
+        return self.model.own_tokenizer or default_tokenizer(self.model.config)
 
     @property
     def shape(self) -> dict[str, int | None]:
-        return {key: getattr(self.model_config, key) for key in SHAPE}
+        return {key: getattr(self.model.config, key) for key in SHAPE}
 
     def state(self, step: int) -> dict[str, Any]:
-        """What a checkpoint after `step` steps says of its run, besides weights and moments."""
+        """What a checkpoint after `step` steps records of its run, besides weights and moments."""
         return {
             "step": step,
             "tokens": step * self.tokens_per_step,
@@ -82,180 +112,149 @@ class Run:
             "sequences_per_step": self.train.global_batch_size,
             "optimizer": self.config.optimizer,
             "total_steps": self.total_steps,
-            "config": dataclasses.asdict(self.config),
+            "config": asdict(self.config),
         }
 
 
-def settle(config: RunConfig) -> Run:
-    """Check everything that can be checked from the flags and files.
+def resolve(config: RunConfig) -> ResolvedRun:
+    """Resolve and check everything that flags and files decide.
 
     Raises:
-        UserError: naming what cannot be, before anything is written or built.
+        UserError: naming what is impossible, before anything is written or built.
     """
-    trackers.check(config.report_to)
-    if config.push_to_hub is not None and processes.rank() == 0:
-        hub.check(config.push_to_hub)
+    check_environment(config)
     restarted = rendezvous.is_claimed(config.run_folder)
-    if restarted:
-        config = _go_on(config)
-    if config.learning_rate is None:
-        config = dataclasses.replace(config, learning_rate=default_learning_rate(config.model))
-    config, deepspeed = _settle_engine(config)
-    micro_batch_size, accumulation = config.train_micro_batch_size_per_gpu, config.gradient_accumulation_steps
-    assert micro_batch_size is not None
-    assert accumulation is not None
-    assert config.loss_chunk_size is not None
-    resume = config.resume_from_checkpoint
-    checkpoint = checkpoints.find(resume, config.run_folder) if resume else None
-    continuing = checkpoint is not None and checkpoint.folder.parent.resolve() == config.run_folder.resolve()
-    checkpoints.check_free(config.run_folder, continuing or restarted, config.overwrite)
-
-    shape = model_config(config.model, dropout=config.dropout, loss_chunk_size=config.loss_chunk_size)
-    block_size = config.block_size or shape.n_positions
-    if block_size > shape.n_positions:
-        raise UserError(
-            f"--block_size {block_size}: {config.model} has {shape.n_positions} positions; ask for that many or fewer"
-        )
-    tokenizer = own_tokenizer(config.model, shape.n_positions)
-    encode = gpt2_encoding().encode_ordinary if tokenizer is None else tokenizer.encode
-    prompt_length = len(encode(config.prompt))
-    if config.max_new_tokens > 0 and prompt_length >= shape.n_positions:
-        raise UserError(
-            f"--prompt: its {prompt_length} tokens leave no room in the {shape.n_positions} positions of "
-            f"{config.model}; shorten it"
-        )
-    if config.torch_compile and device_type() == "cpu":
-        check_cpp_compiler("--torch_compile")
-    stages = config.pipeline_stages
-    assert stages is not None
-    if stages == 1 and config.pipeline_schedule != "1f1b":
-        raise UserError(f"--pipeline_schedule {config.pipeline_schedule}: there is one stage; give --pipeline_stages")
-    if stages == 1 and config.activation_checkpointing_interval != 1:
-        raise UserError(
-            f"--activation_checkpointing_interval {config.activation_checkpointing_interval}: without a pipeline each "
-            "block is recomputed by itself; write 1 (in the JSON too), or give --pipeline_stages"
-        )
-    sequences = micro_batch_size * accumulation * (world_size() // stages)
-    attention = _settle_attention(config, shape)
-    if config.activation_checkpointing == "selective":
-        _check_selective(config, attention[0])
-    cut = _settle_partition(config, deepspeed, shape, block_size) if stages > 1 else None
-    train = _settle_training_data(config, shape.vocab_size, block_size, sequences)
-    if tokenizer is not None:
-        _check_same_tokens(config, tokenizer, train)
-    val = EvalBatches(open_tokens(config.val_data_path, shape.vocab_size), block_size, config.document_mask)
+    if restarted:  # from its last complete checkpoint, else from where it started
+        own = "latest" if (config.run_folder / checkpoints.LATEST).exists() else config.resume_from_checkpoint
+        config = replace(config, overwrite=False, resume_from_checkpoint=own)
+    config, deepspeed = resolve_engine(config)
+    start = resolve_start(config, restarted)
+    model = resolve_model(config, deepspeed)
+    train, val = resolve_data(config, model)
     total_steps = config.max_steps or train.updates(config.epochs)
-    _check_profile(config, total_steps)
-    run = Run(
-        config=dataclasses.replace(config, block_size=block_size),
-        deepspeed=deepspeed,
-        model_config=shape,
-        own_tokenizer=tokenizer,
-        attention=attention,
-        train=train,
-        val=val,
-        partition=cut,
-        micro_batch_size=micro_batch_size,
-        accumulation=accumulation,
-        total_steps=total_steps,
-        warmup_steps=min(2000, total_steps // 20) if config.warmup_steps is None else config.warmup_steps,
-        checkpoint=checkpoint,
-        restarted=restarted,
-    )
-    if run.checkpoint is not None:
-        checkpoints.check_same_run(run.checkpoint, run.state(run.checkpoint.step))
-        # After a restart the summary is written again: the processes may have ended in the middle of it.
-        finished = not continuing or ((config.run_folder / "metrics.json").exists() and not restarted)
-        if run.checkpoint.step > total_steps or (run.checkpoint.step == total_steps and finished):
-            raise UserError(
-                f"{run.checkpoint.folder} has done all {total_steps} steps; ask for more with --max_steps or --epochs"
-            )
-    return run
-
-
-def _check_profile(config: RunConfig, total_steps: int) -> None:
-    if config.memory_snapshot and not has_memory_history():
-        raise UserError("--memory_snapshot: the allocator keeps its history on CUDA devices only; drop the flag")
     if config.profiled is not None and config.profiled.stop - 1 > total_steps:
         raise UserError(
             f"--profile_steps {config.profile_steps}: the run has {total_steps} steps; name earlier ones, or give "
             "more with --max_steps or --epochs"
         )
+    assert config.train_micro_batch_size_per_gpu is not None
+    assert config.gradient_accumulation_steps is not None
+    run = ResolvedRun(
+        config=replace(config, block_size=model.block_size),
+        deepspeed=deepspeed,
+        model=model,
+        train=train,
+        val=val,
+        micro_batch_size=config.train_micro_batch_size_per_gpu,
+        accumulation=config.gradient_accumulation_steps,
+        total_steps=total_steps,
+        warmup_steps=min(2000, total_steps // 20) if config.warmup_steps is None else config.warmup_steps,
+        start=start,
+    )
+    if start.checkpoint is not None:
+        check_checkpoint(run, start.checkpoint)
+    return run
 
 
-def _go_on(config: RunConfig) -> RunConfig:
-    """The flags of a restarted run: from its last whole checkpoint, else from where it began."""
-    own = "latest" if (config.run_folder / checkpoints.LATEST).exists() else config.resume_from_checkpoint
-    return dataclasses.replace(config, overwrite=False, resume_from_checkpoint=own)
+def check_environment(config: RunConfig) -> None:
+    """Refuse what this machine cannot do, before any file is opened."""
+    trackers.check(config.report_to)
+    if config.push_to_hub is not None and processes.rank() == 0:
+        hub.check(config.push_to_hub)
+    if config.torch_compile and device_type() == "cpu":
+        check_cpp_compiler("--torch_compile")
+    if config.memory_snapshot and not has_memory_history():
+        raise UserError("--memory_snapshot: the allocator keeps its history on CUDA devices only; drop the flag")
 
 
-def _settle_engine(config: RunConfig) -> tuple[RunConfig, dict[str, Any] | None]:
-    """Fill in what the run type, the hardware and the DeepSpeed JSON decide."""
+def resolve_engine(config: RunConfig) -> tuple[RunConfig, dict[str, Any] | None]:
+    """The flags that run type, launcher, hardware and DeepSpeed JSON decide, and the JSON without any "auto"."""
     bf16_is_fast = has_fast_bf16()
+    deepspeed = None
     if config.optimized:
-        launchers = launcher.deepspeed_config_file()
-        if launchers not in (None, config.deepspeed_config or launchers):
+        file = launcher.deepspeed_config_file()
+        if file not in (None, config.deepspeed_config or file):
             raise UserError(
-                f"--deepspeed_config {config.deepspeed_config}: the launcher's deepspeed_config_file is {launchers}; "
+                f"--deepspeed_config {config.deepspeed_config}: the launcher's deepspeed_config_file is {file}; "
                 "name one of them"
             )
-        config = dataclasses.replace(config, deepspeed_config=config.deepspeed_config or launchers)
+        config = replace(config, deepspeed_config=config.deepspeed_config or file)
         config, deepspeed = deepspeed_json.resolve(config, world_size(), bf16_is_fast)
     else:
-        deepspeed = None
         bf16 = config.mixed_precision == "bf16" or (config.mixed_precision == "auto" and bf16_is_fast)
-        config = dataclasses.replace(config, mixed_precision="bf16" if bf16 else "no")
-    open_flags = {key: value for key, value in DEFAULTS[config.run_type].items() if getattr(config, key) is None}
-    return dataclasses.replace(config, **open_flags), deepspeed
-
-
-def _settle_training_data(config: RunConfig, vocab_size: int, block_size: int, sequences: int) -> TrainBatches:
-    tokens = open_tokens(config.train_data_path, vocab_size)
-    return TrainBatches(tokens, block_size, sequences, config.seed, config.document_mask)
-
-
-def _check_same_tokens(config: RunConfig, tokenizer: PreTrainedTokenizerBase, train: TrainBatches) -> None:
-    """Refuse data of GPT-2's tokens for a model that has others: every id fits, and none means what it did."""
-    gpt2s = train.tokens.sidecar is not None and train.tokens.sidecar.tokenizer == TOKENIZER_NAME
-    if gpt2s and tokenizer.encode(PROBE, add_special_tokens=False) != gpt2_encoding().encode_ordinary(PROBE):
+        config = replace(config, mixed_precision="bf16" if bf16 else "no")
+    defaults = DEFAULTS[config.run_type] | {"learning_rate": default_learning_rate(config.model)}
+    config = replace(config, **{key: value for key, value in defaults.items() if getattr(config, key) is None})
+    if config.pipeline_stages == 1 and config.pipeline_schedule != "1f1b":
+        raise UserError(f"--pipeline_schedule {config.pipeline_schedule}: there is one stage; give --pipeline_stages")
+    if config.pipeline_stages == 1 and config.activation_checkpointing_interval != 1:
         raise UserError(
-            f"--train_data_path {config.train_data_path}: holds GPT-2's tokens, and {config.model} has a tokenizer of "
-            "its own; write its ids to a .bin of uint16 without a sidecar, or start from another model"
+            f"--activation_checkpointing_interval {config.activation_checkpointing_interval}: without a pipeline each "
+            "block is recomputed by itself; write 1 (in the JSON too), or give --pipeline_stages"
         )
+    return config, deepspeed
 
 
-def _settle_attention(config: RunConfig, shape: GPT2FlashConfig) -> tuple[str, str]:
+def resolve_start(config: RunConfig, restarted: bool) -> Start:
+    """The checkpoint to resume from; refuses a run folder that holds another run."""
+    resume = config.resume_from_checkpoint
+    checkpoint = checkpoints.find(resume, config.run_folder) if resume else None
+    same_folder = checkpoint is not None and checkpoint.folder.parent.resolve() == config.run_folder.resolve()
+    checkpoints.check_free(config.run_folder, same_folder or restarted, config.overwrite)
+    return Start(checkpoint, same_folder, restarted)
+
+
+def resolve_model(config: RunConfig, deepspeed: dict[str, Any] | None) -> ResolvedModel:
+    """The model's configuration, tokenizer, attention and pipeline partition; its weights are not read."""
+    assert config.loss_chunk_size is not None
+    model = model_config(config.model, dropout=config.dropout, loss_chunk_size=config.loss_chunk_size)
+    block_size = config.block_size or model.n_positions
+    if block_size > model.n_positions:
+        raise UserError(
+            f"--block_size {block_size}: {config.model} has {model.n_positions} positions; ask for that many or fewer"
+        )
+    tokenizer = own_tokenizer(config.model, model.n_positions)
+    encode = gpt2_encoding().encode_ordinary if tokenizer is None else tokenizer.encode
+    prompt_length = len(encode(config.prompt))
+    if config.max_new_tokens > 0 and prompt_length >= model.n_positions:
+        raise UserError(
+            f"--prompt: its {prompt_length} tokens leave no room in the {model.n_positions} positions of "
+            f"{config.model}; shorten it"
+        )
+    attention = resolve_attention(config, model)
+    stages = resolve_partition(config, deepspeed, model, block_size) if config.pipeline_stages != 1 else None
+    return ResolvedModel(model, block_size, tokenizer, attention, stages)
+
+
+def resolve_attention(config: RunConfig, model: GPT2FlashConfig) -> tuple[str, str]:
+    """The implementation of attention, and why it was chosen."""
     assert config.attn_implementation is not None
     dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
     try:
-        return choose_attention(
-            config.attn_implementation,
-            device_type(),
-            dtype,
-            shape.n_embd // shape.n_head,
-            dropout=shape.attn_pdrop,
+        attention = choose_attention(
+            config.attn_implementation, device_type(), dtype, model.n_embd // model.n_head, dropout=model.attn_pdrop
         )
     except ValueError as error:
         raise UserError(f"--attn_implementation {config.attn_implementation}: {error}") from None
+    if config.activation_checkpointing == "selective":
+        if attention[0] not in SELECTIVE_ATTENTION:
+            raise UserError(
+                f"--activation_checkpointing selective: PyTorch cannot tell the output of {attention[0]} attention "
+                f"from other tensors; give --attn_implementation {' or '.join(SELECTIVE_ATTENTION)}"
+            )
+        if config.dropout > 0:
+            # A kernel that does not run again draws no random numbers, so the dropouts after it would draw others.
+            raise UserError(
+                f"--activation_checkpointing selective: with --dropout {config.dropout} the recomputed dropout masks "
+                "would differ; give --dropout 0"
+            )
+    return attention
 
 
-def _check_selective(config: RunConfig, attention: str) -> None:
-    asked = "--activation_checkpointing selective"
-    if attention not in SELECTIVE_ATTENTION:
-        raise UserError(
-            f"{asked}: PyTorch cannot tell the output of {attention} attention from other tensors; give "
-            f"--attn_implementation {' or '.join(SELECTIVE_ATTENTION)}"
-        )
-    if config.dropout > 0:
-        # A kernel that does not run again draws no random numbers, so the dropouts after it would draw others.
-        raise UserError(
-            f"{asked}: with --dropout {config.dropout} the recomputed dropout masks would differ; give --dropout 0"
-        )
-
-
-def _settle_partition(
-    config: RunConfig, deepspeed: dict[str, Any] | None, shape: GPT2FlashConfig, block_size: int
+def resolve_partition(
+    config: RunConfig, deepspeed: dict[str, Any] | None, model: GPT2FlashConfig, block_size: int
 ) -> Partition:
+    """The layers of each pipeline stage."""
     assert deepspeed is not None
     assert config.pipeline_stages is not None
     assert config.gradient_accumulation_steps is not None
@@ -268,44 +267,40 @@ def _settle_partition(
                 f"{config.pipeline_stages}), not {config.gradient_accumulation_steps}"
             )
     try:
-        return partition(shape, stages, deepspeed["pipeline"]["partition"], block_size=block_size)
+        return partition(model, stages, deepspeed["pipeline"]["partition"], block_size=block_size)
     except ValueError as error:
         raise UserError(f"{asked}: {error}") from None
 
 
-def build(run: Run) -> Engine:
-    """The engine with the model in it, at the step of the run's checkpoint; the run folder is this run's from here."""
-    rendezvous.join()
-    engine = _create_engine(run)
-    processes.watch_peer(gather_object([os.getpid()]))
-    checkpoint = run.checkpoint
-    seen = gather_object([json.dumps(run.state(checkpoint.step if checkpoint else 0), sort_keys=True)])
-    if len(set(seen)) > 1:
+def resolve_data(config: RunConfig, model: ResolvedModel) -> tuple[TrainBatches, EvalBatches]:
+    """The batches of training and validation, whose token ids the model's vocabulary contains."""
+    assert config.train_micro_batch_size_per_gpu is not None
+    assert config.gradient_accumulation_steps is not None
+    assert config.pipeline_stages is not None
+    data_parallel = world_size() // config.pipeline_stages
+    sequences = config.train_micro_batch_size_per_gpu * config.gradient_accumulation_steps * data_parallel
+    tokens = open_tokens(config.train_data_path, model.config.vocab_size)
+    train = TrainBatches(tokens, model.block_size, sequences, config.seed, config.document_mask)
+    gpt2s = tokens.sidecar is not None and tokens.sidecar.tokenizer == TOKENIZER_NAME
+    if gpt2s and model.own_tokenizer is not None:
+        ids = model.own_tokenizer.encode(PROBE, add_special_tokens=False)
+        if ids != gpt2_encoding().encode_ordinary(PROBE):  # the model knows every id, under other meanings
+            raise UserError(
+                f"--train_data_path {config.train_data_path}: holds GPT-2's tokens, and {config.model} has a "
+                "tokenizer of its own; write its ids to a .bin of uint16 without a sidecar, or start from another "
+                "model"
+            )
+    val_tokens = open_tokens(config.val_data_path, model.config.vocab_size)
+    return train, EvalBatches(val_tokens, model.block_size, config.document_mask)
+
+
+def check_checkpoint(run: ResolvedRun, checkpoint: checkpoints.Checkpoint) -> None:
+    """Refuse to resume another run, or one that has no steps left."""
+    checkpoints.check_same_run(checkpoint, run.state(checkpoint.step))
+    # After a restart the summary is written again: the processes may have ended in the middle of it.
+    summarised = (run.config.run_folder / "metrics.json").exists() and not run.start.restarted
+    finished = not run.start.same_folder or summarised
+    if checkpoint.step > run.total_steps or (checkpoint.step == run.total_steps and finished):
         raise UserError(
-            "the processes do not see the same flags, data or checkpoint; "
-            "give all machines the same command and the same folders"
+            f"{checkpoint.folder} has done all {run.total_steps} steps; ask for more with --max_steps or --epochs"
         )
-    set_seed(run.config.seed)
-    model = load_model(run.config.model, run.model_config, attn_implementation=run.attention[0])
-    tensors = checkpoints.read_tensors(checkpoint, model) if checkpoint else None
-    engine.wait()  # until everything is read, for what is claimed may be emptied
-    if engine.is_main:
-        checkpoints.claim(run.config.run_folder, checkpoint, run.config.overwrite)
-        rendezvous.claim(run.config.run_folder)
-        if run.restarted:
-            start = f"goes on from {checkpoint.folder}" if checkpoint else "begins anew: there was no checkpoint"
-            print(f"restarted by the launcher: the run {start}", flush=True)
-    engine.wait()
-    engine.prepare(model)
-    if checkpoint is not None and tensors is not None:
-        engine.load_state(*tensors, checkpoint.step)
-    return engine
-
-
-def _create_engine(run: Run) -> Engine:
-    if run.partition is None:
-        return AcceleratedEngine(run.config, run.deepspeed)
-    assert run.deepspeed is not None
-    from train.engines.pipeline.engine import PipelinedEngine  # imports DeepSpeed, which takes seconds
-
-    return PipelinedEngine(run.config, run.deepspeed, run.partition)

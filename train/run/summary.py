@@ -17,7 +17,7 @@ from train.metrics.energy import Energy, energy_metrics
 from train.metrics.flops import count_flops, peak_flops
 from train.metrics.hardware import hardware, versions
 from train.metrics.summary import RunFacts, latency_percentiles, summarise
-from train.run.setup import Run
+from train.run.setup import ResolvedRun
 from train.utils.devices import device_name, matmul_precision
 from train.utils.files import write_json
 
@@ -25,7 +25,7 @@ LATENCY_TOKENS = 32  # generated for each timing, after a prompt of as many
 
 
 def write_summary(
-    run: Run,
+    run: ResolvedRun,
     records: list[dict[str, Any]],
     world_size: int,
     memory: dict[str, Any],
@@ -80,7 +80,7 @@ def data_facts(tokens: TokenFile) -> dict[str, Any]:
     return {**tokens.identity, "source": tokens.sidecar.source if tokens.sidecar else None}
 
 
-def generate_sample(run: Run, model: PreTrainedModel) -> dict[str, str] | None:
+def generate_sample(run: ResolvedRun, model: PreTrainedModel) -> dict[str, str] | None:
     """The prompt and the text that the model continues it with; None if the run wants none, or has no tokenizer."""
     config, tokenizer = run.config, run.tokenizer
     if config.max_new_tokens == 0 or tokenizer is None:
@@ -90,7 +90,7 @@ def generate_sample(run: Run, model: PreTrainedModel) -> dict[str, str] | None:
     return {"prompt": config.prompt, "text": text}
 
 
-def measure_inference(run: Run, model: PreTrainedModel) -> dict[str, Any]:
+def measure_inference(run: ResolvedRun, model: PreTrainedModel) -> dict[str, Any]:
     """Latency of one sequence at a time: up to the first token, then of each further one; percentiles over all."""
     length = min(LATENCY_TOKENS, run.model_config.n_positions // 2)
     prompt_ids = torch.tensor(run.val.tokens.ids[None, :length].astype("int64"), device=model.device)
