@@ -34,6 +34,7 @@ MARKDOWN = [
 ]
 ONLY_PARSED = ("docs/integrations.md", "docs/performance.md")  # tests/test_integration_*.py run what the first shows
 FOREIGN = ("curl", "echo", "lm_eval", "mlflow", "pip", "tensorboard", "trackio", "transformers", "twine", "wandb")
+NANOGPT = {"train.py", "sample.py"}
 REFERENCE = runpy.run_path(str(ROOT / "docs/reference.py"))
 
 
@@ -93,6 +94,14 @@ def test_every_link_leads_somewhere(file: Path) -> None:
         target = file.parent / path if path else file
         assert target.exists(), link
         assert not anchor or anchor in anchors(target), link
+
+
+@pytest.mark.parametrize("file", MARKDOWN, ids=lambda file: str(file.relative_to(ROOT)))
+def test_every_module_that_is_named_exists(file: Path) -> None:
+    folders = ("train", "modeling_gpt2flash", "benchmarks", "tests", "docs")
+    modules = [str(module.relative_to(ROOT)) for folder in folders for module in (ROOT / folder).rglob("*.py")]
+    for name in set(re.findall(r"`([\w/]+\.py)`", file.read_text())) - NANOGPT:
+        assert any(f"/{module}".endswith(f"/{name}") for module in modules), name
 
 
 # Commands that are parsed
