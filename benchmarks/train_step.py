@@ -20,7 +20,7 @@ from benchmarks import memory, sides
 from benchmarks.rounds import SPEED_UP_HEADERS, Round, machine, speed_up, spread, take_turns
 from benchmarks.side_process import SideProcess
 from benchmarks.sides import VOCABULARY, Case
-from train.metrics.flops import count_flops, peak_flops, utilisation
+from train.metrics.flops import count_flops, peak_flops, utilization
 from train.utils.command import run_command
 from train.utils.devices import device_name
 from train.utils.errors import UserError
@@ -39,7 +39,7 @@ def mfu_of(name: str, case: Case, tokens_per_second: float) -> float | None:
     shape = case.shape
     flops = count_flops(shape["n_layer"], shape["n_embd"], None, VOCABULARY, case.block).model
     peak = peak_flops(device_name(case.device), PRECISIONS[name.partition(":")[2]])
-    return utilisation(tokens_per_second, flops, peak, devices=1)
+    return utilization(tokens_per_second, flops, peak, devices=1)
 
 
 def row(name: str, case: Case, base: Sequence[Round], own: Sequence[Round]) -> list[str]:

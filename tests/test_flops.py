@@ -8,7 +8,7 @@ from torch.utils import flop_counter
 
 from tests.tiny_gpt2 import make_ours, tokens
 from train.engines.transforms import checkpoint_arguments, checkpoint_blocks
-from train.metrics.flops import count_flops, peak_bandwidth, peak_flops, utilisation
+from train.metrics.flops import count_flops, peak_bandwidth, peak_flops, utilization
 
 aten = torch.ops.aten
 SIZES = {"n_layer": 3, "n_embd": 48, "n_head": 3, "vocab_size": 101, "n_positions": 64}
@@ -34,7 +34,7 @@ def test_what_124m_recomputes() -> None:
     assert count_flops(12, 768, None, 50257, 1024, fused_attention=True).recomputed == 2 * 12 * 768 * 1024
     grouped = {"activation_checkpointing": "full", "activation_checkpointing_interval": 3}
     three = count_flops(12, 768, None, 50257, 1024, **grouped).recomputed
-    assert three == forward + 2 * 8 * 3072 * 768, "four groups, each without its last product"
+    assert three == forward + 2 * 8 * 3072 * 768, "four groups, each without its last matmul"
 
 
 def counted(run: Any) -> int:
@@ -112,15 +112,15 @@ def test_peak_flops_knows_the_device_or_says_none(name: str, dtype: str, tflops:
 
 def test_mfu_reproduces_a_published_figure() -> None:
     """nanoGPT's 124M: about 107,000 tokens/s on an A100, 854 MFLOP each: 91.4 of 312 TFLOP/s."""
-    mfu = utilisation(8 * 107_000, 854_438_400, peak_flops("A100-SXM4-40GB", "bf16"), 8)
+    mfu = utilization(8 * 107_000, 854_438_400, peak_flops("A100-SXM4-40GB", "bf16"), 8)
     assert mfu == pytest.approx(91.4249088 / 312)
-    assert utilisation(1.0, 1.0, None, 1) is None
-    assert utilisation(None, 1.0, 1.0, 1) is None
+    assert utilization(1.0, 1.0, None, 1) is None
+    assert utilization(None, 1.0, 1.0, 1) is None
 
 
 def test_hfu_counts_what_is_recomputed() -> None:
     flops = count_flops(12, 768, None, 50257, 1024, activation_checkpointing="full")
-    mfu, hfu = (utilisation(100_000, figure, 312e12, 2) for figure in (flops.model, flops.hardware))
+    mfu, hfu = (utilization(100_000, figure, 312e12, 2) for figure in (flops.model, flops.hardware))
     assert mfu is not None
     assert hfu == pytest.approx(mfu * flops.hardware / 854_438_400)
     assert hfu > mfu

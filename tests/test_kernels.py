@@ -149,9 +149,9 @@ def test_an_injected_slow_down_is_found_and_named(
         assert sum(row["share_of_gain"][0] for row in found[part]) == pytest.approx(1)
     # Not that it is below 1: what else the machine does may have slowed the other run down by more.
     assert found["speedup"] == pytest.approx(found["step_seconds"][0] / found["step_seconds"][1])
-    said = capsys.readouterr().out
-    assert "The largest change is aten::tanh in transformer.h.*.mlp.act, forward" in said
-    assert said.strip() in (tmp_path / "kernels.md").read_text()
+    printed = capsys.readouterr().out
+    assert "The largest change is aten::tanh in transformer.h.*.mlp.act, forward" in printed
+    assert printed.strip() in (tmp_path / "kernels.md").read_text()
 
 
 def test_the_json_of_one_run(eager: Path, tmp_path: Path) -> None:
@@ -171,7 +171,7 @@ def test_the_json_of_one_run(eager: Path, tmp_path: Path) -> None:
 def gpu_trace() -> dict[str, Any]:
     """Built by hand in torch.profiler's format, not recorded: one step of 1,000 microseconds on a GPU.
 
-    Its backward pass runs in a thread of its own, its all-reduce in a stream of its own, beside the backward product
+    Its backward pass runs in a thread of its own, its all-reduce in a stream of its own, beside the backward matmul
     for 40 microseconds, and the next batch's copy beside the attention. Between kernels are launch gaps, the last
     kernel outlasts the step, one has lost its launch, and there are events that stand for no work of their own.
     """
@@ -270,7 +270,7 @@ def test_a_gpu_trace_to_the_microsecond(tmp_path: Path) -> None:
         ("transformer.h.0.attn", "forward", "attention", "aten::_scaled_dot_product_flash_attention"): 100,
         ("transformer.h.0.attn.c_proj", "forward", "matmul", "aten::addmm"): 100,
         ("transformer.h.0.attn.c_proj", "backward", "matmul", "aten::mm"): 100,
-        ("", "backward", "communication", "c10d::allreduce_"): 100,  # of its 140, those not beside the product
+        ("", "backward", "communication", "c10d::allreduce_"): 100,  # of its 140, those not beside the matmul
         ("", "optimizer", "optimizer", "aten::_fused_adamw_"): 150,
         ("", "data", "copies", "aten::copy_"): 10,  # of its 40, those not beside the attention
         ("", "", "normalization and elementwise", ""): 10,  # the one without a launch, by its own name
@@ -317,14 +317,14 @@ def damaged(kind: str, eager: Path, folder: Path) -> Path:
     run = folder / "run"
     shutil.copytree(eager, run)
     file = run / "profile" / "rank-0.json.gz"
-    whole = file.read_bytes()
-    content = json.loads(gzip.decompress(whole))
+    complete = file.read_bytes()
+    content = json.loads(gzip.decompress(complete))
     facts = content["gpt2flash"]
     match kind:
         case "empty":
             file.write_bytes(b"")
         case "truncated":
-            file.write_bytes(whole[: len(whole) // 2])
+            file.write_bytes(complete[: len(complete) // 2])
         case "no gzip":
             file.write_bytes(b"{}")
         case "cut before packing":
@@ -359,15 +359,15 @@ def damaged(kind: str, eager: Path, folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
-        ("empty", "rank-0.json.gz: is empty"),
-        ("truncated", "rank-0.json.gz: is truncated"),
-        ("no gzip", "rank-0.json.gz: is not a gzip file"),
-        ("cut before packing", "rank-0.json.gz: is not JSON, or truncated"),
+        ("empty", "rank-0.json.gz: is not a complete trace .Expecting value"),
+        ("truncated", "rank-0.json.gz: is not a complete trace .Compressed file ended"),
+        ("no gzip", "rank-0.json.gz: is not a complete trace .Not a gzipped file"),
+        ("cut before packing", "rank-0.json.gz: is not a complete trace .Expecting .:. delimiter"),
         ("other JSON", "rank-0.json.gz: is JSON, but not a trace"),
         ("foreign", "rank-0.json.gz: is a trace of another program"),
         ("later version", "rank-0.json.gz: has facts of version 99"),
         ("few facts", 'rank-0.json.gz: "run_type" is missing: it is not what python -m train --profile writes'),
-        ("folder", "rank-0.json.gz: cannot be read: Is a directory"),
+        ("folder", "rank-0.json.gz: is not a complete trace .*Is a directory"),
         ("no step", "rank-0.json.gz: holds no complete step"),
         ("odd event", "rank-0.json.gz: has an event that torch.profiler does not write"),
         ("odd link", "rank-0.json.gz: has an event that torch.profiler does not write"),

@@ -159,7 +159,7 @@ def test_a_damaged_trace_is_named_before_anything_is_written(tmp_path: Path) -> 
     folders = [finished(tmp_path / "a"), write_run(tmp_path / "b")]
     trace = write_trace(folders[1], gpu_trace())
     trace.write_bytes(trace.read_bytes()[:-20])
-    with pytest.raises(UserError, match=r"rank-0.json.gz: is truncated"):
+    with pytest.raises(UserError, match=r"rank-0.json.gz: is not a complete trace"):
         compare.main([*map(str, folders), "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
 
@@ -208,7 +208,7 @@ def test_names_from_a_trace_are_text(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         ("[]", "is JSON, but not what python -m train.kernels writes"),
         ('{"schema": 1, "runs": []}', "is JSON, but not what python -m train.kernels writes"),
@@ -244,14 +244,16 @@ def test_names_from_a_trace_are_text(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_foreign_or_broken_file_is_named_before_anything_is_written(content: str, said: str, tmp_path: Path) -> None:
+def test_a_foreign_or_broken_file_is_named_before_anything_is_written(
+    content: str, message: str, tmp_path: Path
+) -> None:
     folders = [profiled(tmp_path / "a", kernels(0.1)), finished(tmp_path / "b")]
     path = folders[0] / "profile" / "kernels.json"
     path.write_text(content)
     with pytest.raises(UserError) as caught:
         compare.main([*map(str, folders), "--out", str(tmp_path / "out")])
     assert str(caught.value).startswith(str(path))
-    assert said in str(caught.value)
+    assert message in str(caught.value)
     assert not (tmp_path / "out").exists()
 
 

@@ -81,7 +81,7 @@ def test_no_section_where_nothing_was_tracked(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         ("", "broken JSON"),
         ('{"schema": 1', "broken JSON"),
@@ -94,10 +94,12 @@ def test_no_section_where_nothing_was_tracked(tmp_path: Path) -> None:
         (memory(over_step=[{"phase": "\ud800", "event": 1, **bytes_of(*[1] * 6)}]), "holds half a character"),
     ],
 )
-def test_a_foreign_or_broken_file_is_named_before_anything_is_written(content: Any, said: str, tmp_path: Path) -> None:
+def test_a_foreign_or_broken_file_is_named_before_anything_is_written(
+    content: Any, message: str, tmp_path: Path
+) -> None:
     folders = [profiled(tmp_path / "a", content), write_run(tmp_path / "b")]
     with pytest.raises(UserError) as caught:
         compare.main([*map(str, folders), "--out", str(tmp_path / "out")])
     assert str(caught.value).startswith(str(folders[0] / "profile" / "memory.json"))
-    assert said in str(caught.value)
+    assert message in str(caught.value)
     assert not (tmp_path / "out").exists()

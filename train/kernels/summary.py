@@ -122,7 +122,7 @@ class Change:
     """One group of rows in each of several runs, of which the first is the baseline.
 
     The names that the rows were summed over are empty. `saved_seconds` (first run minus other run) and
-    `share_of_gain` (of what the whole step saves; negative where a row loses time; None where both steps take as
+    `share_of_gain` (of what the step saves; negative where a row loses time; None where both steps take as
     long) have an entry for every run but the first.
     """
 

@@ -44,7 +44,7 @@ class RunFacts:
     accumulation: int
     model: dict[str, Any]
     attn_implementation: str
-    activation_checkpointing: int | str | None
+    activation_checkpointing: str | None
     torch_compile: bool
     precision: str
     device: str
@@ -195,19 +195,11 @@ def read_trace(file: Path) -> Trace:
 
 
 def _read_json(file: Path) -> Any:
-    if not file.stat().st_size:
-        raise UserError(f"{file}: is empty; {HINT}")
     try:
         with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
             return json.load(stream)
-    except EOFError:
-        raise UserError(f"{file}: is truncated; {HINT}") from None
-    except (gzip.BadGzipFile, zlib.error):
-        raise UserError(f"{file}: is not a gzip file, or damaged; {HINT}") from None
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read: {error.strerror}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: is not JSON, or truncated ({error}); {HINT}") from None
+    except (EOFError, OSError, zlib.error, ValueError) as error:  # of gzip, the file system and JSON
+        raise UserError(f"{file}: is not a complete trace ({str(error) or type(error).__name__}); {HINT}") from None
 
 
 def _sort_events(events: list[Any]) -> tuple[dict[Thread, list[Event]], list[Kernel]]:

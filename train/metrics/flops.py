@@ -156,7 +156,7 @@ def peak_bandwidth(device_name: str) -> float | None:
     return next((rate for pattern, rate in PEAK_BANDWIDTH if re.fullmatch(pattern, name)), None)
 
 
-def utilisation(
+def utilization(
     tokens_per_second: float | None, flops_per_token: float, peak: float | None, devices: int
 ) -> float | None:
     """A fraction of 1: FLOP/s achieved over `devices` times the `peak` of one (PaLM, appendix B).

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from train.metrics.flops import Flops, utilisation
+from train.metrics.flops import Flops, utilization
 from train.metrics.table import METRICS, look_up
 from train.utils.errors import UserError
 from train.utils.json_files import from_json, json_safe
@@ -151,8 +151,8 @@ def summarise(
         "flops_per_token_by_part": dataclasses.asdict(flops),
         "hardware_flops_per_token": flops.hardware,
         "flops_per_second": None if tokens_per_second is None else flops.model * tokens_per_second,
-        "mfu": utilisation(tokens_per_second, flops.model, device_peak_flops, facts.world_size),
-        "hfu": utilisation(tokens_per_second, flops.hardware, device_peak_flops, facts.world_size),
+        "mfu": utilization(tokens_per_second, flops.model, device_peak_flops, facts.world_size),
+        "hfu": utilization(tokens_per_second, flops.hardware, device_peak_flops, facts.world_size),
     }
     metrics["perplexity"] = None if metrics["val_loss"] is None else perplexity(metrics["val_loss"])
     unknown = dict.fromkeys(metric.key.partition(".")[0] for metric in METRICS)
