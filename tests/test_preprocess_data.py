@@ -1,3 +1,4 @@
+import csv
 import gzip
 import hashlib
 import json
@@ -71,6 +72,12 @@ def write_parquet(path: Path, texts: list[str]) -> Path:
     return path
 
 
+def write_csv(path: Path, texts: list[str]) -> Path:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file, quoting=csv.QUOTE_ALL).writerows([("id", "text"), *enumerate(texts)])
+    return path
+
+
 def read(folder: Path, name: str) -> tuple[list[int], dict[str, Any]]:
     """A file's ids as nanoGPT reads them, and the sidecar."""
     ids = np.memmap(folder / f"{name}.bin", dtype=np.uint16, mode="r").tolist()
@@ -119,9 +126,9 @@ def run(*arguments: str | Path, cwd: Path | None = None) -> subprocess.Completed
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, check=False)
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "parquet"])
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "parquet", "csv"])
 def test_files_of_rows(tmp_path: Path, texts: list[str], kind: str) -> None:
-    write = write_parquet if kind == "parquet" else write_jsonl
+    write = {"parquet": write_parquet, "csv": write_csv}.get(kind, write_jsonl)
     for i in range(3):  # three files, read in the order of their names
         write(tmp_path / f"part{i}.{kind}", texts[100 * i : 100 * (i + 1)])
     dataset = kind.split(".")[0].removesuffix("l")

@@ -262,15 +262,15 @@ def test_what_cannot_be_opened(tmp_path: Path) -> None:
     ("content", "fault"),
     [
         ("{", "Expecting"),
-        ("[]", "no JSON object"),
-        ("{}", "dtype is None"),
-        ('{"dtype": "float32"}', "dtype is 'float32'"),
-        ('{"dtype": "uint16", "tokens": true}', "tokens is True"),
-        ('{"dtype": "uint16", "tokens": 1, "max_token_id": "9"}', "max_token_id is '9'"),
+        ("[]", r"its content is \[\], not an object"),
+        ("{}", '"dtype" is missing'),
+        ('{"dtype": "float32"}', "\"dtype\" is 'float32'"),
+        ('{"dtype": "uint16", "tokens": true}', '"tokens" is True'),
+        ('{"dtype": "uint16", "tokens": 1, "max_token_id": "9"}', "\"max_token_id\" is '9'"),
     ],
 )
 def test_a_corrupt_sidecar(tmp_path: Path, content: str, fault: str) -> None:
     path = write_tokens(tmp_path / "train.bin", [1])
     sidecar_path(path).write_text(content)
-    with pytest.raises(UserError, match=rf"train\.json.*{fault}.*move it away"):
+    with pytest.raises(UserError, match=rf"train\.json.*{fault}.*move the file away"):
         open_tokens(path, VOCABULARY_SIZE)

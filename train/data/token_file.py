@@ -7,7 +7,6 @@ file without a sidecar is read as bare `uint16`, so files that nanoGPT prepared 
 
 import dataclasses
 import hashlib
-import json
 import mmap
 import os
 from collections.abc import Iterable, Mapping
@@ -17,10 +16,11 @@ from types import TracebackType
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field
 
 from train.utils.errors import UserError
 from train.utils.files import atomic_write, write_json
+from train.utils.json_files import from_json, read_json
 
 SCAN_CHUNK = 1 << 24  # ids read at once when a bare file is scanned: 32 MiB of uint16
 
@@ -53,23 +53,6 @@ class Sidecar:
 
     def to_json(self) -> dict[str, Any]:
         return {key: value for key, value in vars(self).items() if value is not None}
-
-
-def parse_sidecar(content: bytes) -> Sidecar:
-    """The sidecar in a JSON file.
-
-    Raises:
-        ValueError: naming the first field that is wrong.
-    """
-    value = json.loads(content)
-    if not isinstance(value, dict):
-        raise ValueError("it is no JSON object")
-    try:
-        return TypeAdapter(Sidecar).validate_json(content, strict=True)
-    except ValidationError as error:
-        wrong = error.errors()[0]
-        key = str(wrong["loc"][0])
-        raise ValueError(f"{key} is {value.get(key)!r}: {wrong['msg']}") from None
 
 
 def token_dtype(vocabulary_size: int) -> np.dtype[Any]:
@@ -264,24 +247,14 @@ def file_size(path: Path) -> int:
 def read_sidecar(path: Path) -> Sidecar | None:
     """The sidecar of a token file; None where there is none."""
     sidecar = sidecar_path(path)
-    try:
-        return parse_sidecar(sidecar.read_bytes())
-    except FileNotFoundError:
+    if not sidecar.exists():
         return None
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{sidecar} is not the sidecar of a token file ({error}): prepare the data again, or move it away to have "
-            f"{path} read as bare uint16"
-        ) from error
-
-
-def is_sidecar(path: Path) -> bool:
-    """Whether a JSON file is a sidecar, and so may be replaced together with its tokens."""
     try:
-        parse_sidecar(path.read_bytes())
-    except (OSError, ValueError):
-        return False
-    return True
+        return from_json(Sidecar, read_json(sidecar), sidecar, "train.preprocess_data")
+    except UserError as error:
+        raise UserError(
+            f"{error}; prepare the data again, or move the file away to have {path} read as bare uint16"
+        ) from None
 
 
 def scan_max_token_id(ids: np.ndarray) -> int:

@@ -8,21 +8,20 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm import tqdm
 
-from train.data.token_file import is_sidecar, read_sidecar, sidecar_path, token_dtype
+from train.data.token_file import read_sidecar, sidecar_path, token_dtype
 from train.data.tokenizer import END_OF_TEXT, RANKS_SHA256, TOKENIZER_NAME, VOCABULARY_SIZE
 from train.preprocess_data.preparation import PARTS, WORK_FOLDER, Chunk, Preparation, is_finished, locked
 from train.preprocess_data.sources import Source, resolve_source
 from train.preprocess_data.splits import SplitRule, hash_rule, nanogpt_rows, nanogpt_rule
 from train.preprocess_data.streams import (
     Documents,
-    Position,
     count_rows,
     estimated_rows,
     fingerprint,
@@ -83,9 +82,12 @@ class PreparationConfig:
         if self.out_dir.exists() and not self.out_dir.is_dir():
             raise UserError(f"--out_dir {self.out_dir} is a file: name a folder")
         for name in PARTS:
-            sidecar = sidecar_path(self.out_dir / f"{name}.bin")
-            if sidecar.exists() and not is_sidecar(sidecar):
-                raise UserError(f"{sidecar} is in the way of a sidecar and is not one: name another --out_dir")
+            path = self.out_dir / f"{name}.bin"
+            try:
+                read_sidecar(path)
+            except UserError:
+                in_the_way = f"{sidecar_path(path)} is in the way of a sidecar and is not one"
+                raise UserError(f"{in_the_way}: name another --out_dir") from None
 
     def request(self, source: Source) -> dict[str, Any]:
         """Everything that decides about the files' content. Only the same request resumes a killed preparation."""
@@ -93,12 +95,6 @@ class PreparationConfig:
         for name in ("out_dir", "tokenizer", "num_proc", "overwrite"):
             del fields[name]
         return fields | {"files_sha256": fingerprint(source)}
-
-
-class Batch(NamedTuple):
-    row: int  # number of the first one
-    texts: pa.LargeStringArray
-    next: Position  # of the stream, after the batch
 
 
 def prepare(config: PreparationConfig) -> None:
@@ -147,8 +143,7 @@ def read_all(config: PreparationConfig, source: Source, preparation: Preparation
             if rows is None
             else nanogpt_rule(config.val_fraction, config.seed, rows)
         )
-        batches = numbered(chain([first], stream), preparation.rows, config.max_documents)
-        batches = limited(batches, rows, preparation)
+        batches = limited(chain([first], stream), config.max_documents, rows, preparation)
         known = known_rows(source, dataset) or estimated_rows(source, first.texts)
         expected = rows or min(filter(None, (known, config.max_documents)), default=None)
         tokenized = in_parallel(partial(tokenize, encode=encode, rule=rule), batches, config.num_proc)
@@ -182,27 +177,22 @@ def rows_to_split(config: PreparationConfig, source: Source, dataset: "IterableD
     return min(rows, config.max_documents or rows)
 
 
-def numbered(documents: Iterable[Documents], row: int, limit: int | None) -> Iterator[Batch]:
-    """Documents with their row numbers, from `row` up to `limit`."""
-    for texts, position in documents:
+def limited(
+    batches: Iterable[Documents], limit: int | None, rows: int | None, preparation: Preparation
+) -> Iterator[Documents]:
+    """The first `limit` documents. Raise, and leave nothing, if these are more than the `rows` of the split."""
+    for row, texts, position in batches:
         kept = texts if limit is None else texts[: limit - row]
+        if rows is not None and row + len(kept) > rows:
+            preparation.discard()
+            raise UserError(f"there are more than the {rows:,} documents that the split is for: correct --num_rows")
         if len(kept):
-            yield Batch(row, kept, position)
-        row += len(kept)
-        if row == limit:
+            yield Documents(row, kept, position)
+        if row + len(kept) == limit:
             return
 
 
-def limited(batches: Iterable[Batch], rows: int | None, preparation: Preparation) -> Iterator[Batch]:
-    """Raise, and leave nothing, where there are more documents than the split is for."""
-    for batch in batches:
-        if rows is not None and batch.row + len(batch.texts) > rows:
-            preparation.discard()
-            raise UserError(f"there are more than the {rows:,} documents that the split is for: correct --num_rows")
-        yield batch
-
-
-def tokenize(batch: Batch, encode: Encoder, rule: SplitRule) -> tuple[Chunk, Chunk]:
+def tokenize(batch: Documents, encode: Encoder, rule: SplitRule) -> tuple[Chunk, Chunk]:
     """The training and the validation documents of a batch."""
     ids, lengths = encode(batch.texts)
     is_validation = rule(batch.row, batch.texts)
@@ -238,7 +228,10 @@ def with_replacement_character(texts: pa.LargeStringArray) -> np.ndarray:
 
 
 def write_all(
-    tokenized: Iterable[tuple[Batch, tuple[Chunk, Chunk]]], title: str, expected: int | None, preparation: Preparation
+    tokenized: Iterable[tuple[Documents, tuple[Chunk, Chunk]]],
+    title: str,
+    expected: int | None,
+    preparation: Preparation,
 ) -> None:
     """Append everything to the preparation, under a progress bar."""
     text_bytes = 0

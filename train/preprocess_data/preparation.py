@@ -12,7 +12,6 @@ Each of these steps can be repeated after a kill in the middle of it.
 """
 
 import dataclasses
-import json
 import os
 import shutil
 import sys
@@ -28,7 +27,6 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from filelock import FileLock, Timeout
-from pydantic import TypeAdapter
 from tqdm import tqdm
 
 from train.data.token_file import Sidecar, TokenWriter, read_sidecar, sidecar_path, token_dtype, write_token_file
@@ -37,6 +35,7 @@ from train.preprocess_data.splits import in_order
 from train.preprocess_data.streams import BEGINNING, Position
 from train.utils.errors import UserError
 from train.utils.files import fsync, write_json
+from train.utils.json_files import from_json, read_json
 
 WORK_FOLDER = ".preparing"
 LOCK = ".preparing.lock"
@@ -85,13 +84,12 @@ class Journal:
 def read_journal(out_dir: Path) -> Journal | None:
     """The journal of an unfinished preparation; None where there is none."""
     path = out_dir / WORK_FOLDER / "journal.json"
-    try:
-        return TypeAdapter(Journal).validate_python(json.loads(path.read_text(encoding="utf-8")))
-    except (FileNotFoundError, NotADirectoryError):
+    if not path.exists():
         return None
-    except ValueError as error:
-        first, *_ = str(error).splitlines()
-        raise UserError(f"{path} is damaged ({first}): discard the preparation with --overwrite") from None
+    try:
+        return from_json(Journal, read_json(path), path, "train.preprocess_data")
+    except UserError as error:
+        raise UserError(f"{error}; discard the preparation with --overwrite") from None
 
 
 @contextmanager

@@ -40,6 +40,7 @@ BEGINNING = Position()
 
 
 class Documents(NamedTuple):
+    row: int  # number of the first one
     texts: pa.LargeStringArray  # valid UTF-8, no nulls
     next: Position  # of the documents after these
 
@@ -137,16 +138,18 @@ def read_documents(
     attempts = Attempts(source)
     while True:
         try:
-            for documents in _read(source, dataset, start):
+            for texts, position in _read(source, dataset, start):
                 attempts.succeeded()
-                yield documents
-                start, row = documents.next, row + len(documents.texts)
+                yield Documents(row, texts, position)
+                start, row = position, row + len(texts)
             return
         except Exception as error:
             attempts.failed(error, row=row)
 
 
-def _read(source: Source, dataset: "IterableDataset", start: Position) -> Iterator[Documents]:
+def _read(
+    source: Source, dataset: "IterableDataset", start: Position
+) -> Iterator[tuple[pa.LargeStringArray, Position]]:
     state, skip = start
     if state is not None:
         dataset.load_state_dict(state)
@@ -163,12 +166,12 @@ def _read(source: Source, dataset: "IterableDataset", start: Position) -> Iterat
             pieces.append(texts[first:end])
             documents, size = documents + end - first, size + int(ends[end - 1]) - before
             if documents == BATCH_DOCUMENTS or size >= BATCH_BYTES:
-                yield Documents(pa.concat_arrays(pieces), Position(state, int(rows[end - 1]) + 1))
+                yield pa.concat_arrays(pieces), Position(state, int(rows[end - 1]) + 1)
                 pieces, documents, size = [], 0, 0
             first = end
         state, skip = dataset.state_dict(), 0
     if pieces:
-        yield Documents(pa.concat_arrays(pieces), Position(state))
+        yield pa.concat_arrays(pieces), Position(state)
 
 
 def texts_of(source: Source, table: pa.Table) -> tuple[pa.LargeStringArray, np.ndarray]:
