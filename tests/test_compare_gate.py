@@ -86,14 +86,14 @@ def test_what_cannot_be_compared_is_missed(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_bad_syntax_is_named(gate: str) -> None:
-    with pytest.raises(UserError, match=r"is no condition: write METRIC>=BOUND") as caught:
+    with pytest.raises(UserError, match=r"is not a condition: write METRIC>=BOUND") as caught:
         parse_gate(gate)
     assert EXAMPLE in str(caught.value)
 
 
 @pytest.mark.parametrize("metric", ["speed", "run_type", "precision", "tokens_per_second.median", "config"])
 def test_an_unknown_metric_is_named_with_those_that_there_are(metric: str) -> None:
-    with pytest.raises(UserError, match=f"^--gate: {metric} is no metric") as caught:
+    with pytest.raises(UserError, match=f"^--gate: {metric} is not a metric") as caught:
         parse_gate(f"val_loss<=+1,{metric}>=1x")
     assert "peak_memory, time_per_epoch, tokens_per_second, step_time_seconds.median" in str(caught.value)
 
@@ -126,7 +126,7 @@ def test_a_gate_that_is_missed_ends_with_exit_code_1_after_everything_is_written
 
 
 def test_a_gate_that_is_none_is_refused_before_anything_is_written(two: list[Path], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"^--gate: speed is no metric"):
+    with pytest.raises(UserError, match=r"^--gate: speed is not a metric"):
         compare.main([*map(str, two), "--out", str(tmp_path / "out"), "--gate", "speed>=3x"])
     assert not (tmp_path / "out").exists()
 

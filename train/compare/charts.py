@@ -23,6 +23,7 @@ WIDTH, HEIGHT = 480, 250
 LEFT, RIGHT, TOP, BOTTOM = 56, 14, 10, 42
 DASHES = ["-", (0, (5, 2.2)), (0, (5, 2.2, 1.1, 2.2)), (0, (1.1, 2.2))]  # equal curves show through each other's gaps
 FONT_SIZE = 9.0
+PNG_WIDTH, MARGIN = 960, 10  # pixels; units around a PNG
 LONGEST_LABEL = 30
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufffe\uffff]")
 
@@ -54,7 +55,8 @@ class Chart:
         header = self._add_header()
         width, height = self.figure.get_size_inches()
         file = io.BytesIO()
-        self.figure.savefig(file, format="png", dpi=144, bbox_inches=Bbox([[0, 0], [width, height + header]]))
+        box = Bbox([[-MARGIN / 72, -MARGIN / 72], [width + MARGIN / 72, height + header]])
+        self.figure.savefig(file, format="png", dpi=PNG_WIDTH / box.width, bbox_inches=box)
         return file.getvalue()
 
     def _add_header(self) -> float:
@@ -69,7 +71,7 @@ class Chart:
         units += [units[0] + 13 * len(lines), units[0] + 13 * len(lines) + 24]
         height = 72 * self.figure.get_size_inches()[1]
         for text, bottom, size in (("\n".join(lines), units[0], FONT_SIZE), (self.title, units[1] + 4, 12.0)):
-            self.figure.text(6 / WIDTH, 1 + bottom / height, clean(text), size=size, color=INK, va="bottom",
+            self.figure.text(0, 1 + bottom / height, clean(text), size=size, color=INK, va="bottom",
                              gid=HEADER, parse_math=False)  # fmt: skip
         if rows:
             handles = [

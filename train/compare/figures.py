@@ -1,4 +1,4 @@
-"""What finished runs differ in and how much each changed against the first: figures, warnings, and the verdict."""
+"""What finished runs differ in and how much each changed against the first: metrics, warnings, and the verdict."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ SAME_WORK = ("tokens_per_step", "steps", "block_size", "config.seed", "config.mo
 
 
 def differences(runs: Sequence[FinishedRun]) -> list[dict[str, Any]]:
-    """Everything that could explain a figure other than what is being compared.
+    """Everything that could explain a metric's change, apart from what is being compared.
 
     Kind "comparability": the runs did different work. Kind "environment": they did it on different machines or with
     different software. Each entry holds the key and its value in every run.
@@ -85,7 +85,7 @@ def configurations(runs: Sequence[FinishedRun]) -> dict[str, list[Any]]:
 
 
 def warnings(runs: Sequence[FinishedRun], found: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What must be read before the figures, the most critical first."""
+    """What must be read before the metrics, the most critical first."""
     lines = []
     for difference in found:
         values = ", ".join(f"{label} {shown(value)}" for label, value in difference["values"].items())
@@ -116,7 +116,7 @@ def within_spread(first: FinishedRun, run: FinishedRun) -> str:
 
 
 def change(metric: Metric, first: FinishedRun, run: FinishedRun) -> dict[str, float] | None:
-    """A later run's figure against the first's, in percent and as a ratio; None where that says nothing."""
+    """A later run's metric against the first's, in percent and as a ratio; None where they are not comparable."""
     before, after = first.get(metric.key), run.get(metric.key)
     if metric.kind == "text" or before is None or after is None or before == 0:
         return None

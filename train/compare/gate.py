@@ -73,12 +73,12 @@ def parse_gate(text: str) -> list[Condition]:
         found = CONDITION.fullmatch(part.strip())
         if found is None:
             raise UserError(
-                f'--gate: "{part.strip()}" is no condition: write METRIC>=BOUND or METRIC<=BOUND, where BOUND is 1.2x '
-                f'(times the first run), +0.02 (more than the first run) or 4.5 (a value), as in "{EXAMPLE}"'
+                f'--gate: "{part.strip()}" is not a condition: write METRIC>=BOUND or METRIC<=BOUND, where BOUND is '
+                f'1.2x (times the first run), +0.02 (more than the first run) or 4.5 (a value), as in "{EXAMPLE}"'
             )
         if found["metric"] not in NAMES:
             raise UserError(
-                f"--gate: {found['metric']} is no metric that can have a bound; there are {', '.join(NAMES)}"
+                f"--gate: {found['metric']} is not a metric that can have a bound; there are {', '.join(NAMES)}"
             )
         kind = next(kind for kind in ("ratio", "difference", "value") if found[kind])
         bound = float(found[kind])

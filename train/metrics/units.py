@@ -23,7 +23,9 @@ def unit_of(kind: str, largest: float) -> tuple[float, str, int]:
         return (1e12, "TFLOP/s", 1) if largest >= 1e13 else (1e9, "GFLOP/s", 1)
     if kind == "rate":
         return 1.0, "tokens/s", 0 if largest >= 1000 else 1
-    return {"fraction": (1e-2, "%", 2), "nats": (1.0, "", 4), "perplexity": (1.0, "", 2)}.get(kind, (1.0, "", 0))
+    return {"fraction": (1e-2, "%", 2), "nats": (1.0, "", 4), "perplexity": (1.0, "", 2), "number": (1.0, "", 3)}.get(
+        kind, (1.0, "", 0)
+    )
 
 
 def in_unit(kind: str, value: float, largest: float | None = None) -> str:
