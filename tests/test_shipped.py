@@ -9,7 +9,9 @@ from train.utils.errors import UserError
 
 def test_everything_in_the_repositorys_folders_is_shipped() -> None:
     ours = [
-        file.resolve() for folder in ("accelerate_configs", "ds_configs") for file in sorted((ROOT / folder).iterdir())
+        file.resolve()
+        for folder in ("accelerate_configs", "ds_configs", "recipes")
+        for file in sorted((ROOT / folder).iterdir())
     ]
     assert [file.resolve() for file in shipped.configurations()] == ours
     assert len({file.stem for file in ours}) == len(ours), "a name without its ending is one file's"

@@ -24,7 +24,8 @@ SIZES = {
     "gpt2-xl": (48, 25, 1600, 0.02),  # 1.56B
     "tiny": (4, 4, 128, 0.05),  # 7.4M, of which 6.4M are the vocabulary's
 }
-FRESH_LEARNING_RATE = 6e-4  # GPT-3's for 124M parameters (arXiv:2005.14165, table 2.1)
+# Peak learning rates of new models: those of GPT-3's 125M, 350M, 760M and 1.3B (arXiv:2005.14165, table 2.1).
+LEARNING_RATES = {"gpt2": 6e-4, "gpt2-medium": 3e-4, "gpt2-large": 2.5e-4, "gpt2-xl": 2e-4, "tiny": 6e-4}
 TUNING_LEARNING_RATE = 5e-5  # transformers' own default
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
 
@@ -195,7 +196,7 @@ def default_tokenizer(config: GPT2FlashConfig) -> PreTrainedTokenizerBase | None
 
 
 def default_learning_rate(name: str) -> float:
-    return FRESH_LEARNING_RATE if name in SIZES else TUNING_LEARNING_RATE
+    return LEARNING_RATES.get(name, TUNING_LEARNING_RATE)
 
 
 def pretrained_arguments(name: str) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""The configurations that are part of the package, for Accelerate and for DeepSpeed: named from any folder.
+"""The configurations that are part of the package, for Accelerate, DeepSpeed and runs: found from any folder.
 
-`train/accelerate_configs` and `train/ds_configs` are links to the repository's folders of these names; an installed
-package has copies in their place.
+`train/accelerate_configs`, `train/ds_configs` and `train/recipes` are links to the repository's folders of these
+names; an installed package has copies in their place.
 """
 
 import argparse
@@ -11,17 +11,22 @@ from train.utils.command import run_command
 from train.utils.errors import UserError, did_you_mean
 
 PACKAGE = Path(__file__).parent.parent
-ACCELERATE, DEEPSPEED = "accelerate_configs", "ds_configs"
+ACCELERATE, DEEPSPEED, RECIPES = "accelerate_configs", "ds_configs", "recipes"
 
 
 def configurations() -> list[Path]:
     """Every file that is shipped, Accelerate's first."""
-    return [file for folder in (ACCELERATE, DEEPSPEED) for file in sorted((PACKAGE / folder).iterdir())]
+    return [file for folder in (ACCELERATE, DEEPSPEED, RECIPES) for file in sorted((PACKAGE / folder).iterdir())]
 
 
 def deepspeed_json(name: str) -> Path:
     """The file of this name, else the shipped one: `zero2.json` and `ds_configs/zero2.json` are in any folder."""
     return _here_or_shipped(name, DEEPSPEED)
+
+
+def recipe(name: str) -> Path:
+    """The YAML file of this name for --config, else the shipped one: `recipes/demo_cpu.yaml` is in any folder."""
+    return _here_or_shipped(name, RECIPES)
 
 
 def accelerate_file(name: str) -> Path:

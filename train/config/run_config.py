@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from train.config import packaged
 from train.config.flags import FlagParser, flag
 from train.optim.schedule import SCHEDULES
 from train.utils.errors import UserError, did_you_mean
@@ -229,14 +230,16 @@ def parse(argv: list[str] | None = None) -> RunConfig:
         UserError: for an unknown flag, a wrong type or an impossible value; names the flag, the value, the remedy.
     """
     parser = FlagParser(prog="python -m train", usage="python -m train [FLAGS]", description=DESCRIPTION)
-    parser.add_argument("--config", metavar="RUN.yaml", help="YAML file with any of the flags below")
+    parser.add_argument(
+        "--config", metavar="RUN.yaml", help="YAML file with any of the flags below, for example recipes/demo_cpu.yaml"
+    )
     # The deepspeed launcher appends this to the command; the rank itself comes from the environment.
     parser.add_argument("--local_rank", type=int, help="ignored, for launchers that pass it")
     for group in GROUPS:
         parser.add_flags(group)
     namespace = parser.parse_flags(argv)
     if namespace.config is not None:
-        namespace = parser.parse_flags(argv, parser.parse_yaml(Path(namespace.config), GROUPS))
+        namespace = parser.parse_flags(argv, parser.parse_yaml(packaged.recipe(namespace.config), GROUPS))
     values = vars(namespace)
     del values["config"], values["local_rank"]
     config = RunConfig(**values)
