@@ -73,14 +73,17 @@ def torchrun(*words: object, cwd: Path, processes: int = 2) -> subprocess.Comple
 def engine_steps(
     scenario: str, folder: Path, *flags: object, processes: int = 2, layout: str | None = None
 ) -> list[list[dict[str, Any]]]:
-    """What each process says of each step of a scenario of `tests.engine_steps`; the weights are in the folder."""
-    words = [scenario, folder, *flags, f"--checkpoint_path={folder}"]
+    """The lines that each process writes for each step of a scenario of `tests.engine_steps`; weights are in `folder`.
+
+    The ranks are forked, unless `layout` names a file for `accelerate launch`.
+    """
+    from tests.forked_ranks import run_ranks
+
+    words = [scenario, str(folder), *map(str, flags), f"--checkpoint_path={folder}"]
     if layout is not None:
         accelerate(*words, cwd=folder.parent, processes=processes, layout=layout, module="tests.engine_steps")
-    elif processes > 1:
-        torchrun("-m", "tests.engine_steps", *words, cwd=folder.parent, processes=processes)
     else:
-        python("-m", "tests.engine_steps", *words, cwd=folder.parent)
+        run_ranks("tests.engine_steps", words, folder, processes)
     return [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
 
 
