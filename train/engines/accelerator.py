@@ -17,14 +17,8 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from train.config import launcher_env as launcher
 from train.config.run_config import RunConfig
-from train.utils import processes
 from train.utils.devices import device_type
 from train.utils.errors import UserError
-
-
-def world_size() -> int:
-    """The number of processes that the launcher says it started."""
-    return processes.world_size()
 
 
 def plain_accelerator(config: RunConfig) -> Accelerator:

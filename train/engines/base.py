@@ -17,11 +17,7 @@ from torch import nn
 from modeling_gpt2flash import GPT2FlashForCausalLM
 from train.config.run_config import RunConfig
 from train.engines import zero
-from train.engines.accelerator import (
-    deepspeed_accelerator,
-    plain_accelerator,
-    world_size,
-)
+from train.engines.accelerator import deepspeed_accelerator, plain_accelerator
 from train.engines.placement import RankPlacement, check_launch, check_placements
 from train.engines.state import create_moments, full_tensor, held_by_optimizer, set_full_tensor, torch_optimizer
 from train.engines.transforms import checkpoint_arguments, compile_blocks, fuse_gelu, keep_freed_memory
@@ -40,51 +36,29 @@ class StepResult:
 
 
 class Engine(ABC):
-    """Model and optimizer of one process. All methods are collective: all processes call them, in the same order."""
+    """Model and optimizer of one process. All methods are collective: all processes call them, in the same order.
+
+    The process reads share `data_rank` of the `data_world_size` shares of each global batch, and is the one at
+    `pipeline_rank` of a pipeline (0 without one).
+    """
 
     def __init__(self, config: RunConfig, deepspeed: dict[str, Any] | None) -> None:
         self.config = config
         self.deepspeed = deepspeed
-        check_launch(world_size())
+        launched = processes.world_size()
+        check_launch(launched)
         set_matmul_precision(config.optimized)
         self.accelerator = deepspeed_accelerator(config, deepspeed) if deepspeed else plain_accelerator(config)
-        if self.world_size != world_size():
+        self.device = self.accelerator.device
+        self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
+        self.is_main = self.accelerator.is_main_process
+        self.data_rank, self.data_world_size, self.pipeline_rank = self.rank, self.world_size, 0
+        if self.world_size != launched:
             raise UserError(
-                f"the launcher started {world_size()} processes, but Accelerate counts {self.world_size}: each would "
+                f"the launcher started {launched} processes, but Accelerate counts {self.world_size}: each would "
                 "train alone; launch with deepspeed, torchrun or "
                 "accelerate launch --config_file accelerate_configs/deepspeed.yaml"
             )
-
-    @property
-    def device(self) -> torch.device:
-        return self.accelerator.device
-
-    @property
-    def rank(self) -> int:
-        return self.accelerator.process_index
-
-    @property
-    def world_size(self) -> int:
-        return self.accelerator.num_processes
-
-    @property
-    def is_main(self) -> bool:
-        return self.accelerator.is_main_process
-
-    @property
-    def data_rank(self) -> int:
-        """Which share of each global batch this process reads."""
-        return self.rank
-
-    @property
-    def data_world_size(self) -> int:
-        """The number of shares of a global batch."""
-        return self.world_size
-
-    @property
-    def pipeline_rank(self) -> int:
-        """The position of this process in the pipeline; 0 without one."""
-        return 0
 
     @property
     def compiles_checkpointing(self) -> bool:

@@ -21,7 +21,6 @@ from train.data.batches import EvalBatches, TrainBatches
 from train.data.token_file import open_tokens
 from train.data.tokenizer import TOKENIZER_NAME, gpt2_encoding
 from train.engines import rendezvous
-from train.engines.accelerator import world_size
 from train.engines.pipeline.partition import Partition, partition
 from train.engines.transforms import SELECTIVE_ATTENTION
 from train.hub import __main__ as hub
@@ -179,7 +178,7 @@ def resolve_engine(config: RunConfig) -> tuple[RunConfig, dict[str, Any] | None]
                 "name one of them"
             )
         config = replace(config, deepspeed_config=config.deepspeed_config or file)
-        config, deepspeed = deepspeed_json.resolve(config, world_size(), bf16_is_fast)
+        config, deepspeed = deepspeed_json.resolve(config, processes.world_size(), bf16_is_fast)
     else:
         bf16 = config.mixed_precision == "bf16" or (config.mixed_precision == "auto" and bf16_is_fast)
         config = replace(config, mixed_precision="bf16" if bf16 else "no")
@@ -277,7 +276,7 @@ def resolve_data(config: RunConfig, model: ResolvedModel) -> tuple[TrainBatches,
     assert config.train_micro_batch_size_per_gpu is not None
     assert config.gradient_accumulation_steps is not None
     assert config.pipeline_stages is not None
-    data_parallel = world_size() // config.pipeline_stages
+    data_parallel = processes.world_size() // config.pipeline_stages
     sequences = config.train_micro_batch_size_per_gpu * config.gradient_accumulation_steps * data_parallel
     tokens = open_tokens(config.train_data_path, model.config.vocab_size)
     train = TrainBatches(tokens, model.block_size, sequences, config.seed, config.document_mask)

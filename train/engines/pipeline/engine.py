@@ -55,6 +55,8 @@ class PipelinedEngine(Engine):
         self.pipeline_size = config.pipeline_stages
         self.dualpipev = config.pipeline_schedule == "dualpipev"
         assert partition.stages == self.pipeline_size * (2 if self.dualpipev else 1)
+        self.data_world_size = self.world_size // self.pipeline_size
+        self.pipeline_rank, self.data_rank = divmod(self.rank, self.data_world_size)
         self.has_loss = self.pipeline_rank == self._rank_of(partition.stages - 1)
         self.shapes_sent: dict[str, torch.Size] = {}
 
@@ -65,18 +67,6 @@ class PipelinedEngine(Engine):
     def _second_chunk(self, pipeline_rank: int) -> int:
         """The stage that is DualPipeV's second chunk on a pipeline rank."""
         return 2 * self.pipeline_size - 1 - pipeline_rank
-
-    @property
-    def data_rank(self) -> int:
-        return self.rank % self.data_world_size
-
-    @property
-    def data_world_size(self) -> int:
-        return self.world_size // self.pipeline_size
-
-    @property
-    def pipeline_rank(self) -> int:
-        return self.rank // self.data_world_size
 
     def _build_module(self, model: GPT2FlashForCausalLM) -> nn.Module:
         layers = model_layers(model)

@@ -1,4 +1,4 @@
-"""How a model's layers are shared out among the stages of a pipeline."""
+"""The partition of a model's layers into the stages of a pipeline."""
 
 import math
 from typing import NamedTuple
@@ -23,7 +23,7 @@ def layer_flops(config: PreTrainedConfig, block_size: int) -> list[int]:
 
 
 def parameter_counts(config: PreTrainedConfig) -> list[int]:
-    """Numbers that each layer holds; a tied weight is counted in both layers, for both stages hold it."""
+    """Parameters of each layer; a tied weight is counted in both layers, since both stages have a copy."""
     width, vocabulary = config.n_embd, config.vocab_size
     inner = config.n_inner if config.n_inner is not None else 4 * width
     block = 4 * width**2 + 4 * width + 2 * width * inner + inner + width + 4 * width
@@ -31,7 +31,7 @@ def parameter_counts(config: PreTrainedConfig) -> list[int]:
 
 
 class Partition(NamedTuple):
-    """Which stage has which layers, with what that share was judged by."""
+    """The layers of each stage, and the sizes that the partition was based on."""
 
     method: str
     bounds: tuple[int, ...]  # stage s has the layers bounds[s] ... bounds[s + 1] - 1
@@ -50,7 +50,7 @@ class Partition(NamedTuple):
         return next(stage for stage in range(self.stages) if layer in self.layers(stage))
 
     def table(self) -> str:
-        """A line a stage: its layers, its parameters, and its share of the arithmetic."""
+        """A table with a line for each stage: its layers, its parameters, and its fraction of the FLOPs."""
         rows = [("stage", "layers", "parameters", "FLOPs")]
         for stage in range(self.stages):
             own = self.layers(stage)
@@ -69,17 +69,17 @@ class Partition(NamedTuple):
 def partition(
     config: PreTrainedConfig, stages: int, method: str | list[int] = "cost", *, block_size: int | None = None
 ) -> Partition:
-    """Share the layers out over `stages` so that the largest stage is as small as can be.
+    """Split the layers into `stages` so that the largest stage is as small as possible.
 
     Args:
         config: of the model.
-        stages: how many there are; each gets at least one layer.
-        method: what makes a stage large. "uniform": its number of layers; "parameters": what it holds; "cost": the
-            modelled arithmetic, in which GPT-2's head is worth several blocks. Or the number of layers of each stage.
+        stages: their number; each gets at least one layer.
+        method: the size of a stage. "uniform": its number of layers; "parameters": their number; "cost": its FLOPs, of
+            which GPT-2's head has as many as several blocks. Or the number of layers of each stage.
         block_size: tokens in a sequence, for the cost of attention; None: the model's positions.
 
     Raises:
-        ValueError: naming the numbers that do not fit, and the remedy.
+        ValueError: naming the wrong number and the remedy.
     """
     names = layer_names(config.n_layer)
     parameters = parameter_counts(config)
@@ -118,17 +118,17 @@ def _explicit_bounds(counts: list[int], stages: int, layers: int) -> tuple[int, 
 
 
 def balance(sizes: list[int], parts: int) -> tuple[int, ...]:
-    """Bounds of the contiguous split into non-empty parts whose largest part is smallest, by dynamic programming.
+    """Bounds of the contiguous split into non-empty parts with the smallest maximum, by dynamic programming.
 
-    Of the splits that share the smallest maximum, the one with the smallest sum of squares: the evenest.
+    Of several such splits, the most even one: that with the smallest sum of squares.
     """
     sums = [0]
     for size in sizes:
         sums.append(sums[-1] + size)
 
     def solve(limit: float) -> tuple[float, tuple[int, ...]]:
-        """The best objective and its bounds: the maximum itself without a limit, else the squares within it."""
-        # best[stop]: over the splits of sizes[:stop] into as many parts as there have been rounds.
+        """The best objective and its bounds: the maximum if `limit` is infinite, else the sum of squares within it."""
+        # best[stop]: of the splits of sizes[:stop] into as many parts as rounds so far.
         best: list[tuple[float, tuple[int, ...]]] = [(0, (0,))] + [(math.inf, ())] * len(sizes)
         for _ in range(parts):
             grown: list[tuple[float, tuple[int, ...]]] = [(math.inf, ())] * (len(sizes) + 1)
