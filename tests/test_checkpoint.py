@@ -34,7 +34,19 @@ def save(
         (name, {"weight": p.detach(), **{key: torch.full_like(p, step) for key in moments_of(optimizer, name)}})
         for name, p in model.named_parameters()
     )
-    return checkpoints.save(folder, model.config, None, tensors, {"step": step, "optimizer": optimizer}, keep)
+    state = checkpoints.TrainingState(
+        step=step,
+        tokens=step * 64,
+        model={"n_layer": model.config.n_layer},
+        train_data={},
+        seed=0,
+        block_size=64,
+        sequences_per_step=1,
+        optimizer=optimizer,
+        total_steps=10,
+        config={},
+    )
+    return checkpoints.save(folder, model.config, None, tensors, state, keep)
 
 
 def test_save_find_read(tmp_path: Path, model: GPT2FlashForCausalLM) -> None:
@@ -62,9 +74,12 @@ def test_muon_keeps_one_moment_of_a_matrix(tmp_path: Path, model: GPT2FlashForCa
 
 
 def test_a_checkpoint_from_before_there_was_a_choice_is_adamws(tmp_path: Path, model: GPT2FlashForCausalLM) -> None:
-    state = save(tmp_path, model, 3) / "training_state.json"
-    state.write_text(json.dumps({"step": 3}))
-    assert checkpoints.find("latest", tmp_path).state["optimizer"] == "adamw"
+    file = save(tmp_path, model, 3, optimizer="muon") / "training_state.json"
+    state = json.loads(file.read_text())
+    del state["optimizer"], state["document_mask"]
+    file.write_text(json.dumps(state))
+    found = checkpoints.find("latest", tmp_path).state
+    assert (found.optimizer, found.document_mask) == ("adamw", False)
 
 
 def test_only_the_newest_are_kept(tmp_path: Path, model: GPT2FlashForCausalLM) -> None:
@@ -77,7 +92,7 @@ def test_going_on_from_an_earlier_step_drops_the_later_ones(tmp_path: Path, mode
     for step in (4, 8):
         save(tmp_path, model, step)
     (tmp_path / "step-8-copy").mkdir()
-    checkpoints.claim(tmp_path, checkpoints.find(str(tmp_path / "step-4"), tmp_path), overwrite=False)
+    checkpoints.prepare_run_folder(tmp_path, checkpoints.find(str(tmp_path / "step-4"), tmp_path), overwrite=False)
     assert checkpoints.find("latest", tmp_path).step == 4
     save(tmp_path, model, 5, keep=1)
     assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-5", "step-8-copy"]
@@ -114,7 +129,7 @@ def test_an_unfinished_folder_is_never_taken_for_a_checkpoint(tmp_path: Path, mo
     save(tmp_path, model, 1)
     shutil.copytree(tmp_path / "step-1", tmp_path / ".step-2.tmp")
     assert checkpoints.find("latest", tmp_path).step == 1
-    checkpoints.claim(tmp_path, None, overwrite=False)
+    checkpoints.prepare_run_folder(tmp_path, None, overwrite=False)
     assert not (tmp_path / ".step-2.tmp").exists()
 
 
@@ -140,7 +155,7 @@ def test_damage_is_named(tmp_path: Path, model: GPT2FlashForCausalLM, damage, na
 def test_overwrite_spares_a_folder_that_holds_no_run(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(UserError, match="holds files but no run"):
-        checkpoints.check_free(tmp_path, continuing=False, overwrite=True)
+        checkpoints.check_free(tmp_path, resuming=False, overwrite=True)
 
 
 def test_a_killed_run_goes_on_where_its_last_checkpoint_is(flags: list[str], finished: Path, tmp_path: Path) -> None:

@@ -39,7 +39,8 @@ def dangers(source: str) -> list[str]:
         elif isinstance(node, ast.Call):
             name = ast.unparse(node.func)
             given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
-            found += [name] if name in CALLS else []
+            loads_text = name == "yaml.load" and given.get("Loader") == "yaml.BaseLoader"  # strings, lists and mappings
+            found += [name] if name in CALLS and not loads_text else []
             found += [name] if name == "torch.load" and "weights_only" not in given else []
             found += [key for key, safe in KEYWORDS.items() if given.get(key, str(safe)) != str(safe)]
     return found
@@ -56,6 +57,7 @@ def dangers(source: str) -> list[str]:
         ("AutoModel.from_pretrained(name, trust_remote_code=asked)", ["trust_remote_code"]),
         ("subprocess.run(words, shell=True)", ["shell"]),
         ("yaml.load(text)", ["yaml.load"]),
+        ("yaml.load(text, Loader=yaml.BaseLoader); yaml.load(text, Loader=yaml.Loader)", ["yaml.load"]),
         ("eval(text); model.eval(); yaml.safe_load(text); torch.load(file, weights_only=True)", ["eval"]),
     ],
 )

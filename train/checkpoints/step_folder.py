@@ -1,14 +1,15 @@
-"""Checkpoints: `step-N/` is a Hugging Face model folder and a training state at once, whole or not there.
+"""Checkpoints: `step-N/` is both a Hugging Face model folder and a training state, either complete or absent.
 
-    RUN/step-200/config.json, model.safetensors, tokenizer.json, ...   any GPT-2 tool reads these
-    RUN/step-200/optimizer.safetensors, training_state.json            what training goes on from
+    RUN/step-200/config.json, model.safetensors, tokenizer.json, ...   read by any GPT-2 tool
+    RUN/step-200/optimizer.safetensors, training_state.json            read by training when it resumes
     RUN/latest                                                         "step-200"
-    RUN/config.json, model.safetensors, ...                            links into the latest step folder
+    RUN/config.json, model.safetensors, ...                            links to the latest step folder's
 
-A folder is written as `.step-200.tmp`, flushed and renamed; `latest` is renamed over after that. Weights and moments
-are fp32 under GPT-2's names, whatever engine and layout wrote them, so that any other reads them.
+A folder is written as `.step-200.tmp`, flushed and renamed; then `latest` is replaced. Weights and moments are fp32
+under GPT-2's names, whatever engine and layout wrote them, so that any other can read them.
 """
 
+import dataclasses
 import json
 import os
 import re
@@ -28,25 +29,43 @@ from train.checkpoints.safetensors_writer import TensorFile
 from train.optim.parameter_groups import moments_of
 from train.utils.errors import UserError
 from train.utils.files import fsync, write_text
+from train.utils.json_files import from_json, read_json
 
 STATE = "training_state.json"
 WEIGHTS = "model.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 LATEST = "latest"
-# What a checkpoint from before there was the flag was trained with.
-BEFORE_THE_FLAG = {"document_mask": False, "optimizer": "adamw"}
+# Fields of the training state that a resumed run must share with its checkpoint, or its loss curve would be another.
+SAME_IN_A_RUN = ("model", "train_data", "seed", "block_size", "document_mask", "sequences_per_step", "optimizer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingState:
+    """Schema of `training_state.json`: the run of a checkpoint, besides weights and moments."""
+
+    step: int  # optimizer steps done
+    tokens: int  # tokens trained on so far
+    model: dict[str, int | None]  # sizes, under GPT-2's names
+    train_data: dict[str, Any]
+    seed: int
+    block_size: int
+    document_mask: bool = False  # the default of a field is what was used before the field existed
+    sequences_per_step: int
+    optimizer: str = "adamw"
+    total_steps: int
+    config: dict[str, Any]  # the flags of the run
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole `step-N` folder and the state in it."""
+    """A complete `step-N` folder and its training state."""
 
     folder: Path
-    state: dict[str, Any]
+    state: TrainingState
 
     @property
     def step(self) -> int:
-        return self.state["step"]
+        return self.state.step
 
 
 def save(
@@ -54,23 +73,23 @@ def save(
     model_config: GPT2FlashConfig,
     tokenizer: PreTrainedTokenizerBase | None,
     tensors: Iterable[tuple[str, Mapping[str, torch.Tensor]]],
-    state: dict[str, Any],
+    state: TrainingState,
     keep: int | None,
 ) -> Path:
-    """Write `step-N`, point `latest` and the run folder at it, drop all but the newest `keep`. Main process only.
+    """Write `step-N`, point `latest` and the run folder at it, delete all but the newest `keep`. Main process only.
 
-    `tensors` gives every parameter once as (name, {"weight", and the moments that `state["optimizer"]` has of it}),
-    fp32 on the CPU; each is written before the next is asked for.
+    `tensors` yields every parameter once as (name, {"weight", and the moments of `state.optimizer`}), fp32 on the CPU;
+    each is written before the next is requested.
     """
-    target = run_folder / f"step-{state['step']}"
+    target = run_folder / f"step-{state.step}"
     temporary = run_folder / f".{target.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         model_files = _write(temporary, model_config, tokenizer, tensors, state)
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)  # a full disk gets its room back
+        shutil.rmtree(temporary, ignore_errors=True)  # frees a full disk
         raise
-    _move_away(target)
+    _delete(target)
     temporary.rename(target)
     fsync(run_folder)
     write_text(run_folder / LATEST, target.name + "\n")
@@ -78,7 +97,7 @@ def save(
         _link(target / name, run_folder / name)
     if keep is not None:
         for old in _step_folders(run_folder)[:-keep]:
-            _move_away(old)
+            _delete(old)
     return target
 
 
@@ -87,38 +106,38 @@ def _write(
     model_config: GPT2FlashConfig,
     tokenizer: PreTrainedTokenizerBase | None,
     tensors: Iterable[tuple[str, Mapping[str, torch.Tensor]]],
-    state: dict[str, Any],
+    state: TrainingState,
 ) -> list[str]:
-    """Write and flush the files of a step folder; the names of those that make it a model folder."""
+    """Write and flush the files of a step folder; return the names of those that make it a model folder."""
     folder.mkdir(parents=True)
     with torch.device("meta"):
-        shell = GPT2FlashForCausalLM(model_config)  # gives the folder its layout; the weights follow below
+        shell = GPT2FlashForCausalLM(model_config)  # writes every file but the weights, which follow below
     shell.save_pretrained(folder, state_dict={})
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     model_files = sorted({WEIGHTS, *(path.name for path in folder.iterdir())})
     shapes = {name: parameter.shape for name, parameter in shell.named_parameters()}
-    kept = {name: moments_of(state["optimizer"], name) for name in shapes}
-    moment_shapes = {f"{moment}.{name}": shape for name, shape in shapes.items() for moment in kept[name]}
+    moment_names = {name: moments_of(state.optimizer, name) for name in shapes}
+    moment_shapes = {f"{moment}.{name}": shape for name, shape in shapes.items() for moment in moment_names[name]}
     with TensorFile(folder / WEIGHTS, shapes) as weights, TensorFile(folder / OPTIMIZER, moment_shapes) as moments:
         for name, state_of in tensors:
             weights.write(name, state_of["weight"])
-            for moment in kept[name]:
+            for moment in moment_names[name]:
                 moments.write(f"{moment}.{name}", state_of[moment])
-    (folder / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+    (folder / STATE).write_text(json.dumps(dataclasses.asdict(state), indent=2) + "\n", encoding="utf-8")
     for file in folder.iterdir():
         fsync(file)
     fsync(folder)
     return model_files
 
 
-def _move_away(folder: Path) -> None:
-    """Delete a step folder; renamed first, so that no half of it is ever taken for a whole one."""
+def _delete(folder: Path) -> None:
+    """Delete a step folder if it exists; it is renamed first, so that a partial one is never read as a checkpoint."""
     if folder.exists():
-        dying = folder.with_name(f".{folder.name}.old")
-        shutil.rmtree(dying, ignore_errors=True)
-        folder.rename(dying)
-        shutil.rmtree(dying)
+        renamed = folder.with_name(f".{folder.name}.old")
+        shutil.rmtree(renamed, ignore_errors=True)
+        folder.rename(renamed)
+        shutil.rmtree(renamed)
 
 
 def _link(source: Path, link: Path) -> None:
@@ -132,7 +151,7 @@ def _link(source: Path, link: Path) -> None:
 
 
 def _step_folders(run_folder: Path) -> list[Path]:
-    """The step folders that are whole, oldest first; a user's `step-8-copy` is none."""
+    """The complete step folders, oldest first; a user's `step-8-copy` is not one of them."""
     return sorted((path for path in run_folder.glob("step-*") if path.name[5:].isdigit()), key=_step_of)
 
 
@@ -144,52 +163,48 @@ def latest(run_folder: Path) -> Path:
     """The step folder that the run folder's `latest` names.
 
     Raises:
-        UserError: when it names something else.
+        UserError: if it names something else.
     """
     name = (run_folder / LATEST).read_text(encoding="utf-8", errors="replace").strip()
     if not re.fullmatch(r"step-\d+", name):
         raise UserError(
-            f"{run_folder / LATEST}: names {name!r}; write the step-N folder in {run_folder} to go on from"
+            f"{run_folder / LATEST}: names {name!r}; write the step-N folder in {run_folder} to resume from"
         )
     return run_folder / name
 
 
-def find(asked: str, run_folder: Path) -> Checkpoint:
-    """The checkpoint meant by `--resume_from_checkpoint`: `latest` of the run folder, or a step or run folder.
+def find(requested: str, run_folder: Path) -> Checkpoint:
+    """The checkpoint that `--resume_from_checkpoint` names: `latest` of the run folder, or a step or run folder.
 
     Raises:
-        UserError: when there is none, or it is not whole.
+        UserError: if there is none, or it is incomplete.
     """
-    folder = run_folder if asked == "latest" else Path(asked)
+    folder = run_folder if requested == "latest" else Path(requested)
     if not folder.exists():
-        raise UserError(f"--resume_from_checkpoint {asked}: {folder} does not exist")
+        raise UserError(f"--resume_from_checkpoint {requested}: {folder} does not exist")
     if not (folder / STATE).exists() and (folder / LATEST).exists():
         folder = latest(folder)
     if not (folder / STATE).exists():
         raise UserError(
-            f"--resume_from_checkpoint {asked}: {folder} holds no whole checkpoint ({STATE} is missing); "
-            "name a step-N folder, or start anew without the flag"
+            f"--resume_from_checkpoint {requested}: {folder} holds no complete checkpoint ({STATE} is missing); "
+            "name a step-N folder, or start a new run without the flag"
         )
-    try:
-        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        return Checkpoint(folder, {**BEFORE_THE_FLAG, **state, "step": int(state["step"])})
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / STATE} is not a training state of this trainer: {error}") from None
-
-
-def check_same_run(checkpoint: Checkpoint, state: dict[str, Any]) -> None:
-    """Refuse to go on with another model, data or batch: the loss curve would not be the uninterrupted run's."""
-    if checkpoint.state.get("follow"):
+    content = read_json(folder / STATE)
+    if isinstance(content, dict) and content.get("follow"):
         raise UserError(
-            f"{checkpoint.folder}: was trained with --follow, whose order of the data is gone; start a new run "
-            f"from its weights with --model {checkpoint.folder}"
+            f"{folder}: was trained with --follow, whose order of the data is no longer supported; start a new run "
+            f"from its weights with --model {folder}"
         )
-    for key in ("model", "train_data", "seed", "block_size", "document_mask", "sequences_per_step",
-                "optimizer"):  # fmt: skip
-        found = checkpoint.state.get(key)
-        if found != state[key]:
+    return Checkpoint(folder, from_json(TrainingState, content, folder / STATE, "training"))
+
+
+def check_same_run(checkpoint: Checkpoint, state: TrainingState) -> None:
+    """Refuse to resume with another model, data or batch: the loss curve would not be the uninterrupted run's."""
+    for key in SAME_IN_A_RUN:
+        found, wanted = getattr(checkpoint.state, key), getattr(state, key)
+        if found != wanted:
             raise UserError(
-                f"{checkpoint.folder}: was trained with {key} {found}, this run has {state[key]}; "
+                f"{checkpoint.folder}: was trained with {key} {found}, this run has {wanted}; "
                 f"give the same flags, or start a new run from its weights with --model {checkpoint.folder}"
             )
 
@@ -208,10 +223,10 @@ class _Tensors(dict):
 
 
 def read_tensors(checkpoint: Checkpoint, model: nn.Module) -> tuple[_Tensors, _Tensors]:
-    """(weights, moments) of a checkpoint by name, all that `model` needs, read lazily.
+    """(weights, moments) of a checkpoint by name, checked to have everything that `model` needs and read lazily.
 
     Raises:
-        UserError: when a file or a tensor is missing or damaged.
+        UserError: if a file or a tensor is missing or damaged.
     """
     try:
         weights = _Tensors(sorted(checkpoint.folder.glob("model*.safetensors")))
@@ -219,38 +234,38 @@ def read_tensors(checkpoint: Checkpoint, model: nn.Module) -> tuple[_Tensors, _T
     except (OSError, SafetensorError) as error:
         raise UserError(f"{checkpoint.folder}: damaged checkpoint: {error}") from None
     for name, _ in model.named_parameters():
-        kept = [f"{moment}.{name}" for moment in moments_of(checkpoint.state["optimizer"], name)]
-        for wanted, found in ((name, weights), *((moment, moments) for moment in kept)):
+        of_name = [f"{moment}.{name}" for moment in moments_of(checkpoint.state.optimizer, name)]
+        for wanted, found in ((name, weights), *((moment, moments) for moment in of_name)):
             if wanted not in found:
                 raise UserError(f"{checkpoint.folder}: damaged checkpoint: {wanted} is missing")
     return weights, moments
 
 
-def check_free(run_folder: Path, continuing: bool, overwrite: bool) -> None:
-    """Refuse a run folder that holds a run, unless that is to be replaced or continued."""
+def check_free(run_folder: Path, resuming: bool, overwrite: bool) -> None:
+    """Refuse a run folder that holds a run, unless that run is to be resumed or replaced."""
     if overwrite and run_folder.exists() and any(run_folder.iterdir()) and not _holds_a_run(run_folder):
         raise UserError(f"--overwrite: {run_folder} holds files but no run; name another --checkpoint_path")
-    if not continuing and not overwrite and _holds_a_run(run_folder):
+    if not resuming and not overwrite and _holds_a_run(run_folder):
         kind = "a finished run" if (run_folder / "metrics.json").exists() else "an unfinished run"
         raise UserError(
-            f"{run_folder} already holds {kind}: --overwrite replaces it, --resume_from_checkpoint continues it, "
+            f"{run_folder} already holds {kind}: --overwrite replaces it, --resume_from_checkpoint resumes it, "
             "or name another --checkpoint_path"
         )
 
 
-def claim(run_folder: Path, checkpoint: Checkpoint | None, overwrite: bool) -> None:
-    """Make the run folder this run's, free of what an earlier one left after `checkpoint`. Main process only."""
+def prepare_run_folder(run_folder: Path, checkpoint: Checkpoint | None, overwrite: bool) -> None:
+    """Create the run folder, and delete what an earlier run wrote to it after `checkpoint`. Main process only."""
     if overwrite and run_folder.exists():
         shutil.rmtree(run_folder)
     run_folder.mkdir(parents=True, exist_ok=True)
     for leftover in [*run_folder.glob(".step-*.tmp"), *run_folder.glob(".step-*.old")]:
         shutil.rmtree(leftover)
-    (run_folder / "metrics.json").unlink(missing_ok=True)  # a run that goes on is not finished
+    (run_folder / "metrics.json").unlink(missing_ok=True)  # a resumed run is not finished
     if checkpoint is not None and checkpoint.folder.parent.resolve() == run_folder.resolve():
         write_text(run_folder / LATEST, checkpoint.folder.name + "\n")
         for folder in _step_folders(run_folder):
             if _step_of(folder) > checkpoint.step:
-                _move_away(folder)
+                _delete(folder)
 
 
 def _holds_a_run(run_folder: Path) -> bool:

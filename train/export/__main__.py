@@ -180,9 +180,9 @@ def write_nanogpt(checkpoint: str, folder: Path, model: Any, dtype: str) -> list
     settings = dataclasses.asdict(RunConfig(learning_rate=TUNING_LEARNING_RATE))
     moments, step, best = None, 0, nanogpt.NO_LOSS
     if trained is not None:
-        settings |= trained.state["config"]
+        settings |= trained.state.config
         step, best = trained.step, best_val_loss(trained) or best
-        if trained.state["optimizer"] == "adamw":
+        if trained.state.optimizer == "adamw":
             _, moments = checkpoints.read_tensors(trained, model)
     weights = {name: parameter.to(getattr(torch, dtype)) for name, parameter in model.named_parameters()}
     file = folder / "ckpt.pt"

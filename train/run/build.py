@@ -1,6 +1,5 @@
 """Build the engine of a resolved run, with the model in it."""
 
-import json
 import os
 
 from accelerate.utils import gather_object, set_seed
@@ -21,8 +20,8 @@ def build(run: ResolvedRun) -> Engine:
     engine = _create_engine(run)
     processes.watch_peer(gather_object([os.getpid()]))
     checkpoint = run.checkpoint
-    states = gather_object([json.dumps(run.state(checkpoint.step if checkpoint else 0), sort_keys=True)])
-    if len(set(states)) > 1:
+    states = gather_object([run.state(checkpoint.step if checkpoint else 0)])
+    if any(state != states[0] for state in states):
         raise UserError(
             "the processes do not see the same flags, data or checkpoint; "
             "give all machines the same command and the same folders"
@@ -32,7 +31,7 @@ def build(run: ResolvedRun) -> Engine:
     tensors = checkpoints.read_tensors(checkpoint, model) if checkpoint else None
     engine.wait()  # until all processes have read their files, because a claimed folder may be emptied
     if engine.is_main:
-        checkpoints.claim(run.config.run_folder, checkpoint, run.config.overwrite)
+        checkpoints.prepare_run_folder(run.config.run_folder, checkpoint, run.config.overwrite)
         rendezvous.claim(run.config.run_folder)
         if run.start.restarted:
             start = f"resumes from {checkpoint.folder}" if checkpoint else "starts again: there was no checkpoint"

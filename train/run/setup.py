@@ -98,21 +98,21 @@ class ResolvedRun:
     def shape(self) -> dict[str, int | None]:
         return {key: getattr(self.model.config, key) for key in SHAPE}
 
-    def state(self, step: int) -> dict[str, Any]:
-        """What a checkpoint after `step` steps records of its run, besides weights and moments."""
-        return {
-            "step": step,
-            "tokens": step * self.tokens_per_step,
-            "model": self.shape,
-            "train_data": self.train.identity(),
-            "seed": self.config.seed,
-            "block_size": self.train.block_size,
-            "document_mask": self.config.document_mask,
-            "sequences_per_step": self.train.global_batch_size,
-            "optimizer": self.config.optimizer,
-            "total_steps": self.total_steps,
-            "config": asdict(self.config),
-        }
+    def state(self, step: int) -> checkpoints.TrainingState:
+        """The state to checkpoint after `step` steps."""
+        return checkpoints.TrainingState(
+            step=step,
+            tokens=step * self.tokens_per_step,
+            model=self.shape,
+            train_data=self.train.identity(),
+            seed=self.config.seed,
+            block_size=self.train.block_size,
+            document_mask=self.config.document_mask,
+            sequences_per_step=self.train.global_batch_size,
+            optimizer=self.config.optimizer,
+            total_steps=self.total_steps,
+            config=asdict(self.config),
+        )
 
 
 def resolve(config: RunConfig) -> ResolvedRun:
