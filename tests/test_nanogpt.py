@@ -122,7 +122,7 @@ def test_training_starts_from_a_checkpoint(exported: Path, flags: list[str], sta
     ("damage", "says"),
     [
         (lambda file, content: file.unlink(), "there is no such file"),
-        (lambda file, content: file.write_bytes(b"123"), "is no checkpoint of nanoGPT that can be read"),
+        (lambda file, content: file.write_bytes(b"123"), "is not a checkpoint of nanoGPT that can be read"),
         (lambda file, content: torch.save({**content, "spy": Path()}, file), "without running its code"),
         (lambda file, content: torch.save({"weights": 1}, file), "has no model and model_args"),
         (lambda file, content: torch.save({**content, "model_args": {"n_layer": 2}}, file), "model_args say"),

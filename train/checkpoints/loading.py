@@ -55,7 +55,7 @@ def load_config(name: str, *, flag: str = "--model", **overrides: Any) -> GPT2Fl
     if name in SIZES:
         n_layer, n_head, n_embd, deviation = SIZES[name]
         return GPT2FlashConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd, initializer_range=deviation, **overrides)
-    if nanogpt.is_named(name):
+    if nanogpt.is_checkpoint(name):
         return nanogpt.read_config(Path(name), **overrides)
     if "/" not in name and not Path(name).exists():
         raise UserError(
@@ -91,7 +91,7 @@ def load_model(
     if name in SIZES:
         return GPT2FlashForCausalLM._from_config(config, attn_implementation=attn_implementation)
     source = pretrained_arguments(name)
-    if nanogpt.is_named(name):
+    if nanogpt.is_checkpoint(name):
         source = {"pretrained_model_name_or_path": None, "state_dict": nanogpt.read_weights(Path(name), config)}
     check_shards(Path(name))
     try:
@@ -128,7 +128,7 @@ def load_for_inference(
     Raises:
         UserError: if there is no such folder, or it holds no GPT-2.
     """
-    if not nanogpt.is_named(path):
+    if not nanogpt.is_checkpoint(path):
         if not Path(path).is_dir():
             raise UserError(f"{flag} {path}: there is no such folder")
         if not (Path(path) / "config.json").exists():
@@ -167,7 +167,7 @@ def own_tokenizer(name: str, n_positions: int, *, flag: str = "--model") -> PreT
     Raises:
         UserError: if it cannot be read.
     """
-    if name in SIZES or nanogpt.is_named(name):
+    if name in SIZES or nanogpt.is_checkpoint(name):
         return None
     folder = Path(name)
     if folder.is_dir() and not any((folder / file).exists() for file in TOKENIZER_FILES):

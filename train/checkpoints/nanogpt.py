@@ -1,8 +1,8 @@
 """nanoGPT's `ckpt.pt` (https://github.com/karpathy/nanoGPT), read and written.
 
-A dictionary: `model_args` (sizes), `model` (GPT-2's names, the matrices of the blocks transposed, for they are
-`nn.Linear`s there), `optimizer` (`AdamW.state_dict()`), `iter_num`, `best_val_loss` and `config` (the run's settings).
-nanoGPT computes GELU exactly, where GPT-2 approximates it by tanh, and may leave all biases out.
+A dictionary: `model_args` (sizes), `model` (GPT-2's names, the matrices of the blocks transposed since they are
+`nn.Linear`s), `optimizer` (`AdamW.state_dict()`), `iter_num`, `best_val_loss` and `config` (the run's settings).
+nanoGPT computes GELU exactly, where GPT-2 approximates it by tanh, and its models may have no biases.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from train.optim.parameter_groups import ADAMW_MOMENTS, is_hidden_matrix
 from train.utils.errors import UserError, first_line
 from train.utils.files import atomic_write
 
-# nanoGPT's names of sizes that it keeps, and ours.
+# nanoGPT's names of the sizes in `model_args`, and GPT-2's.
 SIZES = {
     "n_layer": "n_layer",
     "n_head": "n_head",
@@ -25,10 +25,10 @@ SIZES = {
     "block_size": "n_positions",
     "vocab_size": "vocab_size",
 }
-NO_LOSS = 1e9  # what nanoGPT says of a run that was never validated
-COMPILED = "_orig_mod."  # before the names of a model that torch.compile wrapped
+NO_LOSS = 1e9  # nanoGPT's `best_val_loss` before the first validation
+COMPILED = "_orig_mod."  # prefix of the names in a compiled model
 TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
-# What nanoGPT's model has as it is, and no setting for.
+# Fields that nanoGPT's model has no setting for, and the values that it can represent.
 FIXED = {
     "layer_norm_epsilon": (1e-5,),
     "scale_attn_weights": (True,),
@@ -38,36 +38,36 @@ FIXED = {
 }
 
 
-def is_named(name: str | Path) -> bool:
-    """Whether a name is that of a nanoGPT checkpoint, and not of a folder or a Hub id."""
+def is_checkpoint(name: str | Path) -> bool:
+    """Whether `name` is that of a nanoGPT checkpoint rather than of a folder or a Hub id."""
     return Path(name).suffix == ".pt"
 
 
 def read_config(path: Path, **fields: Any) -> GPT2FlashConfig:
-    """The configuration of a `ckpt.pt`, with `fields` besides its sizes.
+    """The configuration of a `ckpt.pt`; `fields` are set in addition to its sizes.
 
     Raises:
-        UserError: when the file is none.
+        UserError: if the file is not a nanoGPT checkpoint.
     """
     found = _read(path)["model_args"]
     sizes = {ours: found.get(theirs) for theirs, ours in SIZES.items()}
     wrong = {name: size for name, size in sizes.items() if type(size) is not int}
     if wrong:
-        raise UserError(f"{path}: is no checkpoint of nanoGPT: its model_args say {wrong}")
+        raise UserError(f"{path}: is not a checkpoint of nanoGPT: its model_args are {wrong}")
     end = END_OF_TEXT if found["vocab_size"] > END_OF_TEXT else None
     no_dropout = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
     known = {**sizes, "activation_function": "gelu", "bos_token_id": end, "eos_token_id": end}
     try:
         return GPT2FlashConfig(**{**no_dropout, **known, **fields})
     except ValueError as error:
-        raise UserError(f"{path}: is no checkpoint of nanoGPT: {error}") from None
+        raise UserError(f"{path}: is not a checkpoint of nanoGPT: {error}") from None
 
 
 def read_weights(path: Path, config: GPT2FlashConfig) -> dict[str, torch.Tensor]:
-    """The weights of a `ckpt.pt` under GPT-2's names and in its layout, fp32; biases that it leaves out are 0.
+    """The fp32 weights of a `ckpt.pt` under GPT-2's names and in its layout; missing biases are 0.
 
     Raises:
-        UserError: when a tensor is missing or has another shape than `config` says.
+        UserError: if a tensor is missing or its shape does not match `config`.
     """
     content = _read(path)
     stored = {name.removeprefix(COMPILED): tensor for name, tensor in content["model"].items()}
@@ -79,9 +79,9 @@ def read_weights(path: Path, config: GPT2FlashConfig) -> dict[str, torch.Tensor]
     weights = {}
     for name, parameter in shell.named_parameters():
         if name in stored:
-            if stored[name].shape != _turned(name, parameter).shape:
+            if stored[name].shape != _transposed(name, parameter).shape:
                 raise UserError(f"{path}: {name} is {list(stored[name].shape)}, which does not fit its model_args")
-            weights[name] = _turned(name, stored[name].float()).contiguous()
+            weights[name] = _transposed(name, stored[name].float()).contiguous()
         elif name.endswith(".bias") and not content["model_args"].get("bias", True):
             weights[name] = torch.zeros(parameter.shape)
         else:
@@ -89,8 +89,8 @@ def read_weights(path: Path, config: GPT2FlashConfig) -> dict[str, torch.Tensor]
     return weights
 
 
-def _turned(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor of GPT-2's layout in nanoGPT's, or the other way round."""
+def _transposed(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor in GPT-2's layout converted to nanoGPT's, or in nanoGPT's converted to GPT-2's."""
     return tensor.t() if is_hidden_matrix(name) else tensor
 
 
@@ -98,19 +98,19 @@ def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: there is no such file")
     try:
-        # Nothing in it is run, and no tensor is read before it is used.
+        # Executes nothing in the file, and reads no tensor before it is used.
         content = torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # foreign and damaged files fail in many ways
         raise UserError(
-            f"{path}: is no checkpoint of nanoGPT that can be read without running its code: {first_line(error)[:200]}"
+            f"{path}: is not a checkpoint of nanoGPT that can be read without running its code: {first_line(error)}"
         ) from None
     if not isinstance(content, dict) or not all(isinstance(content.get(key), dict) for key in ("model", "model_args")):
-        raise UserError(f"{path}: is no checkpoint of nanoGPT: it has no model and model_args")
+        raise UserError(f"{path}: is not a checkpoint of nanoGPT: it has no model and model_args")
     return content
 
 
 def check_writable(config: GPT2FlashConfig) -> None:
-    """Refuse a model that nanoGPT's code would compute otherwise.
+    """Refuse a model that nanoGPT's code would compute differently.
 
     Raises:
         UserError: naming the field.
@@ -136,15 +136,15 @@ def write(
     """Write a `ckpt.pt`.
 
     Args:
-        path: where to.
-        config: the sizes.
+        path: the file.
+        config: of the model.
         weights: every parameter by name, in GPT-2's layout and in the order of the model.
-        moments: AdamW's, as `exp_avg.NAME` and `exp_avg_sq.NAME`; None: they begin anew.
+        moments: AdamW's, as `exp_avg.NAME` and `exp_avg_sq.NAME`; None for an optimizer without state.
         step: optimizer steps done.
         best_val_loss: in nats.
-        settings: the flags of the run, for `config` and for what AdamW is told.
+        settings: the flags of the run, for `config` and for AdamW's options.
     """
-    stored = {name: _turned(name, tensor).contiguous() for name, tensor in weights.items()}
+    stored = {name: _transposed(name, tensor).contiguous() for name, tensor in weights.items()}
     sizes = {theirs: getattr(config, ours) for theirs, ours in SIZES.items()}
     args = {**sizes, "bias": True, "dropout": float(config.resid_pdrop)}
     content = {
@@ -153,7 +153,7 @@ def write(
         "model_args": args,
         "iter_num": step,
         "best_val_loss": best_val_loss,
-        "config": {**args, **_nanogpts_names(settings)},
+        "config": {**args, **_nanogpt_settings(settings)},
     }
     with atomic_write(path) as temporary:
         torch.save(content, temporary)
@@ -165,7 +165,7 @@ def _optimizer_state(
     step: int,
     settings: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """AdamW's state over nanoGPT's two groups: what has two dimensions, which decays, and the rest."""
+    """AdamW's state dict in nanoGPT's two groups: matrices, which have weight decay, and everything else."""
     parameters = {name: torch.nn.Parameter(tensor.float(), requires_grad=False) for name, tensor in stored.items()}
     optimizer = torch.optim.AdamW(
         [
@@ -177,13 +177,13 @@ def _optimizer_state(
     )
     if moments is not None:
         for name, parameter in parameters.items():
-            kept = {key: _turned(name, moments[f"{key}.{name}"]).contiguous() for key in ADAMW_MOMENTS}
-            optimizer.state[parameter] = {"step": torch.tensor(float(step)), **kept}
+            state = {key: _transposed(name, moments[f"{key}.{name}"]).contiguous() for key in ADAMW_MOMENTS}
+            optimizer.state[parameter] = {"step": torch.tensor(float(step)), **state}
     return optimizer.state_dict()
 
 
-def _nanogpts_names(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that nanoGPT has as well, under its names; None where a setting was left open."""
+def _nanogpt_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that nanoGPT has as well, under its names; None for a setting that was not given."""
     return {
         "batch_size": settings.get("train_micro_batch_size_per_gpu"),
         "gradient_accumulation_steps": settings.get("gradient_accumulation_steps"),

@@ -1,6 +1,6 @@
-"""A safetensors file written tensor by tensor, so that no process ever holds a whole model to save it.
+"""A safetensors file written tensor by tensor, so that no process holds a full model in order to save it.
 
-The library's own `save_file` takes all tensors at once; the bytes come out the same.
+The library's own `save_file` takes all tensors at once; the bytes are the same.
 """
 
 import json
@@ -14,7 +14,10 @@ ITEM_BYTES = 4  # fp32
 
 
 class TensorFile:
-    """fp32 tensors of known names and shapes, written in any order (https://github.com/huggingface/safetensors)."""
+    """Writer of fp32 tensors, in any order, into a file whose names and shapes are known in advance.
+
+    The format: https://github.com/huggingface/safetensors
+    """
 
     def __init__(self, path: Path, shapes: Mapping[str, Sequence[int]]) -> None:
         self.shapes = {name: list(shapes[name]) for name in sorted(shapes)}

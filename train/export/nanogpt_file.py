@@ -1,0 +1,62 @@
+"""nanoGPT's `ckpt.pt`, from a model and, if there is one, its training state."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from train.checkpoints import nanogpt
+from train.checkpoints import step_folder as checkpoints
+from train.checkpoints.loading import TUNING_LEARNING_RATE, load_for_inference
+from train.config.run_config import RunConfig
+from train.export.checks import check_logits, largest_difference, logits_of
+
+
+def write(checkpoint: str, folder: Path, model: Any, dtype: str) -> list[str]:
+    """Write `ckpt.pt`, with the optimizer's moments if the checkpoint has AdamW's; return what to report."""
+    nanogpt.check_writable(model.config)
+    trained = find_training_state(checkpoint)
+    settings = dataclasses.asdict(RunConfig(learning_rate=TUNING_LEARNING_RATE))
+    moments, step, best = None, 0, nanogpt.NO_LOSS
+    if trained is not None:
+        settings |= trained.state.config
+        step, best = trained.step, best_val_loss(trained) or best
+        if trained.state.optimizer == "adamw":
+            _, moments = checkpoints.read_tensors(trained, model)
+    weights = {name: parameter.to(getattr(torch, dtype)) for name, parameter in model.named_parameters()}
+    file = folder / "ckpt.pt"
+    nanogpt.write(file, model.config, weights, moments, step=step, best_val_loss=best, settings=settings)
+    read_back, expected = load_for_inference(file, "float32", device="cpu"), logits_of(model)
+    with_exact_gelu = logits_of(read_back)
+    for block in read_back.transformer.h:
+        block.mlp.act = model.transformer.h[0].mlp.act
+    notes = [
+        f"ckpt.pt at iteration {step} {'with' if moments else 'without'} the optimizer's moments",
+        f"train.py resumes it with --block_size={model.config.n_positions}",
+        check_logits(logits_of(read_back), expected),
+    ]
+    if model.config.activation_function in nanogpt.TANH_GELU:
+        change = largest_difference(with_exact_gelu, expected)
+        notes.append(f"nanoGPT computes GELU exactly and not by tanh, which changes logits by up to {change:.1e}")
+    return notes
+
+
+def find_training_state(checkpoint: str) -> checkpoints.Checkpoint | None:
+    """The training state in a step or run folder; None if there is none."""
+    folder = Path(checkpoint)
+    if not any((folder / name).exists() for name in (checkpoints.STATE, checkpoints.LATEST)):
+        return None
+    return checkpoints.find(checkpoint, folder)
+
+
+def best_val_loss(trained: checkpoints.Checkpoint) -> float | None:
+    """The lowest validation loss up to the checkpoint, in nats, from the run's metrics; None if there is none."""
+    file = trained.folder.parent / "metrics.jsonl"
+    if not file.exists():
+        return None
+    lines = file.read_text(encoding="utf-8").splitlines()
+    records = [json.loads(line) for line in lines if line.endswith("}")]  # the last line may be incomplete
+    found = [record["val_loss"] for record in records if "val_loss" in record and record["step"] <= trained.step]
+    return min(found, default=None)
