@@ -1,6 +1,6 @@
-"""GPT-2 with transformers' attention kernels and a loss that never holds all logits.
+"""GPT-2 with transformers' attention kernels and a loss that never stores all logits.
 
-Importing the package makes the Auto classes know the model type "gpt2flash".
+Importing the package registers the model type "gpt2flash" with the Auto classes.
 """
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM

@@ -1,6 +1,6 @@
-"""Which attention kernel runs, and the one that needs none.
+"""The choice of the attention kernel, and eager attention.
 
-Shapes: B batch, H heads, T query positions, S key positions, K width of a head.
+Shapes: B batch, H heads, T query positions, S key positions, K head dimension.
 """
 
 from typing import Any, NamedTuple
@@ -13,16 +13,16 @@ from transformers.utils import import_utils
 
 
 class FlashKernel(NamedTuple):
-    """What a release of FlashAttention asks for."""
+    """Requirements of a release of FlashAttention."""
 
-    package: str  # its name on the package index
-    oldest: tuple[int, int]  # compute capability of the oldest GPU that it runs on
-    newest: tuple[int, int]  # … and of the newest
-    widest_head: int
+    package: str  # on the package index
+    min_capability: tuple[int, int]  # compute capability of the GPU
+    max_capability: tuple[int, int]
+    max_head_dim: int
     has_dropout: bool
 
 
-# Newest first: the order in which "auto" asks for them.
+# Newest first: the order in which "auto" tries them.
 FLASH_KERNELS = {
     "flash_attention_4": FlashKernel("flash-attn-4", (9, 0), (99, 0), 128, has_dropout=False),
     "flash_attention_3": FlashKernel("flash-attn-3", (9, 0), (9, 0), 256, has_dropout=False),
@@ -35,55 +35,58 @@ HALF_PRECISION = (torch.float16, torch.bfloat16)
 def choose_attention(
     requested: str, device_type: str, dtype: torch.dtype, head_dim: int, *, dropout: float = 0.0
 ) -> tuple[str, str]:
-    """The attention implementation to ask transformers for, and why, in a sentence for the log.
+    """The attention implementation to request from transformers, and the reason as a sentence for the log.
 
     Args:
-        requested: one of `ATTENTION_NAMES`. "auto" takes the newest FlashAttention that would run, else sdpa; any
-            other name is an order, and an order that cannot be carried out is an error, never a slower kernel.
-        device_type: where the model will run, e.g. "cuda".
-        dtype: what attention will see: the weights' dtype, or autocast's.
-        head_dim: width of a head.
-        dropout: attention dropout while training; FlashAttention 3 and 4 have none.
+        requested: one of `ATTENTION_NAMES`. "auto" selects the newest FlashAttention that would run, otherwise
+            sdpa. Any other name is either used or an error; it never falls back to a slower kernel.
+        device_type: of the device that the model will run on, e.g. "cuda".
+        dtype: of the attention's inputs: the weights' dtype, or autocast's.
+        head_dim: dimension of a head.
+        dropout: attention dropout while training; FlashAttention 3 and 4 do not support it.
+
+    Raises:
+        ValueError: if `requested` is unknown or cannot run.
     """
     check_attention_name(requested)
     if requested in FLASH_KERNELS:
         obstacle = _obstacle(requested, device_type, dtype, head_dim, dropout)
         if obstacle is not None:
-            raise ValueError(f"{requested} was asked for, but {obstacle} Or ask for auto, sdpa or eager.")
-        return requested, f"{requested}, as asked for."
+            raise ValueError(f"{requested} was requested, but {obstacle} Or request auto, sdpa or eager.")
+        return requested, f"{requested}, as requested."
     if requested != "auto":
-        return requested, f"{requested}, as asked for."
+        return requested, f"{requested}, as requested."
 
     obstacles = []
     for name in FLASH_KERNELS:
         obstacle = _obstacle(name, device_type, dtype, head_dim, dropout)
         if obstacle is None:
-            return name, f"{name}: the newest FlashAttention that is installed and fits the device and the model."
+            return name, f"{name}: the newest FlashAttention that is installed and supports the device and the model."
         obstacles.append(f"not {name} since {obstacle}")
     if device_type != "cuda" or dtype not in HALF_PRECISION:
-        why = f"FlashAttention is for fp16 and bf16 on CUDA, not {_what(dtype)} on {device_type}."
+        why = f"FlashAttention is for fp16 and bf16 on CUDA, not {_dtype_name(dtype)} on {device_type}."
     else:
         why = " ".join(obstacles)
     return "sdpa", f"sdpa, PyTorch's own kernels: {why}"
 
 
 def check_attention_name(name: str) -> None:
-    """Raise unless transformers, given this name, stays with kernels that are known here.
+    """Raise unless `name` is one of the kernels that are known here.
 
     A name may come from a configuration on the Hub, and transformers downloads and runs code for names that look
-    like a repository. So a name is looked up, never followed.
+    like a repository.
     """
-    # The fallbacks are what transformers itself makes of the flash names where the `kernels` package is installed.
+    # transformers replaces the flash names by these fallbacks if the `kernels` package is installed.
     fallbacks = getattr(flash_utils, "FLASH_ATTN_KERNEL_FALLBACK", {}).values()
     if name.removeprefix("paged|") not in (*ATTENTION_NAMES, *fallbacks):
         raise ValueError(f"Unknown attention implementation {name!r}; choose one of {', '.join(ATTENTION_NAMES)}.")
 
 
 def check_flash_dtype(query: Tensor) -> None:
-    """Raise if a flash kernel is about to get full precision and nothing says what to round it to."""
+    """Raise if a flash kernel would be called with full precision outside of autocast."""
     if query.dtype not in HALF_PRECISION and not torch.is_autocast_enabled(query.device.type):
         raise ValueError(
-            f"FlashAttention computes in fp16 or bf16 and got {_what(query.dtype)}: load the model with "
+            f"FlashAttention computes in fp16 or bf16 and got {_dtype_name(query.dtype)}: load the model with "
             "dtype=torch.bfloat16, run it under torch.autocast, or choose attn_implementation='sdpa'."
         )
 
@@ -98,16 +101,16 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **_: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Attention written out, for the weights themselves and as the reference of all others.
+    """Attention in plain PyTorch operations: returns the attention weights, and is the reference of all kernels.
 
     Args:
-        module: the attention layer; its training flag decides about dropout.
+        module: the attention layer; dropout is applied if it is in training mode.
         query: (B, H, T, K).
         key: (B, H, S, K).
         value: (B, H, S, K).
-        attention_mask: (B or 1, 1, T, S), added to the scores; it carries causality too.
+        attention_mask: (B or 1, 1, T, S), added to the scores; it makes attention causal, too.
         scaling: factor of the scores.
-        dropout: share of the weights that is dropped.
+        dropout: probability of dropping an attention weight.
 
     Returns:
         The output, (B, T, H, K), and the weights, (B, H, T, S).
@@ -121,21 +124,22 @@ def eager_attention_forward(
 
 
 def _obstacle(name: str, device_type: str, dtype: torch.dtype, head_dim: int, dropout: float) -> str | None:
-    """What keeps a flash kernel from running and how to remove it, as a clause; None if nothing does."""
+    """Why a flash kernel cannot run and what to do about it, as a clause; None if it can."""
     kernel = FLASH_KERNELS[name]
     if device_type != "cuda":
         return f"it runs on CUDA devices and this is {device_type}: run on a GPU."
     if dtype not in HALF_PRECISION:
-        return f"it computes in fp16 or bf16 and not in {_what(dtype)}: train with bf16 mixed precision."
+        return f"it computes in fp16 or bf16 and not in {_dtype_name(dtype)}: train with bf16 mixed precision."
     capability = _cuda_capability()
-    if not kernel.oldest <= capability <= kernel.newest:
-        newer = "" if kernel.newest > kernel.oldest else " only"
+    lowest, highest = kernel.min_capability, kernel.max_capability
+    if not lowest <= capability <= highest:
+        later = " or later" if highest > lowest else " only"
         return (
-            f"it needs a GPU of compute capability {kernel.oldest[0]}.{kernel.oldest[1]}{newer or ' or later'}, and "
+            f"it needs a GPU of compute capability {lowest[0]}.{lowest[1]}{later}, and "
             f"this one has {capability[0]}.{capability[1]}: choose another kernel."
         )
-    if head_dim > kernel.widest_head or head_dim % 8 != 0:
-        return f"its heads are multiples of 8 up to {kernel.widest_head} wide, not {head_dim}: change n_head."
+    if head_dim > kernel.max_head_dim or head_dim % 8 != 0:
+        return f"its heads are multiples of 8 up to {kernel.max_head_dim} wide, not {head_dim}: change n_head."
     if dropout > 0 and not kernel.has_dropout:
         return f"it has no attention dropout and attn_pdrop is {dropout}: set attn_pdrop to 0."
     if not _installed(name):
@@ -144,7 +148,7 @@ def _obstacle(name: str, device_type: str, dtype: torch.dtype, head_dim: int, dr
 
 
 def expected_device_type() -> str:
-    """Where a model that has no weights yet will probably run."""
+    """Type of the device that a model without weights will probably run on."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -157,7 +161,7 @@ def _installed(name: str) -> bool:
     return check is not None and bool(check())
 
 
-def _what(dtype: torch.dtype) -> str:
+def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 

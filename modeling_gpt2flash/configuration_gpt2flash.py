@@ -1,4 +1,4 @@
-"""The configuration: GPT-2's fields under GPT-2's names, and one that says how the loss is computed."""
+"""GPT2Flash model configuration: GPT-2's fields under GPT-2's names, and `loss_chunk_size`."""
 
 from os import PathLike
 from typing import Any, ClassVar
@@ -6,21 +6,21 @@ from typing import Any, ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
-# Where a folder's own copy of this package has its classes (`trust_remote_code`).
+# The classes in a model folder's own copy of this package (`trust_remote_code`).
 AUTO_MAP = {
     "AutoConfig": "configuration_gpt2flash.GPT2FlashConfig",
     "AutoModel": "modeling_gpt2flash.GPT2FlashModel",
     "AutoModelForCausalLM": "modeling_gpt2flash.GPT2FlashForCausalLM",
 }
-# Fields of GPT-2's configuration that change what is computed and that this model does not compute.
+# Fields of GPT-2's configuration that change the result and that this model does not implement.
 UNSUPPORTED_FIELDS = {
-    "add_cross_attention": "there is no cross attention here",
-    "reorder_and_upcast_attn": "the attention kernels choose their own order and precision",
+    "add_cross_attention": "this model has no cross attention",
+    "reorder_and_upcast_attn": "the attention kernels choose their own order of operations and precision",
 }
 
 
 def refuse_unsupported(fields: dict[str, Any]) -> None:
-    """Raise if a configuration asks for what this model would silently leave out."""
+    """Raise if a configuration sets a field that this model would silently ignore."""
     for name, reason in UNSUPPORTED_FIELDS.items():
         if fields.get(name):
             raise ValueError(
@@ -31,17 +31,19 @@ def refuse_unsupported(fields: dict[str, Any]) -> None:
 
 @strict
 class GPT2FlashConfig(PreTrainedConfig):
-    """Sizes, dropout and numerics of a GPT-2.
+    """Configuration of a `GPT2FlashModel` or `GPT2FlashForCausalLM`.
 
-    A folder of stock GPT-2 is read as it is; of its fields, those of the heads that do not exist here
-    (`summary_*`) pass through unused, and the ones in `UNSUPPORTED_FIELDS` are refused when they are on.
+    The fields of `GPT2Config` have the same meaning and defaults, and a configuration of stock GPT-2 can be loaded.
+    The fields of heads that this package does not have (`summary_*`) are kept but unused, and the fields in
+    `UNSUPPORTED_FIELDS` are refused if they are set.
 
-    `loss_chunk_size` is how many rows of hidden states are projected onto the vocabulary at once for the training
-    loss. It bounds memory and changes the result by rounding only; 0 keeps all logits and returns them.
+    Args:
+        loss_chunk_size: rows of hidden states that are projected onto the vocabulary at a time to compute the
+            training loss. It limits memory and changes the result only by rounding; 0 computes and returns all logits.
     """
 
     model_type = "gpt2flash"
-    _auto_class: ClassVar[str] = "AutoConfig"  # has transformers copy the code into what is saved; so in the models
+    _auto_class: ClassVar[str] = "AutoConfig"  # makes save_pretrained copy the code; also in the models
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
     attribute_map: ClassVar[dict[str, str]] = {
         "hidden_size": "n_embd",
@@ -72,8 +74,7 @@ class GPT2FlashConfig(PreTrainedConfig):
     loss_chunk_size: int = 512
 
     def __post_init__(self, **kwargs: Any) -> None:
-        # Here and not in a `validate_…` method: the strict decorator wraps what those raise in an exception of its
-        # own that is no ValueError.
+        # Not in a `validate_…` method: the strict decorator wraps its exceptions in one that is no ValueError.
         refuse_unsupported(kwargs)
         for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
             if getattr(self, name) < 1:
@@ -86,7 +87,7 @@ class GPT2FlashConfig(PreTrainedConfig):
             )
         for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, but a probability lies between 0 and 1.")
+                raise ValueError(f"{name} is {getattr(self, name)}, but must be a probability between 0 and 1.")
         if self.loss_chunk_size < 0:
             raise ValueError(
                 f"loss_chunk_size is {self.loss_chunk_size}, but must be a number of rows, or 0 for the plain loss."
@@ -94,7 +95,7 @@ class GPT2FlashConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def save_pretrained(self, save_directory: str | PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """As ever, and name the classes; transformers would name no model but the one that is saved."""
+        """Save the configuration with all classes in `auto_map`; transformers would add only the saved model's."""
         self.auto_map = dict(AUTO_MAP)
         super().save_pretrained(save_directory, push_to_hub, **kwargs)
 

@@ -1,8 +1,8 @@
-"""Several documents in one row: where they begin, and what attention is told so that none sees another.
+"""Packed documents: several in one row, kept apart by attention.
 
-Positions mark them: they count up one by one in a document and jump where the next one begins. transformers looks for
-that too, but without a word lets documents see each other under FlashAttention in batches above one, and under every
-kernel where there is a cache or a mask beside the positions.
+`position_ids` mark them: within a document they count up one by one, and at the next document they jump. transformers
+detects that as well, but silently lets documents attend to each other under FlashAttention with batch sizes above one,
+and under every kernel if there is a cache or a mask in addition to the positions.
 
 Shapes: B batch, T positions of this call, S positions including cached ones, D hidden width.
 """
@@ -19,16 +19,16 @@ from transformers.utils.import_utils import is_tracing
 
 
 def document_bounds(starts: Tensor) -> Tensor:
-    """(B, T) bool, True where a document begins, and so in each first column -> (documents + 1,) int32.
+    """(B, T) bool, True at each document's first token and so in the first column -> (documents + 1,) int32.
 
-    Of the rows laid end to end, document d is tokens bounds[d] ... bounds[d + 1] - 1. Waits for the device.
+    In the flattened rows, document d is tokens bounds[d] ... bounds[d + 1] - 1. Synchronizes with the device.
     """
     begins = starts.flatten().nonzero().flatten()
     return F.pad(begins, (0, 1), value=starts.numel()).int()
 
 
 def kernel_arguments(bounds: Tensor, length: int) -> dict[str, Tensor | int]:
-    """What transformers' flash attention asks for, under its names; no document is longer than a row of `length`."""
+    """Keyword arguments of transformers' flash attention; no document is longer than a row of `length` tokens."""
     return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": length, "max_length_k": length}
 
 
@@ -40,37 +40,39 @@ def attention_arguments(
     past_key_values: Cache | None = None,
     bounds: Tensor | None = None,
 ) -> dict[str, Any]:
-    """What every layer's attention is told: the mask, and to flash kernels the documents' bounds.
+    """Keyword arguments of every layer's attention: the mask and, for flash kernels, the documents' bounds.
 
-    Asking whether there are several documents waits for the device, once a call and not once a layer. A caller who
-    gives bounds is not asked.
+    Detecting several documents synchronizes with the device, once a call and not once a layer. It is skipped if the
+    caller passes the bounds.
 
     Args:
         config: names the attention implementation.
         inputs_embeds: (B, T, D).
-        position_ids: (B, T) or (1, T), as the caller gave them; None: a row is one document.
-        attention_mask: (B, S), 0 where there is padding; or (B, 1, T, S), ready for the kernel and taken as it is.
-        past_key_values: the cache that this call's keys go into.
-        bounds: of the documents, as the caller gave them.
+        position_ids: (B, T) or (1, T), as the caller passed them; None if each row is one document.
+        attention_mask: (B, S), 0 for padding; or (B, 1, T, S), which is passed to the kernel unchanged.
+        past_key_values: the cache to which this call's keys are added.
+        bounds: of the documents, as the caller passed them.
 
     Raises:
-        ValueError: for documents behind a cache, or bounds alone where the kernel needs positions.
+        ValueError: for packed documents with a cache, or bounds alone if the kernel needs positions.
     """
     flash = "flash" in config._attn_implementation
     length = inputs_embeds.shape[1]
     if bounds is not None and flash:
         return {"attention_mask": None, **kernel_arguments(bounds, length)}
     if bounds is not None and position_ids is None:
-        raise ValueError(f"{config._attn_implementation} attention knows documents by position_ids: give them too.")
+        raise ValueError(
+            f"{config._attn_implementation} attention separates documents by position_ids: pass them as well."
+        )
 
     starts = None
     if position_ids is not None and length > 1 and (attention_mask is None or attention_mask.ndim == 2):
         positions = position_ids.expand(inputs_embeds.shape[0], -1)
-        no_others = past_key_values is None or past_key_values.get_mask_sizes(length, 0)[0] == length
-        starts = _starts_of_several(positions, attention_mask, no_others, known=bounds is not None)
+        no_cached_keys = past_key_values is None or past_key_values.get_mask_sizes(length, 0)[0] == length
+        starts = _find_document_starts(positions, attention_mask, no_cached_keys, known=bounds is not None)
     if starts is not None and flash:
         return {"attention_mask": None, **kernel_arguments(document_bounds(starts), length)}
-    # None where plain causality is all there is to say and the kernel knows it by itself.
+    # None if the mask is purely causal and the kernel applies causality itself.
     mask = create_causal_mask(
         config=config,
         inputs_embeds=inputs_embeds,
@@ -81,12 +83,12 @@ def attention_arguments(
     return {"attention_mask": mask}
 
 
-def _starts_of_several(
-    position_ids: Tensor, attention_mask: Tensor | None, no_others: bool, known: bool
+def _find_document_starts(
+    position_ids: Tensor, attention_mask: Tensor | None, no_cached_keys: bool, known: bool
 ) -> Tensor | None:
-    """(B, T) positions -> (B, T) bool, where a row, a document or padding begins; None if no row holds several.
+    """(B, T) positions -> (B, T) bool, True where a row, a document or padding starts; None if no row has several.
 
-    `no_others`: there are no keys but this call's. `known`: that there are several.
+    `no_cached_keys`: this call's keys are the only ones. `known`: the caller knows that there are several documents.
     """
     begins = position_ids.diff(dim=-1) != 1
     padding_borders = torch.zeros_like(begins)
@@ -94,15 +96,15 @@ def _starts_of_several(
         tokens = attention_mask[:, -position_ids.shape[1] :].to(position_ids.device) != 0
         begins &= tokens[:, 1:] & tokens[:, :-1]
         padding_borders = tokens[:, 1:] != tokens[:, :-1]
-    tracing = is_tracing(position_ids)  # a graph cannot ask, and what holds for several documents holds for one
+    tracing = is_tracing(position_ids)  # a graph cannot branch on data, and the general case is right for one document
     if not (known or tracing) and not bool(begins.any()):
         return None
-    if not no_others and tracing:
+    if not no_cached_keys and tracing:
         return None
-    if not no_others:
+    if not no_cached_keys:
         raise ValueError(
             "position_ids jump within a row, as where one document ends and the next begins, but a cache has other "
-            "tokens or room for them: give each document a row of its own, or no cache."
+            "tokens or room for them: put each document in a row of its own, or use no cache."
         )
     return F.pad(begins | padding_borders, (1, 0), value=True)
 

@@ -1,6 +1,6 @@
-"""GPT-2, under its own weight names and Conv1D layout, with transformers' attention kernels and a chunked loss.
+"""PyTorch GPT2Flash model: GPT-2's weight names and Conv1D layout, any attention kernel, and a chunked loss.
 
-Shapes: B batch, T positions of this call, S positions including cached ones, H heads, K width of a head, D = H * K
+Shapes: B batch, T positions of this call, S positions including cached ones, H heads, K head dimension, D = H * K
 hidden width, V vocabulary.
 """
 
@@ -40,16 +40,32 @@ from .projection import Projection, ResidualProjection, is_quantized
 logger = logging.get_logger(__name__)
 
 
-class GPT2FlashAttention(nn.Module):
-    """Causal self-attention through whichever kernel `config._attn_implementation` names."""
+class GPT2FlashMLP(nn.Module):
+    """Two projections, up and down, with the activation between them."""
 
-    is_causal = True  # read by the kernels: where no mask is given, they mask the future themselves
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__()
+        inner = config.n_inner if config.n_inner is not None else 4 * config.n_embd
+        self.c_fc = Projection(inner, config.n_embd)
+        self.c_proj = ResidualProjection(config.n_embd, inner)
+        self.act = ACT2FN[config.activation_function]
+        self.dropout = nn.Dropout(config.resid_pdrop)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        return self.dropout(self.c_proj(self.act(self.c_fc(hidden_states))))
+
+
+class GPT2FlashAttention(nn.Module):
+    """Causal multi-head self-attention by the kernel that `config._attn_implementation` names."""
+
+    is_causal = True  # read by the kernels: without a mask, they apply causality themselves
 
     def __init__(self, config: PreTrainedConfig, layer_idx: int) -> None:
         super().__init__()
         self.config = config
-        # Not `layer_idx`, which transformers reads for its flash kernels: torch.compile would guard its value, and
-        # compile each block by itself.
+        # Not `layer_idx`, which transformers reads for its flash kernels: torch.compile would guard on its value and
+        # recompile for each block.
         self.index = layer_idx
         self.head_dim = config.n_embd // config.n_head
         self.scaling = self.head_dim**-0.5 if config.scale_attn_weights else 1.0
@@ -67,9 +83,9 @@ class GPT2FlashAttention(nn.Module):
         past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[Tensor, Tensor | None]:
-        """(B, T, D) -> (B, T, D), and the attention weights (B, H, T, S) from kernels that have them."""
+        """(B, T, D) -> (B, T, D), and the attention weights (B, H, T, S) if the kernel returns them."""
         batch, length, width = hidden_states.shape
-        # Views all the way: three slices of one product, each (B, T, D) -> (B, H, T, K), none of them copied.
+        # Three views of one matmul's output without a copy, each (B, T, D) -> (B, H, T, K).
         query, key, value = (
             part.view(batch, length, -1, self.head_dim).transpose(1, 2)
             for part in self.c_attn(hidden_states).split(width, dim=-1)
@@ -77,7 +93,7 @@ class GPT2FlashAttention(nn.Module):
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.index)
         if "cache" in kwargs:
-            self.layer_idx = self.index  # a paged cache is filled by the attention function, which asks for it
+            self.layer_idx = self.index  # the attention function fills a paged cache, for which it reads this
 
         implementation = self.config._attn_implementation
         if "flash" in implementation:
@@ -97,24 +113,8 @@ class GPT2FlashAttention(nn.Module):
         return self.resid_dropout(output), weights
 
 
-class GPT2FlashMLP(nn.Module):
-    """Up, activation, down."""
-
-    def __init__(self, config: PreTrainedConfig) -> None:
-        super().__init__()
-        inner = config.n_inner if config.n_inner is not None else 4 * config.n_embd
-        self.c_fc = Projection(inner, config.n_embd)
-        self.c_proj = ResidualProjection(config.n_embd, inner)
-        self.act = ACT2FN[config.activation_function]
-        self.dropout = nn.Dropout(config.resid_pdrop)
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """(B, T, D) -> (B, T, D)."""
-        return self.dropout(self.c_proj(self.act(self.c_fc(hidden_states))))
-
-
 class GPT2FlashBlock(GradientCheckpointingLayer):
-    """Attention and MLP, each behind a norm and around a residual."""
+    """A pre-norm transformer block: attention and MLP, each after a LayerNorm and with a residual connection."""
 
     def __init__(self, config: PreTrainedConfig, layer_idx: int) -> None:
         super().__init__()
@@ -131,15 +131,15 @@ class GPT2FlashBlock(GradientCheckpointingLayer):
         **kwargs: Unpack[TransformersKwargs],
     ) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
-        attended, _ = self.attn(
+        attn_output, _ = self.attn(
             self.ln_1(hidden_states), attention_mask=attention_mask, past_key_values=past_key_values, **kwargs
         )
-        hidden_states = hidden_states + attended
+        hidden_states = hidden_states + attn_output
         return hidden_states + self.mlp(self.ln_2(hidden_states))
 
 
 class GPT2FlashPreTrainedModel(PreTrainedModel):
-    """What transformers has to know: how to initialise, load, shard, checkpoint, compile and record."""
+    """Base class: weight initialization, and what transformers needs in order to load, shard and compile the model."""
 
     config: GPT2FlashConfig
     base_model_prefix = "transformer"
@@ -154,11 +154,11 @@ class GPT2FlashPreTrainedModel(PreTrainedModel):
         "hidden_states": GPT2FlashBlock,
         "attentions": GPT2FlashAttention,
     }
-    # Causal masks that old checkpoints carry as buffers.
+    # Causal masks, which old checkpoints have as buffers.
     _keys_to_ignore_on_load_unexpected = [r"\.attn\.(masked_)?bias$"]
 
     def __init__(self, config: PreTrainedConfig, *inputs: Any, **kwargs: Any) -> None:
-        # Again here: the configuration may be stock GPT-2's own class, or changed since it was made.
+        # Checked again here: the configuration may be a `GPT2Config`, or modified since it was created.
         refuse_unsupported(vars(config))
         super().__init__(config, *inputs, **kwargs)
 
@@ -168,7 +168,7 @@ class GPT2FlashPreTrainedModel(PreTrainedModel):
         if isinstance(module, Projection):
             std = self.config.initializer_range
             if isinstance(module, ResidualProjection):
-                # 2 * n_layer of these are summed along the residual path: this keeps the sum's variance at one's.
+                # 2 * n_layer of these are added to the residual stream: this keeps the variance of their sum constant.
                 std /= math.sqrt(2 * self.config.n_layer)
             init.normal_(module.weight, mean=0.0, std=std)
             init.zeros_(module.bias)
@@ -193,7 +193,7 @@ class GPT2FlashPreTrainedModel(PreTrainedModel):
 
 
 class GPT2FlashModel(GPT2FlashPreTrainedModel):
-    """Embeddings, blocks, final norm."""
+    """The transformer without a head: embeddings, blocks, final LayerNorm."""
 
     _auto_class = "AutoModel"
 
@@ -229,35 +229,36 @@ class GPT2FlashModel(GPT2FlashPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """
         Args:
-            input_ids: (B, T), the tokens that are not in the cache yet. Or `inputs_embeds`.
-            past_key_values: a cache of any kind; without one, `use_cache` makes a dynamic one.
-            attention_mask: (B, S), 0 where there is padding, on either side; or (B, 1, T, S), ready for the kernel.
-            token_type_ids: (B, T), embedded by the token embeddings and added, as GPT-2 does.
-            position_ids: (B, T) or (1, T). None: counted from the mask and the cache. Where they do not count up one
-                by one, another document begins, which sees none of the ones before it.
-            inputs_embeds: (B, T, D), in place of `input_ids`.
+            input_ids: (B, T), the tokens that are not in the cache yet; or pass `inputs_embeds`.
+            past_key_values: a cache of any kind; without one, `use_cache` creates a dynamic one.
+            attention_mask: (B, S), 0 for padding, on either side; or (B, 1, T, S), passed to the kernel unchanged.
+            token_type_ids: (B, T), embedded by the token embeddings and added, as in GPT-2.
+            position_ids: (B, T) or (1, T). None to count them from the mask and the cache. Where they do not count up
+                one by one, another document starts, which does not attend to the previous ones.
+            inputs_embeds: (B, T, D), instead of `input_ids`.
             use_cache: whether to return the cache.
-            kwargs: for the attention function. Of packed documents `cu_seq_lens_q` spares flash kernels the search.
+            kwargs: for the attention function. With packed documents, `cu_seq_lens_q` saves flash kernels from
+                detecting them.
 
         Returns:
             `last_hidden_state`, (B, T, D), and the cache.
         """
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Give either input_ids or inputs_embeds.")
+            raise ValueError("Pass either input_ids or inputs_embeds.")
         if inputs_embeds is None:
             self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
             inputs_embeds = self.wte(input_ids)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
 
-        given = {key: value for key, value in kwargs.items() if value is not None}
-        told = attention_arguments(  # of the positions that the caller gives: our own never mark documents
+        passed = {key: value for key, value in kwargs.items() if value is not None}
+        computed = attention_arguments(  # from the caller's positions: those counted below never mark documents
             self.config,
             inputs_embeds,
             position_ids,
             attention_mask,
             past_key_values,
-            bounds=given.get("cu_seq_lens_q"),
+            bounds=passed.get("cu_seq_lens_q"),
         )
         if position_ids is None:
             past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
@@ -266,30 +267,26 @@ class GPT2FlashModel(GPT2FlashPreTrainedModel):
         else:
             check_positions(position_ids, self.config.n_positions)
 
-        hidden_states = self.embed(inputs_embeds, position_ids, token_type_ids)
+        hidden_states = inputs_embeds + self.wpe(position_ids)
+        if token_type_ids is not None:
+            hidden_states = hidden_states + self.wte(token_type_ids)
+        hidden_states = self.drop(hidden_states)
         for block in self.h:
             hidden_states = block(
-                hidden_states, past_key_values=past_key_values, use_cache=use_cache, **(told | given)
+                hidden_states, past_key_values=past_key_values, use_cache=use_cache, **(computed | passed)
             )
         hidden_states = self.ln_f(hidden_states)
         return BaseModelOutputWithPast(
             last_hidden_state=hidden_states, past_key_values=past_key_values if use_cache else None
         )
 
-    def embed(self, inputs_embeds: Tensor, position_ids: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
-        """(B, T, D) token embeddings and (B or 1, T) positions -> (B, T, D), what the first block reads."""
-        hidden_states = inputs_embeds + self.wpe(position_ids)
-        if token_type_ids is not None:
-            hidden_states = hidden_states + self.wte(token_type_ids)
-        return self.drop(hidden_states)
-
 
 class GPT2FlashForCausalLM(GPT2FlashPreTrainedModel, GenerationMixin):
-    """The language model: the next token's logits, or while training the loss without them."""
+    """The model with a language-modeling head: logits of the next token; while training, the loss without logits."""
 
     _auto_class = "AutoModelForCausalLM"
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
-    accepts_loss_kwargs = True  # Trainer: the loss is divided by num_items_in_batch here, do not divide again
+    accepts_loss_kwargs = True  # Trainer: forward divides the loss by num_items_in_batch itself
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
@@ -315,12 +312,14 @@ class GPT2FlashForCausalLM(GPT2FlashPreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """
         Args beyond those of `GPT2FlashModel`:
-            labels: (B, T), the input tokens again, -100 where the loss should not look; shifted here.
-            shift_labels: (B, T), in place of `labels`, already shifted. In `kwargs`: Trainer evaluates no loss unless
-                the batches have each argument with "label" in its name.
-            num_items_in_batch: what the summed loss is divided by; None: the mean over this batch.
-            logits_to_keep: how many positions from the end get logits, or which, (n,); 0: all. The loss sees all.
-            skip_logits: return the loss without logits, `loss_chunk_size` rows at a time. None: while training.
+            labels: (B, T), usually the input tokens; -100 is ignored by the loss. They are shifted here.
+            shift_labels: (B, T), instead of `labels`, already shifted. In `kwargs`: Trainer evaluates the loss only if
+                the batches have every argument with "label" in its name.
+            num_items_in_batch: divisor of the summed loss; None for the mean over this batch.
+            logits_to_keep: number of positions from the end that get logits, or the positions, (n,); 0 for all. The
+                loss always includes all positions.
+            skip_logits: compute the loss `loss_chunk_size` rows at a time and return no logits. None to do so while
+                training.
 
         Returns:
             `loss` if there are labels, `logits` (B, T, V) unless skipped, and the cache.
@@ -332,7 +331,7 @@ class GPT2FlashForCausalLM(GPT2FlashPreTrainedModel, GenerationMixin):
         elif skip_logits and not has_labels:
             raise ValueError("skip_logits leaves nothing to return without labels or shift_labels.")
         if use_cache is None and self.training and has_labels:
-            use_cache = False  # nobody reads a training step's cache, and filling it copies all keys and values
+            use_cache = False  # a training step does not read it, and filling it would copy all keys and values
 
         outputs = self.transformer(
             input_ids,
@@ -365,23 +364,23 @@ class GPT2FlashForCausalLM(GPT2FlashPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
 
-    def _loss(self, hidden_states: Tensor, logits: Tensor | None, labels: Tensor | None, **how: Any) -> Tensor:
-        """From the logits where all of them are at hand, else from the hidden states in chunks."""
-        # Something may stand in for the head, an adapter say, whose output its weight alone does not tell; and the
-        # weight may be quantized, or where a device map has put it, on another device or on disk.
+    def _loss(self, hidden_states: Tensor, logits: Tensor | None, labels: Tensor | None, **kwargs: Any) -> Tensor:
+        """The loss from the logits if all of them are computed, otherwise from the hidden states in chunks."""
+        # The head may be replaced, by an adapter for instance, so that its weight does not define its output; and its
+        # weight may be quantized, or a device map may have put it on another device or on disk.
         head = self.lm_head
-        by_weight = type(head) is nn.Linear and not is_quantized(head.weight)
-        if logits is None and by_weight and head.weight.device == hidden_states.device:
-            return causal_lm_loss(hidden_states, head.weight, labels, chunk_size=self._chunk_size(), **how)
+        uses_weight = type(head) is nn.Linear and not is_quantized(head.weight)
+        if logits is None and uses_weight and head.weight.device == hidden_states.device:
+            return causal_lm_loss(hidden_states, head.weight, labels, chunk_size=self._chunk_size(), **kwargs)
         if logits is None:
             logits = self.lm_head(hidden_states)
-        return self.loss_function(logits, labels, vocab_size=logits.shape[-1], **how)
+        return self.loss_function(logits, labels, vocab_size=logits.shape[-1], **kwargs)
 
     def _chunk_size(self) -> int:
-        # Stock GPT-2's configuration class, which is taken as well, does not have the field.
+        # `GPT2Config`, which is accepted as well, does not have the field.
         return getattr(self.config, "loss_chunk_size", GPT2FlashConfig.loss_chunk_size)
 
-    def _validate_generated_length(  # called by generate() once it knows how far it would go
+    def _validate_generated_length(  # called by generate() once it knows the length
         self, generation_config: Any, input_ids_length: int, has_default_max_length: bool
     ) -> None:
         super()._validate_generated_length(  # type: ignore[misc]  # declared for a protocol that mypy does not see
@@ -395,7 +394,7 @@ class GPT2FlashForCausalLM(GPT2FlashPreTrainedModel, GenerationMixin):
             )
 
 
-# Trainer shifts the labels that it smooths only for classes that are listed here, and says nothing.
+# For label smoothing, Trainer shifts the labels only for classes that are listed here.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[GPT2FlashConfig.model_type] = GPT2FlashForCausalLM.__name__
 
 __all__ = ["GPT2FlashForCausalLM", "GPT2FlashModel", "GPT2FlashPreTrainedModel"]

@@ -1,4 +1,4 @@
-"""Where tokens stand: their positions, and the refusal of those that the model has no embedding for.
+"""Position ids, and errors for positions beyond the embedding table.
 
 Shapes: B batch, T positions of this call, S positions including cached ones, D hidden width.
 """
@@ -8,9 +8,9 @@ from torch import Tensor
 
 
 def count_positions(new: int, past: int | Tensor, attention_mask: Tensor | None, device: torch.device) -> Tensor:
-    """Positions of the `new` tokens behind `past` cached ones: (1, T), or (B, T) where a (B, S) mask marks padding.
+    """Positions of `new` tokens after `past` cached ones: (1, T), or (B, T) with a mask (B, S) that marks padding.
 
-    Padding takes no position, so a sequence has the same positions whatever it is padded with, and wherever.
+    Padding is not counted, so a sequence has the same positions with any padding on either side.
     """
     columns_T = past + torch.arange(new, device=device)
     if attention_mask is None or attention_mask.ndim != 2:
@@ -18,7 +18,7 @@ def count_positions(new: int, past: int | Tensor, attention_mask: Tensor | None,
     if isinstance(past, int) and attention_mask.shape[1] < past + new:
         raise ValueError(
             f"attention_mask covers {attention_mask.shape[1]} positions, but there are {past + new}: {past} cached "
-            f"and {new} new. It has to mark the cached ones too."
+            f"and {new} new. It has to cover the cached ones too."
         )
     mask_BS = attention_mask.to(device) != 0
     positions_BS = (mask_BS.long().cumsum(-1) - 1).masked_fill(~mask_BS, 0)
@@ -26,9 +26,9 @@ def count_positions(new: int, past: int | Tensor, attention_mask: Tensor | None,
 
 
 def check_length(past: int | Tensor, new: int, n_positions: int) -> None:
-    """Raise if cached and new tokens are more than there are positions for."""
+    """Raise if cached and new tokens together exceed the model's positions."""
     if isinstance(past, Tensor):
-        # A static cache counts in a tensor. Reading it would wait for the GPU or break a graph.
+        # A static cache counts in a tensor. Reading it would synchronize with the GPU or break a graph.
         if torch.compiler.is_compiling() or past.device.type != "cpu":
             past = 0
         past = int(past)
@@ -41,7 +41,7 @@ def check_length(past: int | Tensor, new: int, n_positions: int) -> None:
 
 
 def check_positions(position_ids: Tensor, n_positions: int) -> None:
-    """Raise if a position is beyond the last one, where looking costs nothing."""
+    """Raise if a position exceeds the last one. Only checked on a CPU, where it needs no synchronization."""
     if torch.compiler.is_compiling() or position_ids.device.type != "cpu" or position_ids.numel() == 0:
         return
     last = int(position_ids.max())
@@ -53,11 +53,11 @@ def check_positions(position_ids: Tensor, n_positions: int) -> None:
 
 
 def keep_positions(hidden_states: Tensor, logits_to_keep: int | Tensor) -> Tensor:
-    """(B, T, D) -> (B, n, D): the last `logits_to_keep` positions, the ones that it lists, or for 0 all."""
+    """(B, T, D) -> (B, n, D): the last `logits_to_keep` positions, the positions that it lists, or all if it is 0."""
     if isinstance(logits_to_keep, Tensor):
         if logits_to_keep.ndim != 1:
             raise ValueError(
-                f"logits_to_keep has {logits_to_keep.ndim} dimensions; give a number or a list of positions."
+                f"logits_to_keep has {logits_to_keep.ndim} dimensions; pass a number or a list of positions."
             )
         return hidden_states[:, logits_to_keep]
     return hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states

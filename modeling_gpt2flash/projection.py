@@ -1,4 +1,4 @@
-"""The products with a matrix in GPT-2's blocks, under the names and in the layout that its checkpoints have."""
+"""The linear layers of GPT-2's blocks, with the names and the weight layout of its checkpoints."""
 
 import torch
 from torch import Tensor
@@ -6,15 +6,15 @@ from transformers.pytorch_utils import Conv1D
 
 
 def is_quantized(weight: Tensor) -> bool:
-    """Whether it has to be unpacked before it is multiplied with: its class, torchao's for one, says how itself."""
+    """Whether `weight` must be dequantized before a matmul, as its class (one of torchao's, for instance) defines."""
     return type(weight).dequantize is not Tensor.dequantize
 
 
 class Projection(Conv1D):
     """transformers' Conv1D, x @ weight + bias, with a weight (I, O) that may be quantized.
 
-    torchao's tensors know the product of `nn.Linear`, whose weight is (O, I), and no other. So here one is unpacked,
-    for the time of its product: the weight at rest is what quantizing makes small.
+    torchao's tensors support only the matmul of `nn.Linear`, whose weight is (O, I). Here the weight is dequantized
+    for the duration of its matmul; what quantization saves is the memory of the weight at rest.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -24,10 +24,10 @@ class Projection(Conv1D):
 
 
 class ResidualProjection(Projection):
-    """The end of a residual branch, under a name that `_init_weights` can tell from other projections.
+    """The last layer of a residual branch, which `_init_weights` initializes differently.
 
-    Asking for the attention or MLP around it would not do: in code outside its own package transformers initialises
-    no module that has no parameters of its own.
+    `_init_weights` could not recognize it by the attention or MLP around it: for code outside of its own package,
+    transformers does not initialize modules that have no parameters of their own.
     """
 
 

@@ -66,7 +66,7 @@ def test_auto_minds_the_head_and_dropout(machine) -> None:
 
 @pytest.mark.parametrize("name", ["sdpa", "eager"])
 def test_what_always_runs_is_taken_as_asked(name: str) -> None:
-    assert choose_attention(name, "cpu", torch.float32, 64) == (name, f"{name}, as asked for.")
+    assert choose_attention(name, "cpu", torch.float32, 64) == (name, f"{name}, as requested.")
 
 
 def test_a_flash_kernel_that_runs_is_taken_as_asked(machine) -> None:

@@ -101,7 +101,7 @@ def test_bounds_that_are_given_are_not_looked_for(
     expected = logits(model, ids, position_ids=positions)
     found = calls[:]
     calls.clear()
-    monkeypatch.setattr(documents, "_starts_of_several", lambda *_: pytest.fail("looked"))
+    monkeypatch.setattr(documents, "_find_document_starts", lambda *_: pytest.fail("looked"))
     bounds = torch.tensor(BOUNDS, dtype=torch.int32)
     given = documents.kernel_arguments(bounds, LENGTH) if complete else {"cu_seq_lens_q": bounds}
     assert torch.equal(logits(model, ids, position_ids=positions, **given), expected)
@@ -114,7 +114,7 @@ def test_kernels_without_bounds_go_by_the_positions(kernel: str) -> None:
     given = documents.kernel_arguments(torch.tensor(BOUNDS, dtype=torch.int32), LENGTH)
     expected = logits(model, ids, position_ids=positions)
     assert torch.equal(logits(model, ids, position_ids=positions, **given), expected)
-    with pytest.raises(ValueError, match=f"{kernel} attention knows documents by position_ids"):
+    with pytest.raises(ValueError, match=f"{kernel} attention separates documents by position_ids"):
         model(ids, **given)
 
 
@@ -184,9 +184,9 @@ def test_gradients_are_those_of_single_documents(calls: list[Call], kernel: str)
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_stages_find_the_bounds_once_each(calls: list[Call], monkeypatch: pytest.MonkeyPatch, kernel: str) -> None:
     searches = []
-    search = documents._starts_of_several
+    search = documents._find_document_starts
     monkeypatch.setattr(
-        documents, "_starts_of_several", lambda *how, **more: searches.append(1) or search(*how, **more)
+        documents, "_find_document_starts", lambda *how, **more: searches.append(1) or search(*how, **more)
     )
     model, ids, positions = make(kernel, n_layer=4), tokens(3, LENGTH), packed_positions()
     expected = logits(model, ids, position_ids=positions, use_cache=False)
