@@ -125,7 +125,7 @@ def test_training_starts_from_a_checkpoint(exported: Path, flags: list[str], sta
         (lambda file, content: file.write_bytes(b"123"), "is not a checkpoint of nanoGPT that can be read"),
         (lambda file, content: torch.save({**content, "spy": Path()}, file), "without running its code"),
         (lambda file, content: torch.save({"weights": 1}, file), "has no model and model_args"),
-        (lambda file, content: torch.save({**content, "model_args": {"n_layer": 2}}, file), "model_args say"),
+        (lambda file, content: torch.save({**content, "model_args": {"n_layer": 2}}, file), "model_args are"),
         (lambda file, content: torch.save({**content, "model": [1]}, file), "has no model and model_args"),
         (lambda file, content: content["model_args"].update(n_head=3), "n_embd=16 cannot be split over n_head=3"),
         (lambda file, content: content["model"].pop("transformer.h.1.attn.c_attn.weight"), "c_attn.weight is missing"),

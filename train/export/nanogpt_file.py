@@ -1,7 +1,6 @@
 """nanoGPT's `ckpt.pt`, from a model and, if there is one, its training state."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from train.checkpoints import nanogpt
 from train.checkpoints import step_folder as checkpoints
 from train.checkpoints.loading import TUNING_LEARNING_RATE, load_for_inference
+from train.checkpoints.run_folder import STEPS_FILE, read_steps
 from train.config.run_config import RunConfig
 from train.export.checks import check_logits, largest_difference, logits_of
 
@@ -53,10 +53,7 @@ def find_training_state(checkpoint: str) -> checkpoints.Checkpoint | None:
 
 def best_val_loss(trained: checkpoints.Checkpoint) -> float | None:
     """The lowest validation loss up to the checkpoint, in nats, from the run's metrics; None if there is none."""
-    file = trained.folder.parent / "metrics.jsonl"
-    if not file.exists():
-        return None
-    lines = file.read_text(encoding="utf-8").splitlines()
-    records = [json.loads(line) for line in lines if line.endswith("}")]  # the last line may be incomplete
-    found = [record["val_loss"] for record in records if "val_loss" in record and record["step"] <= trained.step]
-    return min(found, default=None)
+    file = trained.folder.parent / STEPS_FILE
+    records = read_steps(file, until_broken=True) if file.exists() else []
+    losses = [record["val_loss"] for record in records if "val_loss" in record and record["step"] <= trained.step]
+    return min(losses, default=None)
