@@ -39,7 +39,9 @@ def dangers(source: str) -> list[str]:
         elif isinstance(node, ast.Call):
             name = ast.unparse(node.func)
             given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
-            loads_text = name == "yaml.load" and given.get("Loader") == "yaml.BaseLoader"  # strings, lists and mappings
+            loads_text = (
+                name == "yaml.load" and given.get("Loader") == "yaml.BaseLoader"
+            )  # strings, lists and mappings
             found += [name] if name in CALLS and not loads_text else []
             found += [name] if name == "torch.load" and "weights_only" not in given else []
             found += [key for key, safe in KEYWORDS.items() if given.get(key, str(safe)) != str(safe)]
