@@ -4,12 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := demo
 
-# 150 steps of 10 x 128 tokens: enough for text that looks like Python from a 7M-parameter GPT-2, on two CPU cores.
-# Two of them, far from validation and saving, are recorded for the report's account of where the time goes.
-DEMO_FLAGS := --model tiny --train_data_path $(DEMO)/data/train.bin --val_data_path $(DEMO)/data/val.bin \
-	--checkpoint_path $(DEMO)/checkpoint --block_size 128 --train_micro_batch_size_per_gpu 10 \
-	--gradient_accumulation_steps 1 --max_steps 150 --learning_rate 2e-3 --warmup_steps 25 --eval_interval 75 --overwrite \
-	--profile --profile_steps 100:102
+DEMO_FLAGS := --config recipes/demo_cpu.yaml --train_data_path $(DEMO)/data/train.bin \
+	--val_data_path $(DEMO)/data/val.bin --checkpoint_path $(DEMO)/checkpoint
 
 .PHONY: demo builds test slow integration lint format docs clean
 

@@ -42,5 +42,8 @@ def test_a_shipped_configuration_is_found_by_its_name(capsys: pytest.CaptureFixt
     assert Path(capsys.readouterr().out.strip()).samefile(ROOT / "ds_configs" / "zero3.json")
     shipped.main([])
     assert capsys.readouterr().out.split() == [str(file) for file in shipped.configurations()]
-    with pytest.raises(UserError, match=r"config zero9: there is no such configuration; choose from ddp, .*, zero3"):
+    with pytest.raises(
+        UserError,
+        match=r"config zero9: there is no such configuration; did you mean zero3\? choose from ddp, .*, zero3",
+    ):
         shipped.main(["zero9"])
