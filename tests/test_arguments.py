@@ -1,8 +1,11 @@
 """Mistakes on a command line are answered in one line."""
 
+import importlib
+
 import pytest
 
 from tests.conftest import ROOT, python
+from train.cli import TOOLS
 from train.utils.arguments import ArgumentParser, did_you_mean
 from train.utils.errors import UserError
 
@@ -46,3 +49,10 @@ def test_a_command_exits_with_one_line() -> None:
     done = python("-m", "train.preprocess_data", "--datset", "stdlib", cwd=ROOT, check=False)
     assert done.returncode == 2
     assert done.stderr == "error: unknown flag --datset; did you mean --dataset? (--help lists all)\n"
+
+
+@pytest.mark.parametrize("tool", sorted(set(TOOLS) - {"train"}))
+def test_every_command_answers_an_unknown_flag_in_one_line(tool: str) -> None:
+    main = importlib.import_module(TOOLS[tool][0]).main
+    with pytest.raises(UserError, match=r"^(unknown flag --hlp|the following arguments are required).*$"):
+        main(["--hlp"])

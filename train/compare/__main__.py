@@ -16,6 +16,7 @@ from train.compare.report.page import page
 from train.compare.run_charts import draw
 from train.kernels.comparison import read_profile
 from train.metrics.memory_profile import read_memory
+from train.utils.arguments import ArgumentParser
 from train.utils.command import run_command
 from train.utils.errors import UserError
 from train.utils.files import atomic_write, write_json, write_text
@@ -24,7 +25,7 @@ EXAMPLE = "python -m train.compare checkpoint/baseline checkpoint/optimized --ou
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m train.compare",
         description="Compare finished runs: speed, memory and loss of each against the first, as a self-contained "
         "page, as Markdown with charts, and as JSON. Runs that did different work are compared only under a warning.",
@@ -33,7 +34,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "metrics.json (peak_memory is short for peak_memory_bytes); 1.2x is times the first run's value, +0.02 is\n"
         "that much more than it, a bare number is the value itself. The exit code is 1 when a run misses a\n"
         "condition, or when a value is unknown or not comparable.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="a run's folder, with its metrics.json")
     parser.add_argument(

@@ -4,9 +4,9 @@
 names; an installed package has copies in their place.
 """
 
-import argparse
 from pathlib import Path
 
+from train.utils.arguments import ArgumentParser
 from train.utils.command import run_command
 from train.utils.errors import UserError, did_you_mean
 
@@ -57,12 +57,10 @@ def find(name: str) -> Path:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="gpt2flash config",
         description="Print the path of a configuration that is shipped with this package; without a name, of all.",
         epilog='example:\n  accelerate launch --config_file "$(gpt2flash config ddp)" -m train ...',
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("name", nargs="?", metavar="NAME", help="for example ddp, deepspeed or zero2")
     name = parser.parse_args(argv).name

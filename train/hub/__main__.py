@@ -1,6 +1,5 @@
 """A finished run on the Hugging Face Hub: `python -m train.hub RUN OWNER/NAME`, or `--push_to_hub` of a run."""
 
-import argparse
 from pathlib import Path
 
 from huggingface_hub import HfApi
@@ -11,6 +10,7 @@ from train.checkpoints.run_folder import read_run
 from train.checkpoints.step_folder import latest
 from train.compare.run_charts import training_loss_chart
 from train.hub.card import CHART, card
+from train.utils.arguments import ArgumentParser
 from train.utils.command import run_command
 from train.utils.errors import UserError, first_line
 from train.utils.files import write_text
@@ -65,7 +65,7 @@ def push(run_folder: Path, repo: str, flag: str = "--push_to_hub") -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m train.hub", description=__doc__, allow_abbrev=False)
+    parser = ArgumentParser(prog="python -m train.hub", description=__doc__)
     parser.add_argument("run", metavar="RUN", type=Path, help="the folder of a finished run")
     parser.add_argument("repo", metavar="OWNER/NAME", help="the repository, which is created if it does not exist")
     args = parser.parse_args(argv)

@@ -3,7 +3,6 @@
 Reads only the traces that `python -m train --profile` wrote, of every process.
 """
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from train.kernels.comparison import compare, operator_name, speedup_sentence
 from train.kernels.summary import Change, PipelineTimeline, RunSummary, write_kernels
 from train.kernels.traces import read_recording
 from train.metrics.units import milliseconds
+from train.utils.arguments import ArgumentParser
 from train.utils.command import run_command
 from train.utils.errors import UserError
 from train.utils.files import write_text
@@ -105,12 +105,10 @@ def _giga(rate: float | None) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m train.kernels",
         description=__doc__,
         epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="one or two run folders, or trace files")
     parser.add_argument("--out", type=Path, default=Path("kernels"), help="folder for kernels.json and kernels.md")

@@ -21,6 +21,7 @@ from train.parity.launch import launch
 from train.parity.layouts import LAYOUTS, Case
 from train.parity.reference import STEPS, Reference, train_reference, write_problem
 from train.parity.results import Result, as_json, report, table, verdict
+from train.utils.arguments import ArgumentParser
 from train.utils.command import run_command
 from train.utils.errors import UserError
 from train.utils.files import write_json, write_text
@@ -60,12 +61,11 @@ def _run_case(case: Case, problem: Path, out: Path, reference: Reference) -> Res
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     names = [layout.name for layout in LAYOUTS]
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m train.parity",
         description=f"Train {STEPS} steps on every layout, with and without activation checkpointing and clipping, "
         "and compare each run with stock GPT-2 in float64. Exit code 1 when a run differs or fails.",
         epilog=f"example:\n  {EXAMPLE}\n\nOn two cores all of it takes half an hour.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--layouts", nargs="+", choices=names, default=names, metavar="LAYOUT", help=f"some of {', '.join(names)}"

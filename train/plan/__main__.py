@@ -8,7 +8,6 @@ computed by arithmetic that the tests compare with measured steps; speed is an e
 are printed.
 """
 
-import argparse
 import re
 import shlex
 from collections.abc import Iterator, Sequence
@@ -21,6 +20,7 @@ from train.engines.pipeline.partition import Partition, partition
 from train.plan.memory import Memory, predict
 from train.plan.shapes import ActivationCheckpointing, Layout, Shape
 from train.plan.speed import DEVICES, Device, Speed, predict_speed
+from train.utils.arguments import ArgumentParser
 from train.utils.command import run_command
 from train.utils.errors import UserError
 from train.utils.tables import markdown_table
@@ -195,9 +195,7 @@ def size(text: str) -> float:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m train.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(prog="python -m train.plan", description=__doc__)
     parser.add_argument("--model", default="gpt2", help="gpt2, gpt2-medium, ...; or a folder (default: gpt2)")
     parser.add_argument("--block_size", type=int, help="tokens in a sequence (default: the model's positions)")
     parser.add_argument("--world_size", type=int, default=1, help="processes, one a device (default: 1)")
