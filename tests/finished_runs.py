@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from train.metrics.flops import count_flops
-from train.metrics.summary import RunFacts, summarise
+from train.metrics.summary import RunFacts, summarize
 
 FACTS = RunFacts(
     run_type="baseline",
@@ -52,7 +52,7 @@ def summary(
         changed.block_size,
         fused_attention=changed.attn_implementation != "eager",
     )
-    return summarise(
+    return summarize(
         changed,
         records,
         MEASURED | (measured or {}),

@@ -10,6 +10,7 @@ from tests import finished_runs
 from train.metrics import summary as metrics
 from train.metrics.energy import GPUS, Energy, energy_metrics
 from train.metrics.hardware import hardware, torch_build, versions
+from train.metrics.table import METRICS, Metric
 from train.utils.json_files import json_safe
 
 MODEL = {"n_layer": 12, "n_head": 12, "n_embd": 768, "n_positions": 1024, "vocab_size": 50257}
@@ -117,7 +118,15 @@ def test_summary_of_a_run_that_diverged_does_not_report_its_better_past() -> Non
     json.dumps([got, overflow], allow_nan=False)
 
 
-def test_summary_of_no_steps_is_whole() -> None:
+def test_a_step_metric_of_the_table_is_summarized(monkeypatch: pytest.MonkeyPatch) -> None:
+    norm = Metric("grad_norm", "Gradient norm", "number", over_steps="mean")
+    monkeypatch.setattr(metrics, "METRICS", (*METRICS, norm))
+    records = [record(step, 1.0, 1.0, grad_norm=float(step)) for step in range(1, 13)]
+    assert summary(records)["grad_norm"] == 7.5  # mean of 3 … 12
+    assert summary([record(1, 1.0, 1.0)])["grad_norm"] is None
+
+
+def test_summary_of_no_steps_is_complete() -> None:
     got = summary([])
     assert (got["steps"], got["tokens"], got["training_time_seconds"]) == (0, 0, 0.0)
     assert got["tokens_per_second"] is got["train_loss"] is got["val_loss"] is got["mfu"] is None

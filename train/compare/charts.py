@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
 
-from train.compare.svg import AXIS, COLOURS, GRID, HEADER, INK, QUIET, TRACK, to_svg
+from train.compare.svg import AXIS, COLORS, GRID, HEADER, INK, QUIET, TRACK, to_svg
 from train.metrics.units import short_count
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufffe\uffff]")
 
 
 Keys = Sequence[tuple[int | str, str]]
-"""Colour, or the number of one, and name of each entry of a legend."""
+"""Color, or the number of one, and name of each entry of a legend."""
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,9 @@ class Chart:
                              gid=HEADER, parse_math=False)  # fmt: skip
         if rows:
             handles = [
-                Line2D([], [], **stroke(colour)) if isinstance(colour, int) and self.kind == "line"
-                else Patch(color=colour_of(colour))
-                for colour, _ in self.keys
+                Line2D([], [], **stroke(color)) if isinstance(color, int) and self.kind == "line"
+                else Patch(color=color_of(color))
+                for color, _ in self.keys
             ]  # fmt: skip
             names = [clean(label) for _, label in self.keys]
             legend = self.figure.legend(handles, names, loc="lower left", bbox_to_anchor=(0, 1 + 4 / height),
@@ -101,12 +101,12 @@ class Row:
 # Building blocks
 
 
-def colour_of(colour: int | str) -> str:
-    return colour if isinstance(colour, str) else COLOURS[colour % len(COLOURS)]
+def color_of(color: int | str) -> str:
+    return color if isinstance(color, str) else COLORS[color % len(COLORS)]
 
 
 def stroke(index: int) -> dict[str, Any]:
-    return {"color": colour_of(index), "linestyle": DASHES[index % len(DASHES)], "linewidth": 2.2}
+    return {"color": color_of(index), "linestyle": DASHES[index % len(DASHES)], "linewidth": 2.2}
 
 
 def clean(text: object) -> str:
@@ -140,8 +140,8 @@ def label_x(axes: "Axes", text: str) -> None:
     axes.xaxis.set_label_coords(0.5, 5 / 72, transform=place)
 
 
-def write(axes: "Axes", x: float, y: float, text: str, colour: str = QUIET, **options: Any) -> None:
-    axes.text(x, y, clean(text), color=colour, parse_math=False, **{"size": FONT_SIZE, **options})
+def write(axes: "Axes", x: float, y: float, text: str, color: str = QUIET, **options: Any) -> None:
+    axes.text(x, y, clean(text), color=color, parse_math=False, **{"size": FONT_SIZE, **options})
 
 
 def plot_axes(x_title: str) -> "tuple[Figure, Axes]":
@@ -179,22 +179,22 @@ def row_figure(rows: Sequence[Row]) -> "Figure":
             bar(axes, 0, bars, WIDTH, size, TRACK)
         for place, (index, value) in enumerate(row.values):
             gap = 1 if len(row.values) > 1 else 0
-            bar(axes, 0, bars + size * place, max(1.0, value / largest * WIDTH), size - gap, colour_of(index))
+            bar(axes, 0, bars + size * place, max(1.0, value / largest * WIDTH), size - gap, color_of(index))
         if row.dots[1]:
             index, values = row.dots
             across = [5 + value / largest * (WIDTH - 10) for value in values]
             axes.plot([0, WIDTH], [bars + 9] * 2, color=AXIS, linewidth=1)
-            axes.plot([median(across)] * 2, [bars, bars + 18], color=colour_of(index), linewidth=3)
-            axes.plot(across, [bars + 9] * len(across), "o", color=colour_of(index), markersize=10, alpha=0.55,
+            axes.plot([median(across)] * 2, [bars, bars + 18], color=color_of(index), linewidth=3)
+            axes.plot(across, [bars + 9] * len(across), "o", color=color_of(index), markersize=10, alpha=0.55,
                       markeredgewidth=0)  # fmt: skip
         top += height
     return figure
 
 
-def bar(axes: "Axes", x: float, y: float, width: float, height: float, colour: str, **options: Any) -> "Artist":
+def bar(axes: "Axes", x: float, y: float, width: float, height: float, color: str, **options: Any) -> "Artist":
     from matplotlib.patches import Rectangle
 
-    return axes.add_patch(Rectangle((x, y), width, height, facecolor=colour, edgecolor="none", **options))
+    return axes.add_patch(Rectangle((x, y), width, height, facecolor=color, edgecolor="none", **options))
 
 
 def pngs(charts: Sequence[Chart]) -> dict[str, bytes]:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from train.checkpoints.run_folder import FinishedRun
-from train.compare.charts import Chart, Row, colour_of, nothing, plot_axes, row_figure, stroke
+from train.compare.charts import Chart, Row, color_of, nothing, plot_axes, row_figure, stroke
 from train.compare.figures import change
 from train.compare.intervals import spreads
 from train.metrics.table import METRICS, Metric
@@ -153,14 +153,14 @@ def curves_chart(
     for index, (x, y) in enumerate(curves):
         steps = 1 if marks else smoothing_steps(len(y))
         if steps > 1:
-            axes.plot(*thinned(x, y), color=colour_of(index), linewidth=1, alpha=0.3, zorder=1.5)
+            axes.plot(*thinned(x, y), color=color_of(index), linewidth=1, alpha=0.3, zorder=1.5)
         y = trailing_mean(y, steps)
         axes.plot(*thinned(x, y), **stroke(index))
         there = np.isfinite(x) & np.isfinite(y)
         if marks or there.sum() == 1:  # a single point draws no line
             for place, point in enumerate(zip(x[there], y[there], strict=True)):
                 tooltips[f"point-{index}-{place}"] = f"{point[1]:.6g}"
-                axes.plot(*point, MARKERS[index % len(MARKERS)], color=colour_of(index), markersize=7,
+                axes.plot(*point, MARKERS[index % len(MARKERS)], color=color_of(index), markersize=7,
                           markeredgewidth=0, gid=f"point-{index}-{place}", clip_on=False)  # fmt: skip
     axes.set_ylim(*span)
     axes.set_xlim(0, max(float(np.nanmax(x)) for x, _ in curves if np.isfinite(x).any()) or 1.0)

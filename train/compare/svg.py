@@ -1,6 +1,6 @@
-"""A matplotlib figure as SVG inside a page: shapes and text carry classes, which the page's style sheet colours.
+"""A matplotlib figure as SVG inside a page: shapes and text carry classes, which the page's style sheet colors.
 
-matplotlib writes a document of its own: colours and fonts in style attributes, markers as references, an id on every
+matplotlib writes a document of its own: colors and fonts in style attributes, markers as references, an id on every
 group. Inside a page this would not follow dark mode, and ids of several figures would collide.
 """
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Okabe and Ito's palette: told apart with every common form of color blindness, and by lightness in grey print.
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#010101")
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#010101")
 GRID, AXIS, QUIET, INK, TRACK, ON_BAR, WAITING = (
     "#d9d9d8", "#8c8c8b", "#5c6068", "#1d1f23", "#ecece7", "#fffffe", "#d0d0cf",
 )  # fmt: skip
-CLASSES = {colour: f"run{index}" for index, colour in enumerate(COLOURS)}
+CLASSES = {color: f"run{index}" for index, color in enumerate(COLORS)}
 CLASSES |= {GRID: "grid", AXIS: "axis", QUIET: "", INK: "ink", TRACK: "track", ON_BAR: "on-bar", WAITING: "waiting"}
 OPACITIES = ("opacity", "fill-opacity", "stroke-opacity")
 KEPT = (*OPACITIES, "stroke-width", "stroke-dasharray")
@@ -79,10 +79,10 @@ class _Converter:
     def _shape(self, geometry: ElementTree.Element, element: ElementTree.Element, kind: str) -> str:
         """A path; of a marker or a collection's member, moved to where it is used."""
         style = _style(geometry) | _style(element)
-        colour = next((style[key] for key in ("fill", "stroke") if style.get(key, "none") != "none"), None)
-        if colour is None:
+        color = next((style[key] for key in ("fill", "stroke") if style.get(key, "none") != "none"), None)
+        if color is None:
             return ""
-        own = CLASSES[colour]
+        own = CLASSES[color]
         kinds = f"{kind} {own}" if own.startswith("run") else own
         if any(float(style.get(key, 1)) < 1 for key in OPACITIES) and own.startswith("run"):
             kinds = f"{kind} {'faint' if kind == 'line' else 'see-through'} {own}"

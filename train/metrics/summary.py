@@ -113,7 +113,7 @@ class RunFacts:
     command: str | None = None  # runs of older versions did not keep it
 
 
-def summarise(
+def summarize(
     facts: RunFacts,
     records: Sequence[Mapping[str, Any]],
     measured: Mapping[str, Any],

@@ -16,7 +16,7 @@ from train.generate.texts import generate_text
 from train.metrics.energy import Energy, energy_metrics
 from train.metrics.flops import count_flops, peak_flops
 from train.metrics.hardware import hardware, versions
-from train.metrics.summary import RunFacts, latency_percentiles, summarise
+from train.metrics.summary import RunFacts, latency_percentiles, summarize
 from train.run.setup import ResolvedRun
 from train.utils.devices import device_name, matmul_precision
 from train.utils.files import write_json
@@ -65,7 +65,7 @@ def write_summary(
         fused_attention=run.attention[0] != "eager",
     )
     measured = memory | energy_metrics(energy, run.tokens_per_step) | measure_inference(run, model)
-    summary = summarise(
+    summary = summarize(
         facts,
         records,
         measured,

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from train.checkpoints.run_folder import FinishedRun
-from train.compare.charts import HEIGHT, Chart, Keys, Row, canvas, colour_of, label_x, nothing, row_figure
+from train.compare.charts import HEIGHT, Chart, Keys, Row, canvas, color_of, label_x, nothing, row_figure
 from train.compare.figures import UNKNOWN
 from train.compare.report.pipeline import pipeline_chart
 from train.compare.svg import INK
@@ -120,7 +120,7 @@ def roofline_chart(keys: Keys, kernels: Sequence[RunSummary]) -> Chart:
         gid = f"operator-{len(tooltips)}"
         rate = (row.flops_per_second or 0.0) / 1e9
         tooltips[gid] = f"{operator_in_scope(row)}: {rate:,.1f} GFLOP/s, {share:.1%} of a step"
-        axes.plot(row.intensity or 0.0, row.flops_per_second or 0.0, "o", color=colour_of(index), alpha=0.55, gid=gid,
+        axes.plot(row.intensity or 0.0, row.flops_per_second or 0.0, "o", color=color_of(index), alpha=0.55, gid=gid,
                   markersize=6 + 40 * math.sqrt(share), markeredgewidth=0, clip_on=False)  # fmt: skip
     return Chart("Roofline", note, figure, keys, tooltips=tooltips)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from train.checkpoints.run_folder import FinishedRun
-from train.compare.charts import HEIGHT, LEFT, RIGHT, WIDTH, Chart, Row, canvas, colour_of, nothing, row_figure, write
+from train.compare.charts import HEIGHT, LEFT, RIGHT, WIDTH, Chart, Row, canvas, color_of, nothing, row_figure, write
 from train.compare.svg import AXIS
 from train.metrics.memory_profile import CATEGORIES, MemoryProfile, Point
 from train.metrics.units import in_unit, short_count, unit_of
@@ -57,10 +57,10 @@ def stacked_areas(points: Sequence[Point], largest: float, divisor: float) -> "F
     edges = np.arange(len(points) + 1)
     tops = np.array([[getattr(point, name) for name in CATEGORIES] for point in points]).cumsum(axis=1) / divisor
     below = np.zeros(len(points))
-    for colour, name in enumerate(CATEGORIES):
-        axes.stairs(tops[:, colour], edges, baseline=below, fill=True, color=colour_of(colour), gid=f"area-{name}",
+    for color, name in enumerate(CATEGORIES):
+        axes.stairs(tops[:, color], edges, baseline=below, fill=True, color=color_of(color), gid=f"area-{name}",
                     linewidth=0)  # fmt: skip
-        below = tops[:, colour]
+        below = tops[:, color]
     starts, units_per_point = [0], (WIDTH - LEFT - RIGHT) / len(points)
     for phase, own in groupby(point.phase for point in points):
         count = len(list(own))

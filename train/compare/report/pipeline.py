@@ -1,10 +1,10 @@
 """The chart of a pipeline's step, of runs whose `profile/kernels.json` has a pipeline."""
 
-from train.compare.charts import RIGHT, TOP, WIDTH, Chart, bar, canvas, colour_of, label_x, write
+from train.compare.charts import RIGHT, TOP, WIDTH, Chart, bar, canvas, color_of, label_x, write
 from train.compare.svg import ON_BAR, WAITING
 from train.kernels.summary import PipelineTimeline
 
-COLOURS: dict[str, int | str] = {"forward": 0, "backward": 1, "optimizer": 2, "data": 4, "communication": WAITING}
+COLORS: dict[str, int | str] = {"forward": 0, "backward": 1, "optimizer": 2, "data": 4, "communication": WAITING}
 LEFT, ROW, GAP, AXIS = 96, 30, 6, 40
 NARROWEST_NUMBER = 14  # units of a span that has its micro-batch's number in it
 
@@ -40,11 +40,11 @@ def pipeline_chart(label: str, pipeline: PipelineTimeline) -> Chart:
             tooltips[gid] = f"{what}: {1e3 * seconds:,.2f} ms from {1e3 * span.start:,.2f} ms"
             second_chunk = bool(stages) and span.stage not in (None, stages[0])
             wide = max(0.4 / units_per_second, seconds)
-            bar(axes, 1e3 * span.start, top, 1e3 * wide, ROW, colour_of(COLOURS.get(span.phase, 5)), gid=gid,
+            bar(axes, 1e3 * span.start, top, 1e3 * wide, ROW, color_of(COLORS.get(span.phase, 5)), gid=gid,
                 alpha=0.6 if second_chunk else None)  # fmt: skip
             if span.micro_batch is not None and seconds * units_per_second >= NARROWEST_NUMBER:
                 middle = 1e3 * (span.start + seconds / 2)
                 write(axes, middle, top + ROW / 2, f"{span.micro_batch}", ON_BAR, ha="center", va="center", size=8)
     axes.set_yticks([number * (ROW + GAP) + ROW / 2 for number in range(len(names))], names)
-    keys = [(colour, phase) for phase, colour in COLOURS.items() if phase in {span.phase for span in spans}]
+    keys = [(color, phase) for phase, color in COLORS.items() if phase in {span.phase for span in spans}]
     return Chart(f"The pipeline of {label}: {pipeline.idle_share:.1%} idle", note, figure, keys, "bar", tooltips)
