@@ -82,13 +82,13 @@ def test_what_would_overrule_the_run_is_refused(
     monkeypatch: pytest.MonkeyPatch, variable: str, value: str, words: list[str]
 ) -> None:
     asked(monkeypatch, **{variable: value})
-    settled = dataclasses.replace(OPTIMIZED, mixed_precision="no", gradient_accumulation_steps=1, max_grad_norm=0.5)
+    resolved = dataclasses.replace(OPTIMIZED, mixed_precision="no", gradient_accumulation_steps=1, max_grad_norm=0.5)
     with pytest.raises(UserError) as error:
-        launcher.check(settled, {"stage": 2, "offload_optimizer": {"device": "cpu"}})
+        launcher.check(resolved, {"stage": 2, "offload_optimizer": {"device": "cpu"}})
     assert all(word in str(error.value) for word in words), str(error.value)
 
 
 def test_the_same_number_written_otherwise_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
     asked(monkeypatch, GRADIENT_CLIPPING="1", DYNAMO_BACKEND="NO", MIXED_PRECISION="no")
-    settled = dataclasses.replace(OPTIMIZED, mixed_precision="bf16", gradient_accumulation_steps=1, max_grad_norm=1.0)
-    launcher.check(settled, {"stage": 2})
+    resolved = dataclasses.replace(OPTIMIZED, mixed_precision="bf16", gradient_accumulation_steps=1, max_grad_norm=1.0)
+    launcher.check(resolved, {"stage": 2})

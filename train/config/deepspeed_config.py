@@ -2,6 +2,7 @@
 
 import copy
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,32 +41,24 @@ ELSEWHERE = {
 
 
 def resolve(config: RunConfig, world_size: int, bf16_is_fast: bool) -> tuple[RunConfig, dict[str, Any]]:
-    """Settle an optimized run: the flags with no number left open, and the JSON with no "auto" left in it.
+    """An optimized run's flags with every number that the JSON sets, and the JSON without any "auto".
 
-    A number stands in the flag, in the JSON, in both when they agree, or in neither (then the flag's default holds).
-    Where no JSON is named, the fields of Accelerate's file stand for one.
+    A number is in the flag, in the JSON, in both if they agree, or in neither (then the flag's default holds). Where
+    no JSON is named, the fields of Accelerate's file stand for one.
 
     Raises:
         UserError: for an unreadable file, an unknown key, or a number that contradicts a flag.
     """
-    file, settings = _named(config.deepspeed_config)
+    file, settings = _settings(config.deepspeed_config)
 
-    def agree(key: str, flag: str) -> Any:
-        asked, written = getattr(config, flag), settings.get(key, "auto")
-        if written == "auto":
-            return ENGINE_DEFAULTS[flag] if asked is None else asked
-        if asked is not None and asked != written:
-            raise UserError(f'{file}: "{key}" is {written} and --{flag} is {asked}; make them agree or write "auto"')
-        return written
+    def number(key: str, kind: str, flag: str) -> Any:
+        given = getattr(config, flag)
+        value = _agree(file, key, settings.get(key, "auto"), kind, given, f"{flag} is {given}")
+        return ENGINE_DEFAULTS[flag] if value is None else value
 
-    micro_batch = agree("train_micro_batch_size_per_gpu", "train_micro_batch_size_per_gpu")
-    accumulation = agree("gradient_accumulation_steps", "gradient_accumulation_steps")
-    clipping = agree("gradient_clipping", "max_grad_norm")
-    for key, value in (("train_micro_batch_size_per_gpu", micro_batch), ("gradient_accumulation_steps", accumulation)):
-        if type(value) is not int or value < 1:
-            raise UserError(f'{file}: "{key}" is {value!r}; write a whole number of at least 1, or "auto"')
-    if type(clipping) not in (int, float) or not 0 <= clipping < float("inf"):
-        raise UserError(f'{file}: "gradient_clipping" is {clipping!r}; write a number of at least 0, or "auto"')
+    micro_batch = number("train_micro_batch_size_per_gpu", "count", "train_micro_batch_size_per_gpu")
+    accumulation = number("gradient_accumulation_steps", "count", "gradient_accumulation_steps")
+    clipping = float(number("gradient_clipping", "norm", "max_grad_norm"))
     bf16 = _bf16(config, settings, file, bf16_is_fast)
     stages, mode, interval = _pipeline(config, settings, file, world_size)
     product = micro_batch * accumulation * (world_size // stages)
@@ -79,7 +72,7 @@ def resolve(config: RunConfig, world_size: int, bf16_is_fast: bool) -> tuple[Run
         "train_batch_size": product,
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": float(clipping),
+        "gradient_clipping": clipping,
         "bf16": {**settings.get("bf16", {}), "enabled": bf16},
         "fp16": {"enabled": False},
     }
@@ -89,7 +82,7 @@ def resolve(config: RunConfig, world_size: int, bf16_is_fast: bool) -> tuple[Run
         config,
         train_micro_batch_size_per_gpu=micro_batch,
         gradient_accumulation_steps=accumulation,
-        max_grad_norm=float(clipping),
+        max_grad_norm=clipping,
         pipeline_stages=stages,
         activation_checkpointing=mode,
         activation_checkpointing_interval=interval or 1,
@@ -98,8 +91,32 @@ def resolve(config: RunConfig, world_size: int, bf16_is_fast: bool) -> tuple[Run
     return config, settings
 
 
-def _named(name: str | None) -> tuple[str, dict[str, Any]]:
-    """Where the settings stand, for messages, and the settings."""
+KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "count": (lambda value: type(value) is int and value >= 1, "a whole number of at least 1"),
+    "interval": (lambda value: type(value) is int and value >= 0, "a whole number of at least 0"),
+    "norm": (lambda value: type(value) in (int, float) and 0 <= value < float("inf"), "a number of at least 0"),
+    "switch": (lambda value: type(value) is bool, "true, false"),
+}
+
+
+def _agree(file: str, key: str, written: Any, kind: str, given: Any, flag: str) -> Any:
+    """The one rule for every key that is a flag too: the JSON's value, or the flag's if that is "auto".
+
+    Refuses a value that is not of its kind, and two values that differ. `flag` is the flag and its value for messages.
+    None where neither has a value.
+    """
+    if written == "auto":
+        return given
+    is_valid, expected = KINDS[kind]
+    if not is_valid(written):
+        raise UserError(f'{file}: "{key}" is {written!r}; write {expected}, or "auto"')
+    if given is not None and given != written:
+        raise UserError(f'{file}: "{key}" is {json.dumps(written)} and --{flag}; make them agree or write "auto"')
+    return written
+
+
+def _settings(name: str | None) -> tuple[str, dict[str, Any]]:
+    """The name of the settings' source, for messages, and the settings."""
     if name is not None:
         file = shipped.deepspeed_json(name)
         return str(file), read(file)
@@ -113,7 +130,7 @@ def _named(name: str | None) -> tuple[str, dict[str, Any]]:
 
 
 def read(file: Path) -> dict[str, Any]:
-    """The JSON's top level, every key of it one that is obeyed."""
+    """The JSON's top level, whose keys are all supported."""
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -126,7 +143,7 @@ def read(file: Path) -> dict[str, Any]:
         raise UserError(f"{file}: holds a {type(settings).__name__}; a DeepSpeed configuration is an object")
     for key in settings:
         if key in ELSEWHERE:
-            raise UserError(f'{file}: "{key}" is not obeyed; {ELSEWHERE[key]}, and remove the block')
+            raise UserError(f'{file}: "{key}" is not supported; {ELSEWHERE[key]}, and remove the block')
         if key not in ENGINE_KEYS:
             raise UserError(f'{file}: nothing reads the key "{key}"; correct its spelling or remove it')
     return settings
@@ -176,31 +193,24 @@ def _pipeline(config: RunConfig, settings: dict[str, Any], file: str, world_size
     return stages, mode, interval
 
 
-def _stages(asked: int | None, block: Any, file: str) -> int:
-    """From --pipeline_stages or the JSON's "pipeline" block, which has to make sense with it."""
+def _stages(given: int | None, block: Any, file: str) -> int:
+    """From --pipeline_stages or the JSON's "pipeline" block, whose keys are checked."""
     if block is None:
-        return asked or 1
+        return given or 1
     if not isinstance(block, dict):
         raise UserError(f'{file}: "pipeline" is {block!r}; write {{"stages": "auto", "partition": "cost"}}')
     for key in block:
         if key not in PIPELINE_KEYS:
             raise UserError(
-                f'{file}: "pipeline.{key}" is not obeyed; {", ".join(PIPELINE_KEYS)} are, remove the others'
+                f'{file}: "pipeline.{key}" is not supported; {", ".join(PIPELINE_KEYS)} are, remove the others'
             )
-    stages, method = block.get("stages", "auto"), block.get("partition", "auto")
-    if stages == "auto":
-        if asked is None:
-            raise UserError(
-                f'{file}: has a "pipeline" block, but nothing says how many stages; give --pipeline_stages, or write '
-                '"stages"'
-            )
-        stages = asked
-    elif type(stages) is not int or stages < 1:
-        raise UserError(f'{file}: "pipeline.stages" is {stages!r}; write a whole number of at least 1, or "auto"')
-    elif asked not in (None, stages):
+    flag = f"pipeline_stages is {given}"
+    stages = _agree(file, "pipeline.stages", block.get("stages", "auto"), "count", given, flag)
+    if stages is None:
         raise UserError(
-            f'{file}: "pipeline.stages" is {stages} and --pipeline_stages is {asked}; make them agree or write "auto"'
+            f'{file}: has a "pipeline" block without a number of stages; give --pipeline_stages, or write "stages"'
         )
+    method = block.get("partition", "auto")
     if not isinstance(method, str | list):
         raise UserError(f'{file}: "pipeline.partition" is {method!r}; write "cost" or a list of layers for each stage')
     if stages == 1 and isinstance(method, list):
@@ -209,19 +219,17 @@ def _stages(asked: int | None, block: Any, file: str) -> int:
 
 
 def _activation_checkpointing(config: RunConfig, block: dict[str, Any], file: str) -> tuple[Any, int]:
-    """The mode and the interval, from the flags or the JSON's "pipeline" block; an interval of 0 there is no mode."""
-    mode, asked = config.activation_checkpointing, config.activation_checkpointing_interval
-    written = block.get("activation_checkpoint_interval", "auto")
-    key = f'{file}: "pipeline.activation_checkpoint_interval" is {written!r}'
-    if written == "auto":
-        return (mode or "none", 0 if mode in (None, "none") else asked or 1)
-    if type(written) is not int or written < 0:
-        raise UserError(f'{key}; write a whole number of at least 0, or "auto"')
-    if mode is not None and (mode == "none") != (written == 0):
-        raise UserError(f'{key} and --activation_checkpointing is {mode}; make them agree or write "auto"')
-    if asked not in (None, written):
-        raise UserError(f'{key} and --activation_checkpointing_interval is {asked}; make them agree or write "auto"')
-    return mode or ("full" if written else "none"), written
+    """The mode and the interval, from the flags or the JSON's "pipeline" block; an interval of 0 there is "none"."""
+    mode, given = config.activation_checkpointing, config.activation_checkpointing_interval
+    key, flag = "pipeline.activation_checkpoint_interval", f"activation_checkpointing_interval is {given}"
+    if mode == "none":
+        given, flag = 0, "activation_checkpointing is none"
+    interval = _agree(file, key, block.get("activation_checkpoint_interval", "auto"), "interval", given, flag)
+    if interval is None:
+        interval = 0 if mode is None else 1
+    if interval == 0 and mode not in (None, "none"):
+        raise UserError(f'{file}: "{key}" is 0 and --activation_checkpointing is {mode}; write "auto"')
+    return mode or ("full" if interval else "none"), interval
 
 
 def _bf16(config: RunConfig, settings: dict[str, Any], file: str, bf16_is_fast: bool) -> bool:
@@ -230,18 +238,11 @@ def _bf16(config: RunConfig, settings: dict[str, Any], file: str, bf16_is_fast: 
             raise UserError(f'{file}: "{block}" is {settings[block]!r}; write {{"enabled": "auto"}}')
     if settings.get("fp16", {}).get("enabled", False) not in (False, "auto"):
         raise UserError(f'{file}: "fp16" is not supported, its loss scale would break exact resuming; use "bf16"')
+    given = {"bf16": True, "no": False}.get(config.mixed_precision or "auto")
     written = settings.get("bf16", {}).get("enabled", "auto")
-    asked = {"bf16": True, "no": False}.get(config.mixed_precision or "auto")
-    if written == "auto":
-        return bf16_is_fast if asked is None else asked
-    if type(written) is not bool:
-        raise UserError(f'{file}: "bf16.enabled" is {written!r}; write true, false or "auto"')
-    if asked is not None and asked != written:
-        raise UserError(
-            f'{file}: "bf16.enabled" is {str(written).lower()} and --mixed_precision is {config.mixed_precision}; '
-            'make them agree or write "auto"'
-        )
-    return written
+    flag = f"mixed_precision is {config.mixed_precision}"
+    bf16 = _agree(file, "bf16.enabled", written, "switch", given, flag)
+    return bf16_is_fast if bf16 is None else bf16
 
 
 def _check_zero(settings: dict[str, Any], file: str, bf16: bool) -> None:

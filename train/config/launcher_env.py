@@ -1,4 +1,4 @@
-"""What Accelerate's file and command line ask of a run, by the environment that `accelerate launch` leaves."""
+"""What Accelerate's file and command line ask of a run, read from the environment that `accelerate launch` sets."""
 
 import json
 import os
@@ -30,7 +30,7 @@ def deepspeed_fields() -> dict[str, Any] | None:
     It is the shipped JSON of the stage, with the numbers, devices and precision of the fields in it.
 
     Raises:
-        UserError: for a field that could not be obeyed.
+        UserError: for a field that is not supported.
     """
     if "ACCELERATE_DEEPSPEED_ZERO_STAGE" not in os.environ:
         return None
@@ -47,7 +47,7 @@ def deepspeed_fields() -> dict[str, Any] | None:
                 f"{FIELDS}: {key}_device is {device}; write cpu or none, or name a JSON with --deepspeed_config"
             )
     if "offload_param" in settings["zero_optimization"] and stage != "3":
-        raise UserError(f"{FIELDS}: offload_param_device is cpu; only zero_stage 3 shares weights out, write none")
+        raise UserError(f"{FIELDS}: offload_param_device is cpu; only zero_stage 3 partitions the weights, write none")
     for key in ("gradient_accumulation_steps", "gradient_clipping"):
         settings[key] = yaml.safe_load(_asked(key.upper()))
     precision = _asked("MIXED_PRECISION")
@@ -59,10 +59,10 @@ def deepspeed_fields() -> dict[str, Any] | None:
 
 
 def check(config: RunConfig, zero: dict[str, Any]) -> None:
-    """Refuse what would be overruled, or would overrule the run's.
+    """Refuse settings of the launcher that contradict the run's.
 
     Args:
-        config: settled.
+        config: with all flags resolved.
         zero: the block of this name in the DeepSpeed JSON; empty in a baseline.
 
     Raises:
@@ -73,10 +73,10 @@ def check(config: RunConfig, zero: dict[str, Any]) -> None:
         ("PARALLELISM_CONFIG", "use --pipeline_stages, or fsdp_config"),
     ):
         if asks(kind):
-            raise UserError(f"the launcher asks for {kind.lower()}, which is not obeyed here: {remedy}")
+            raise UserError(f"the launcher asks for {kind.lower()}, which is not supported: {remedy}")
     if _asked("DYNAMO_BACKEND").lower() not in ("no", "auto"):
         raise UserError(f"the launcher's dynamo_backend is {_asked('DYNAMO_BACKEND')}: use --torch_compile")
-    for key, variable, settled in (
+    for key, variable, resolved in (
         ("mixed_precision", "MIXED_PRECISION", config.mixed_precision),
         ("gradient_accumulation_steps", "GRADIENT_ACCUMULATION_STEPS", config.gradient_accumulation_steps),
         ("gradient_clipping", "GRADIENT_CLIPPING", config.max_grad_norm),
@@ -85,15 +85,15 @@ def check(config: RunConfig, zero: dict[str, Any]) -> None:
         ("offload_param_device", "DEEPSPEED_OFFLOAD_PARAM_DEVICE", _device(zero, "offload_param")),
     ):
         asked = _asked(variable)
-        if asked not in ("auto", str(settled)) and yaml.safe_load(asked) != settled:
+        if asked not in ("auto", str(resolved)) and yaml.safe_load(asked) != resolved:
             raise UserError(
-                f"the launcher's {key} is {asked}, but the run's is {settled}: remove it there; it is set by the "
+                f"the launcher's {key} is {asked}, but the run's is {resolved}: remove it there; it is set by the "
                 "run's flags and DeepSpeed JSON"
             )
 
 
 def forget() -> None:
-    """Take what is settled out of the environment: Accelerate refuses fields beside a JSON, and cannot read "auto"."""
+    """Remove the fields from the environment: Accelerate refuses them beside a JSON, and cannot read "auto"."""
     for variable in list(os.environ):
         if variable.startswith("ACCELERATE_DEEPSPEED_") or variable in (
             "ACCELERATE_CONFIG_DS_FIELDS",
@@ -103,10 +103,10 @@ def forget() -> None:
 
 
 def _asked(variable: str) -> str:
-    """A setting as it was written, "auto" where nothing was said."""
+    """A setting as it was written, "auto" if it was not."""
     asked = os.environ.get(f"ACCELERATE_{variable}", "auto")
     if variable == "MIXED_PRECISION" and asked == "no":
-        # It is "no" also where nothing was said; of a DeepSpeed launch there is a list of what the file has.
+        # It is "no" by default too; a DeepSpeed launch also sets a list of the fields that the file has.
         written = "mixed_precision" in os.environ.get("ACCELERATE_CONFIG_DS_FIELDS", "").split(",")
         return "no" if written else "auto"
     return asked
