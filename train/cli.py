@@ -9,8 +9,8 @@ from train.utils.errors import UserError, did_you_mean
 
 # Name, the module with its `main` (`python -m` runs the same), and what it does.
 TOOLS = {
-    "preprocess": ("train.preprocess_data.__main__", "tokenize text: train.bin and val.bin"),
-    "train": ("train.__main__", "train GPT-2 on them, plain or through DeepSpeed"),
+    "preprocess": ("train.preprocess_data.__main__", "tokenize text into token files, train.bin and val.bin"),
+    "train": ("train.__main__", "train GPT-2 on token files, plain or through DeepSpeed"),
     "generate": ("train.generate.__main__", "generate text with a trained model"),
     "compare": ("train.compare.__main__", "compare finished runs: a report, a gate"),
     "kernels": ("train.kernels.__main__", "show where the time of profiled steps goes"),
