@@ -124,7 +124,7 @@ def test_a_job_of_two_machines_restarts(machines: list[Machine], flags: list[str
         second.worker(1).kill()
         assert first.end() == 0, first.said() + second.said()
         assert second.end() == 0, second.said()
-        assert first.said().count("restarted by the launcher: the run goes on from") == 1
+        assert first.said().count("restarted by the launcher: the run resumes from") == 1
     assert losses(tmp_path / "optimized") == losses(tmp_path / "whole" / "optimized")
 
 

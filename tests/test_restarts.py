@@ -1,4 +1,4 @@
-"""A job that its launcher restarts goes on from its last whole checkpoint, to the losses of one never interrupted."""
+"""A job restarted by its launcher resumes from its last checkpoint, with the losses of an uninterrupted one."""
 
 import os
 import sys
@@ -38,7 +38,7 @@ def test_a_restarted_job_ends_with_the_losses_of_an_uninterrupted_one(
         said = started.said()
         assert f"rank {victim} of 2: ended by SIGKILL" in said
         assert said.count(RESTARTED) == 1
-        assert f"{RESTARTED} goes on from {broken / run}/step-" in said
+        assert f"{RESTARTED} resumes from {broken / run}/step-" in said
     assert losses(broken / run) == losses(whole / run)
     assert [record["step"] for record in records(broken / run)] == list(range(1, 41))
     assert (broken / run / "metrics.json").exists()
@@ -46,15 +46,15 @@ def test_a_restarted_job_ends_with_the_losses_of_an_uninterrupted_one(
 
 
 @pytest.mark.slow
-def test_a_job_without_a_checkpoint_begins_anew(flags: list[str], finished: Path, tmp_path: Path) -> None:
-    """From the checkpoint of another run, where it was told to begin there."""
+def test_a_job_without_a_checkpoint_starts_again(flags: list[str], finished: Path, tmp_path: Path) -> None:
+    """From the checkpoint of another run, with which it was started."""
     train = ["-m", "train", *flags, *layout("baseline"), "--max_steps=100", f"--checkpoint_path={tmp_path}"]
     half = f"--resume_from_checkpoint={finished}/step-4"
     with job(*launcher("torchrun", "--max_restarts=1"), *train, half, cwd=tmp_path) as started:
         started.until_step(10, tmp_path / "baseline")
         started.worker(1).kill()
         assert started.end() == 0, started.said()
-        assert f"{RESTARTED} goes on from {finished}/step-4" in started.said()
+        assert f"{RESTARTED} resumes from {finished}/step-4" in started.said()
     assert [record["step"] for record in records(tmp_path / "baseline")] == list(range(1, 101))
 
 
