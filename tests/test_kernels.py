@@ -20,7 +20,7 @@ from train.kernels.op_costs import flops, moved_bytes
 from train.kernels.summary import SCHEMA, KernelsFile, group
 from train.kernels.traces import read_recording
 from train.metrics.annotations import annotate
-from train.run.profiling import Names
+from train.run.profiling import ModuleAnnotations
 from train.utils.errors import UserError
 from train.utils.json_files import from_json
 
@@ -58,8 +58,8 @@ def record(run: Path, slow_layer: int | None = None, checkpointing: bool = False
     if checkpointing:
         checkpoint_blocks(model, checkpoint_arguments("full"))
     optimizer = torch.optim.AdamW(model.parameters())
-    names = Names()
-    names.give(model.named_modules())
+    names = ModuleAnnotations()
+    names.add(model.named_modules())
     ids = tokens(4, 32)
     (run / "profile").mkdir(parents=True)
     plain = run / "trace.json"

@@ -24,7 +24,7 @@ from train.metrics.flops import count_flops
 from train.plan.memory import predict
 from train.plan.shapes import Layout, Shape
 from train.run import profiling
-from train.run.profiling import Names, Profiler
+from train.run.profiling import ModuleAnnotations, Profiler
 from train.utils import devices
 from train.utils.errors import UserError
 
@@ -157,8 +157,8 @@ def test_names_leave_nothing_behind_and_break_no_graph() -> None:
     expected = step()
     before = {name: dict(vars(module)) for name, module in model.named_modules()}
     graphs = counters["stats"]["unique_graphs"]
-    given = Names()
-    given.give(model.named_modules())
+    given = ModuleAnnotations()
+    given.add(model.named_modules())
     with torch.profiler.profile() as recorded:
         assert torch.equal(step(), expected)
     given.remove()

@@ -268,7 +268,7 @@ def check(config: RunConfig) -> None:
         refuse("profile_steps", "write the first step and the one after the last, for example 10:13")
     first, stop = map(int, config.profile_steps.split(":"))
     if not 2 <= first < stop:
-        refuse("profile_steps", "start at 2 or later, because the profiler warms up in the step before, and end after")
+        refuse("profile_steps", "start at 2 or later, for the profiler warms up in the step before, and end after it")
     if config.activation_checkpointing_interval is not None and config.activation_checkpointing in (None, "none"):
         refuse("activation_checkpointing_interval", "nothing is recomputed; give --activation_checkpointing full")
     if config.memory_snapshot and not config.profile:

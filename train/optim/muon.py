@@ -1,14 +1,14 @@
-"""Muon for the blocks' matrices and AdamW for all the rest, as the one optimizer that Accelerate and the engines see.
+"""Muon for the matrices of the blocks and AdamW for the rest, as one optimizer for Accelerate and the engines.
 
-Muon (Keller Jordan, https://kellerjordan.github.io/posts/muon/) is momentum of which every step is made nearly
-orthogonal, so that it moves all directions of a matrix alike, by five Newton-Schulz iterations in bf16. An orthogonal
-step of m x n has a root mean square of 1/√max(m, n); times 0.2 · √max(m, n) (Moonlight, arXiv:2502.16982, section 2.2)
-it is 0.2, about AdamW's, so that one learning rate and one weight decay serve both. Neither knows a matrix from its
-transpose, and GPT-2's layout (in, out) needs nothing done.
+Muon (Keller Jordan, https://kellerjordan.github.io/posts/muon/) is momentum whose update is made nearly orthogonal by
+five Newton-Schulz iterations in bf16, so that it moves all directions of a matrix equally. An orthogonal update of
+m x n has a root mean square of 1/√max(m, n); times 0.2 · √max(m, n) (Moonlight, arXiv:2502.16982, section 2.2) it is
+0.2, about AdamW's, so that one learning rate and one weight decay serve both. The update of a transposed
+matrix is the transposed update, so GPT-2's layout (in, out) needs no conversion.
 
-c_attn, in which queries, keys and values stand side by side, is made orthogonal as a whole, as PyTorch sees it. In
-thirds, as others have it, four layers of width 64 learned the same in 200 steps (validation 2.289 nats whole against
-2.293 in thirds, 2.200 against 2.195, 2.108 against 2.113 at rates of 4e-3, 8e-3, 1.6e-2).
+c_attn, which holds queries, keys and values side by side, is orthogonalized as one matrix. Orthogonalized as three
+matrices, as elsewhere, four layers of width 64 learned the same in 200 steps (validation 2.289 nats as one against
+2.293 as three, 2.200 against 2.195, 2.108 against 2.113 at rates of 4e-3, 8e-3, 1.6e-2).
 """
 
 from typing import Any
@@ -18,10 +18,10 @@ from torch.distributed.tensor import DTensor, Replicate
 
 
 class Muon(torch.optim.Muon):
-    """PyTorch's Muon, and where FSDP2 keeps shards, whole matrix by whole matrix, bit for bit the same.
+    """PyTorch's Muon; on FSDP2's shards it gathers one full matrix after the other, with bit-identical results.
 
-    PyTorch 2.13's own step on shards adds up parts in bf16: three of them on two processes end 0.007 to 0.016 of their
-    length away. The momentum of shards must be there before the first step (`engines.state.create_moments`).
+    PyTorch 2.13's own step on shards sums partial products in bf16: three steps on two processes deviate by 0.007 to
+    0.016 of their norm. The momentum of shards must exist before the first step (`engines.state.create_moments`).
     """
 
     @torch.no_grad()
@@ -32,7 +32,7 @@ class Muon(torch.optim.Muon):
             super().step()
             return
         for parameter in gradients:
-            parameter.grad = None  # a step passes over what has no gradient
+            parameter.grad = None  # `step` skips parameters without a gradient
         for parameter, gradient in gradients.items():
             momentum = self.state[parameter]["momentum_buffer"]
             self.state[parameter]["momentum_buffer"] = _gathered(momentum)
@@ -48,7 +48,7 @@ def _gathered(tensor: DTensor) -> DTensor:
 
 
 class MuonAndAdamW(torch.optim.Optimizer):
-    """Two optimizers with one list of groups, Muon's first, and one state."""
+    """Two optimizers that share one list of parameter groups, Muon's first, and one state."""
 
     def __init__(self, muon: Muon, adamw: torch.optim.AdamW) -> None:
         self.muon, self.adamw = muon, adamw
@@ -56,7 +56,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
         self._share()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Where `load_state_dict` ends, with new groups and a new state; Accelerate calls it on taking one in."""
+        """Called at the end of `load_state_dict`, with new groups and state, and when Accelerate prepares one."""
         super().__setstate__(state)
         self._share()
 
@@ -67,7 +67,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
 
     @property
     def matrices(self) -> list[torch.Tensor]:
-        """What is Muon's."""
+        """The parameters that Muon updates."""
         return [p for group in self.muon.param_groups for p in group["params"]]
 
     def step(self, closure: Any = None) -> Any:

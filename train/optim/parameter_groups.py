@@ -1,11 +1,11 @@
-"""AdamW over GPT-2's parameters, or Muon for the blocks' matrices and AdamW for the rest; which of them decay."""
+"""AdamW, or Muon for the matrices of the blocks and AdamW for the rest; which parameters have weight decay."""
 
 import torch
 from torch import nn
 
 from train.optim.muon import Muon, MuonAndAdamW
 
-# What an optimizer keeps of a parameter between steps, as torch.optim names it.
+# The state that an optimizer keeps for each parameter, under torch.optim's names.
 ADAMW_MOMENTS = ("exp_avg", "exp_avg_sq")
 MUON_MOMENTS = ("momentum_buffer",)
 
@@ -16,7 +16,7 @@ def is_hidden_matrix(name: str) -> bool:
 
 
 def moments_of(optimizer: str, name: str) -> tuple[str, ...]:
-    """What `optimizer` ("adamw" or "muon") keeps of the parameter `name`; each has the parameter's shape."""
+    """The moments that `optimizer` ("adamw" or "muon") keeps for the parameter `name`, each of its shape."""
     return MUON_MOMENTS if optimizer == "muon" and is_hidden_matrix(name) else ADAMW_MOMENTS
 
 
@@ -27,7 +27,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
-        # `ds_shape` is a ZeRO-3 parameter's whole shape; its own is that of an empty placeholder.
+        # `ds_shape` is the full shape of a ZeRO-3 parameter, whose `shape` is that of an empty placeholder.
         {"params": [p for p in parameters if len(getattr(p, "ds_shape", p.shape)) >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if len(getattr(p, "ds_shape", p.shape)) < 2], "weight_decay": 0.0},
     ]
@@ -43,9 +43,9 @@ def build_optimizer(
     betas: tuple[float, float],
     fused: bool,
 ) -> torch.optim.AdamW | MuonAndAdamW:
-    """AdamW (arXiv:1711.05101) over `parameter_groups`, or "muon": it for the blocks' matrices, AdamW for the others.
+    """AdamW (arXiv:1711.05101) over `parameter_groups`; with "muon", Muon for the matrices of the blocks instead.
 
-    `fused` takes PyTorch's one-kernel step of AdamW.
+    `fused` selects PyTorch's fused AdamW.
     """
     groups = parameter_groups(model, weight_decay)
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]

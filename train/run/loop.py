@@ -35,12 +35,12 @@ def save(engine: Engine, run: ResolvedRun, step: int) -> None:
             config.run_folder, run.model_config, run.tokenizer, tensors, run.state(step), config.save_total_limit
         )
     for _ in tensors:
-        pass  # the other processes only take part in the gathering
+        pass  # the other processes only take part in gathering
     engine.wait()
 
 
 def train(run: ResolvedRun) -> None:
-    """Train from the run's checkpoint, or from nothing, to its last step; leave the run folder finished."""
+    """Train from the run's checkpoint, or from step 0, to its last step, and finish the run folder."""
     config = run.config
     assert config.learning_rate is not None
     engine = build(run)

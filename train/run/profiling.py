@@ -1,7 +1,8 @@
 """`--profile`: the steps of `--profile_steps` under torch.profiler, a trace per process in RUN/profile/rank-N.json.gz.
 
-One step before them the profiler warms up, the modules of the model get their names, and the main process follows
-every tensor, for RUN/profile/memory.json; after them all is gone, so that other steps run as they would without.
+In the step before them the profiler warms up, the model's modules are annotated with their names, and the main process
+tracks the memory of every tensor for RUN/profile/memory.json. After them all of it is removed, so that it does not
+affect the other steps.
 """
 
 import functools
@@ -29,16 +30,16 @@ from train.utils.files import atomic_write
 
 
 class Profiler(AbstractContextManager):
-    """Records the steps that the run's flags name; without `--profile` it does nothing."""
+    """Records the steps that --profile_steps names; without --profile it does nothing."""
 
     def __init__(self, run: ResolvedRun, engine: Engine, done: int) -> None:
-        """`done`: the optimizer steps before this process's first."""
+        """`done`: the number of optimizer steps before the first one of this process."""
         self.run = run
         self.engine = engine
         self.done = done
-        self.names = Names()
+        self.annotations = ModuleAnnotations()
         self.peak_before: dict[str, Any] | None = None
-        """Peak memory of a process on a CPU before the profiler, whose records stay resident among the tensors."""
+        """On a CPU, peak memory of the process before the profiler starts, whose records stay in memory."""
         self.profile: profile | None = None
         self.memory: MemoryTracker | None = None
         if run.config.profiled is None:
@@ -51,7 +52,7 @@ class Profiler(AbstractContextManager):
         self.folder = run.config.run_folder / "profile"
         self.facts = trace_metadata(run_facts(run, engine, self.recorded), engine.rank)
         if engine.is_main:
-            shutil.rmtree(self.folder, ignore_errors=True)  # of an earlier attempt, perhaps with more processes
+            shutil.rmtree(self.folder, ignore_errors=True)  # an earlier attempt may have had more processes
         self.profile = profile(
             activities=devices.profiler_activities(engine.device),
             schedule=schedule(wait=self.recorded.start - 2 - done, warmup=1, active=len(self.recorded), repeat=1),
@@ -67,7 +68,7 @@ class Profiler(AbstractContextManager):
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.names.remove()
+        self.annotations.remove()
         self._stop_tracking()
         if self.profile is not None:
             self.profile.stop()
@@ -90,18 +91,18 @@ class Profiler(AbstractContextManager):
         self.profile.step()
         self._prepare_if_next()
         if self.done == self.recorded.start - 1:
-            # Kineto takes metadata while it records, and at no other time.
+            # Kineto accepts metadata only while it records.
             self.profile.add_metadata_json(METADATA_KEY, self.facts)
             if self.run.config.memory_snapshot:
                 devices.record_memory_history()
         if self.done == self.recorded.stop - 1:
-            self.names.remove()
+            self.annotations.remove()
 
     def _prepare_if_next(self) -> None:
         if self.done != self.recorded.start - 2:
             return
-        self.names.give(self.engine.named_modules())
-        # Not of compiled blocks: torch.compile steps aside for whoever looks at every operator.
+        self.annotations.add(self.engine.named_modules())
+        # Not with compiled blocks: torch.compile falls back to eager under a TorchDispatchMode.
         if self.engine.is_main and not self.run.config.torch_compile:
             vocabulary = self.run.model_config.vocab_size
             self.memory = MemoryTracker(self.engine.held_tensors, vocabulary, self.engine.device.type)
@@ -116,7 +117,7 @@ class Profiler(AbstractContextManager):
 
     def _write(self, recorded: profile) -> None:
         if self.done < self.recorded.stop - 1:
-            return  # an error has ended the run before its time
+            return  # an error has ended the run early
         self.folder.mkdir(exist_ok=True)
         file = self.folder / f"rank-{self.engine.rank}.json.gz"
         plain = file.with_name(f".{file.stem}")
@@ -131,38 +132,38 @@ class Profiler(AbstractContextManager):
                 devices.dump_memory_history(temporary)
 
 
-class Names:
-    """Modules that say their names to the profiler whenever they are called, until that is taken back."""
+class ModuleAnnotations:
+    """Annotates every call of a module with its name for the profiler, until it is removed."""
 
     def __init__(self) -> None:
         self._undo: list[Callable[[], None]] = []
 
-    def give(self, modules: Iterator[tuple[str, nn.Module]]) -> None:
+    def add(self, modules: Iterator[tuple[str, nn.Module]]) -> None:
         compiled: tuple[str, ...] = ()
         for name, module in list(modules):
             if name.startswith(compiled):
-                continue  # its call is part of a compiled graph, which a name would break
+                continue  # its call is part of a compiled graph, which an annotation would break
             if isinstance(module, GPT2FlashForCausalLM):
-                self._name(module, "_loss", LOSS)
+                self._annotate(module, "_loss", LOSS)
             elif name:
                 if hasattr(module.forward, "_torchdynamo_orig_callable"):
                     compiled = (*compiled, f"{name}.")
-                self._name(module, "forward", module_annotation(name))
+                self._annotate(module, "forward", module_annotation(name))
 
     def remove(self) -> None:
         while self._undo:
             self._undo.pop()()
 
-    def _name(self, owner: nn.Module, attribute: str, annotation: str) -> None:
+    def _annotate(self, owner: nn.Module, attribute: str, annotation: str) -> None:
         call = getattr(owner, attribute)
 
         @functools.wraps(call)
-        def named(*args: Any, **kwargs: Any) -> Any:
+        def annotated(*args: Any, **kwargs: Any) -> Any:
             with record_function(annotation):
                 return call(*args, **kwargs)
 
         own = attribute in vars(owner)
-        setattr(owner, attribute, named)
+        setattr(owner, attribute, annotated)
         self._undo.append(lambda: setattr(owner, attribute, call) if own else delattr(owner, attribute))
 
 

@@ -1,8 +1,8 @@
-"""Experiment trackers: where each keeps what it is told, and how a run that goes on finds its own record again.
+"""Experiment trackers: where each stores its records, and how a resumed run continues its own record.
 
-Accelerate starts them, on the main process alone. Left to themselves they would write into the working directory or
-the home folder; here it is the run's folder, unless their own environment variables say where. What a later attempt
-needs to go on in the same record is in RUN/trackers.json.
+Accelerate starts them, on the main process only. By default they write into the working directory or the home folder;
+here they write into the run folder, unless their own environment variables are set. RUN/trackers.json has what a later
+attempt needs to continue the same record.
 """
 
 import json
@@ -29,27 +29,27 @@ def check(report_to: str) -> None:
 
 
 def start(accelerator: Accelerator, run_folder: Path, config: dict[str, Any], step: int) -> None:
-    """Start the trackers of a run at `step`, with its hyper-parameters where they are not recorded yet.
+    """Start the trackers of a run at `step`; hyper-parameters are recorded at the first start.
 
     Raises:
-        UserError: when one cannot be started, as without a login or a server.
+        UserError: when one cannot be started, for example without a login or a server.
     """
     folder, file = run_folder.resolve(), run_folder / RECORDS
-    places = {
+    folders = {
         "WANDB_DIR": f"{folder}",
         "TRACKIO_DIR": f"{folder / 'trackio'}",
         "MLFLOW_TRACKING_URI": f"sqlite:///{folder / 'mlflow.db'}",
     }
-    for variable, place in places.items():
-        os.environ.setdefault(variable, place)
+    for variable, value in folders.items():
+        os.environ.setdefault(variable, value)
     records = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    how = {name: _again(name, record, step) for name, record in records.items()}
+    arguments = {name: _resume_arguments(name, record, step) for name, record in records.items()}
     try:
-        accelerator.init_trackers(PROJECT, init_kwargs=how)
+        accelerator.init_trackers(PROJECT, init_kwargs=arguments)
         for tracker in accelerator.trackers:
-            if tracker.name not in records or tracker.name == "trackio":  # which forgets those it had
+            if tracker.name not in records or tracker.name == "trackio":  # trackio drops the ones it had
                 tracker.store_init_configuration(config)
-            records[tracker.name] = _record(tracker)
+            records[tracker.name] = _record_id(tracker)
     except Exception as error:  # each has its own
         names = ", ".join(str(name) for name in accelerator.log_with)
         raise UserError(f"--report_to {names}: cannot be started: {first_line(error)}") from error
@@ -57,19 +57,19 @@ def start(accelerator: Accelerator, run_folder: Path, config: dict[str, Any], st
         write_json(file, records)
 
 
-def _again(name: str, record: str | None, step: int) -> dict[str, Any]:
-    """What a tracker is told for it to go on in a record after `step`."""
-    again: dict[str, dict[str, Any]] = {
+def _resume_arguments(name: str, record: str | None, step: int) -> dict[str, Any]:
+    """The init arguments with which a tracker continues a record after `step`."""
+    arguments: dict[str, dict[str, Any]] = {
         "tensorboard": {"purge_step": step + 1},
         "wandb": {"id": record, "resume": "allow"},
         "trackio": {"name": record, "resume": "allow"},
         "mlflow": {"run_id": record},
     }
-    return again[name]
+    return arguments[name]
 
 
-def _record(tracker: GeneralTracker) -> str | None:
-    """What a tracker calls the run."""
+def _record_id(tracker: GeneralTracker) -> str | None:
+    """The name or id that a tracker gave the run."""
     return {
         "tensorboard": lambda: None,
         "wandb": lambda: tracker.tracker.id,

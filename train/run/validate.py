@@ -1,4 +1,4 @@
-"""Validation loss and perplexity over the whole validation file, shared among all processes."""
+"""Validation loss and perplexity over the complete validation file, distributed over all processes."""
 
 from contextlib import closing
 
@@ -16,8 +16,8 @@ from train.metrics.annotations import annotate
 def validate(engine: Engine, batches: EvalBatches, micro_batch_size: int, max_steps: int | None) -> dict:
     """{"val_loss": mean nats per token, "perplexity", "val_tokens"}, every predicted token counted once.
 
-    All processes make the same number of steps (a forward pass may be collective); windows that do not divide among
-    them are filled with labels that count nothing. `max_steps` limits the batches per data-parallel process.
+    All processes make the same number of steps (a forward pass may be collective); blocks that do not
+    divide evenly are padded with ignored labels. `max_steps` limits the batches per data-parallel process.
     """
     steps = batches.steps(engine.data_world_size, micro_batch_size)
     steps = steps if max_steps is None else min(steps, max_steps)
