@@ -70,6 +70,13 @@ def torchrun(*words: object, cwd: Path, processes: int = 2) -> subprocess.Comple
     return command(*launch, *words, cwd=cwd)
 
 
+def train(*flags: object, cwd: Path, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """`python -m train` in a fork, for tests that do not depend on the start of the process."""
+    from tests.forks import run_module
+
+    return run_module("train", [str(flag) for flag in flags], cwd, check)
+
+
 def engine_steps(
     scenario: str, folder: Path, *flags: object, processes: int = 2, layout: str | None = None
 ) -> list[list[dict[str, Any]]]:
@@ -77,7 +84,7 @@ def engine_steps(
 
     The ranks are forked, unless `layout` names a file for `accelerate launch`.
     """
-    from tests.forked_ranks import run_ranks
+    from tests.forks import run_ranks
 
     words = [scenario, str(folder), *map(str, flags), f"--checkpoint_path={folder}"]
     if layout is not None:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from modeling_gpt2flash import GPT2FlashForCausalLM
 from modeling_gpt2flash.documents import document_bounds
-from tests.conftest import ROOT, accelerate, check_parity, losses, python, torchrun
+from tests.conftest import ROOT, accelerate, check_parity, losses, python, torchrun, train
 from train.data.batches import EvalBatches, TrainBatches, document_positions
 from train.data.token_file import open_tokens
 from train.data.tokenizer import END_OF_TEXT
@@ -115,7 +115,7 @@ def masked(flags: list[str], documents: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def masked_run(masked: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("masked")
-    python("-m", "train", *masked, f"--checkpoint_path={folder}", cwd=folder)
+    train(*masked, f"--checkpoint_path={folder}", cwd=folder)
     return folder / "baseline"
 
 
@@ -140,10 +140,10 @@ def test_validation_is_of_single_documents(masked_run: Path, documents: Path) ->
 def test_a_resume_without_the_mask_is_refused(masked: list[str], masked_run: Path, tmp_path: Path) -> None:
     unmasked = [flag for flag in masked if flag != "--document_mask"]
     resume = [f"--resume_from_checkpoint={masked_run}/step-4", f"--checkpoint_path={tmp_path}"]
-    done = python("-m", "train", *unmasked, *resume, cwd=tmp_path, check=False)
+    done = train(*unmasked, *resume, cwd=tmp_path, check=False)
     assert done.returncode == 2
     assert "was trained with document_mask True, this run has False" in done.stderr
-    python("-m", "train", *masked, *resume, cwd=tmp_path)
+    train(*masked, *resume, cwd=tmp_path)
     assert losses(tmp_path / "baseline") == losses(masked_run)
 
 
@@ -151,7 +151,7 @@ def test_a_resume_without_the_mask_is_refused(masked: list[str], masked_run: Pat
 def masked_in_bf16(masked: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("masked_in_bf16")
     bf16 = ["--mixed_precision=bf16", "--attn_implementation=sdpa"]
-    python("-m", "train", *masked, *bf16, f"--checkpoint_path={folder}", cwd=folder)
+    train(*masked, *bf16, f"--checkpoint_path={folder}", cwd=folder)
     return folder / "baseline"
 
 

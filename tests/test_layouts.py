@@ -16,8 +16,8 @@ from tests.conftest import (
     engine_steps,
     free_port,
     losses,
-    python,
     torchrun,
+    train,
 )
 
 
@@ -120,7 +120,7 @@ def test_a_sharded_checkpoint_goes_on_in_another_layout(
     accelerate(*two_processes, *zero3, f"--checkpoint_path={tmp_path}", cwd=tmp_path)
     half = tmp_path / "optimized" / "step-4"
     alone = [*two_processes, "--train_micro_batch_size_per_gpu=4", f"--resume_from_checkpoint={half}"]
-    python("-m", "train", *alone, f"--checkpoint_path={tmp_path}/alone", cwd=tmp_path)
+    train(*alone, f"--checkpoint_path={tmp_path}/alone", cwd=tmp_path)
     assert losses(tmp_path / "alone" / "baseline") == pytest.approx(losses(finished), abs=LOSS_TOLERANCE)
     accelerate(
         *two_processes,
@@ -156,7 +156,7 @@ def test_fsdp2_goes_on_from_any_layout_and_any_layout_from_it(
     accelerate(*there, "--save_interval=2", cwd=tmp_path, layout="fsdp2")
     assert losses(tmp_path / "there" / "baseline") == pytest.approx(losses(finished), abs=LOSS_TOLERANCE)
     back = [*two_processes, f"--resume_from_checkpoint={tmp_path}/there/baseline/step-6"]
-    python("-m", "train", *back, "--train_micro_batch_size_per_gpu=4", f"--checkpoint_path={tmp_path}", cwd=tmp_path)
+    train(*back, "--train_micro_batch_size_per_gpu=4", f"--checkpoint_path={tmp_path}", cwd=tmp_path)
     assert losses(tmp_path / "baseline") == pytest.approx(losses(finished), abs=LOSS_TOLERANCE)
 
 
@@ -204,7 +204,7 @@ def test_the_deepspeed_launcher_starts_the_same_run(two_processes: list[str], fi
 
 def test_bf16_stays_close_and_its_masters_are_kept(flags: list[str], finished: Path, tmp_path: Path) -> None:
     zero2 = ["--run_type=optimized", f"--deepspeed_config={ROOT}/ds_configs/zero2.json", "--mixed_precision=bf16"]
-    python("-m", "train", *flags, *zero2, f"--checkpoint_path={tmp_path}", cwd=tmp_path)
+    train(*flags, *zero2, f"--checkpoint_path={tmp_path}", cwd=tmp_path)
     assert losses(tmp_path / "optimized") == pytest.approx(losses(finished), abs=0.02)
     weight = load_file(tmp_path / "optimized" / "model.safetensors")["transformer.wte.weight"]
     assert weight.dtype == torch.float32

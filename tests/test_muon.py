@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from modeling_gpt2flash import GPT2FlashForCausalLM
-from tests.conftest import LOSS_TOLERANCE, accelerate, losses, python, records, torchrun
+from tests.conftest import LOSS_TOLERANCE, accelerate, losses, records, torchrun, train
 from tests.test_optim import small
 from train.optim.muon import Muon, MuonAndAdamW
 from train.optim.parameter_groups import build_optimizer, is_hidden_matrix, moments_of
@@ -140,7 +140,7 @@ def muon(flags: list[str]) -> list[str]:
 def alone(muon: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of one process, with checkpoints after steps 4 and 8."""
     folder = tmp_path_factory.mktemp("muon")
-    python("-m", "train", *muon, f"--checkpoint_path={folder}", cwd=folder)
+    train(*muon, f"--checkpoint_path={folder}", cwd=folder)
     return folder / "baseline"
 
 
@@ -149,7 +149,7 @@ def test_it_learns_and_resumes_bit_for_bit(muon: list[str], alone: Path, finishe
     assert losses(alone)[0] == losses(finished)[0]
     assert losses(alone)[-1] < losses(alone)[0] - 0.02
     resumed = [*muon, f"--resume_from_checkpoint={alone}/step-4", f"--checkpoint_path={tmp_path}"]
-    python("-m", "train", *resumed, cwd=tmp_path)
+    train(*resumed, cwd=tmp_path)
     assert [(r["loss"], r["grad_norm"]) for r in records(tmp_path / "baseline")] == [
         (r["loss"], r["grad_norm"]) for r in records(alone)
     ]
@@ -172,7 +172,7 @@ def test_two_processes_compute_what_one_does_and_each_goes_on_from_the_other(
     check_same(tmp_path / "there" / "baseline", alone)
     half = tmp_path / "two" / "baseline" / "step-4"
     back = [*muon, f"--resume_from_checkpoint={half}", f"--checkpoint_path={tmp_path}/back"]
-    python("-m", "train", *back, cwd=tmp_path)
+    train(*back, cwd=tmp_path)
     check_same(tmp_path / "back" / "baseline", alone)
 
 

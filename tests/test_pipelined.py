@@ -23,6 +23,7 @@ from tests.conftest import (
     losses,
     python,
     torchrun,
+    train,
 )
 from train.config.run_config import parse
 from train.run.setup import resolve
@@ -79,7 +80,7 @@ def test_a_checkpoint_goes_from_a_pipeline_to_one_process_and_back(
     two_stages: tuple[Path, str], flags: list[str], finished: Path, tmp_path: Path
 ) -> None:
     alone = [*flags, f"--resume_from_checkpoint={two_stages[0]}/step-4", f"--checkpoint_path={tmp_path}/alone"]
-    python("-m", "train", *alone, cwd=tmp_path)
+    train(*alone, cwd=tmp_path)
     assert losses(tmp_path / "alone" / "baseline") == pytest.approx(losses(finished), abs=LOSS_TOLERANCE)
     back = [*flags, *layout(tmp_path / "back", 2, 2, [2, 3]), f"--resume_from_checkpoint={finished}/step-4"]
     accelerate(*back, cwd=tmp_path)
@@ -215,7 +216,7 @@ def test_what_happens_between_steps_leaves_them_alone(flags: list[str], tmp_path
 def test_a_run_goes_through_every_layout(flags: list[str], tmp_path: Path) -> None:
     """Each leg goes on two steps after the beginning of the one before."""
     ten = ["--max_steps=10", "--save_interval=2"]
-    python("-m", "train", *flags, *ten, f"--checkpoint_path={tmp_path}/whole", cwd=tmp_path)
+    train(*flags, *ten, f"--checkpoint_path={tmp_path}/whole", cwd=tmp_path)
     last = tmp_path / "whole" / "baseline"
     expected = losses(last)
     zero3 = ["--run_type=optimized", f"--deepspeed_config={ROOT}/ds_configs/zero3.json", "--mixed_precision=no"]
@@ -230,7 +231,7 @@ def test_a_run_goes_through_every_layout(flags: list[str], tmp_path: Path) -> No
         if processes > 1:
             accelerate(*words, cwd=tmp_path, processes=processes)
         else:
-            python("-m", "train", *words, cwd=tmp_path)
+            train(*words, cwd=tmp_path)
         last = tmp_path / name / ("optimized" if processes > 1 else "baseline")
         assert losses(last) == pytest.approx(expected, abs=LOSS_TOLERANCE), name
 
@@ -242,7 +243,7 @@ def test_two_stages_of_two_processes_from_text_on(tmp_path: Path) -> None:
     python(*prepare, "--max_documents", 60, "--val_fraction", 0.2, cwd=tmp_path)
     shared = ["--model=tiny", "--block_size=64", "--max_steps=10", "--mixed_precision=no", "--eval_steps=2",
               "--report_to=none", "--max_new_tokens=8"]  # fmt: skip
-    python("-m", "train", *shared, "--train_micro_batch_size_per_gpu=8", cwd=tmp_path)
+    train(*shared, "--train_micro_batch_size_per_gpu=8", cwd=tmp_path)
     two = ["--run_type=optimized", f"--deepspeed_config={ROOT}/ds_configs/pipeline.json", "--pipeline_stages=2"]
     half = ["--train_micro_batch_size_per_gpu=2", "--gradient_accumulation_steps=2"]
     accelerate(*shared, *two, *half, cwd=tmp_path, processes=4)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.conftest import ROOT, engine_steps, losses, python
+from tests.conftest import ROOT, engine_steps, losses, train
 from tests.engine_steps import Operations
 from tests.flash_stubs import attend, attend_varlen, install, make_flash
 from tests.test_packed_documents import packed_positions
@@ -117,7 +117,7 @@ def test_runs_of_every_mode_have_the_same_losses(flags: list[str], tmp_path: Pat
     shared = [*flags, "--attn_implementation=sdpa"]
     for mode in ("none", "full", "selective"):
         own = [f"--activation_checkpointing={mode}", f"--checkpoint_path={tmp_path}/{mode}"]
-        python("-m", "train", *shared, *own, cwd=tmp_path)
+        train(*shared, *own, cwd=tmp_path)
     none, full, selective = (losses(tmp_path / mode / "baseline") for mode in ("none", "full", "selective"))
     assert none == full == selective
 

@@ -8,7 +8,7 @@ from accelerate.tracking import get_available_trackers
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-from tests.conftest import python, records, torchrun
+from tests.conftest import records, torchrun, train
 from train.run import trackers
 from train.utils.errors import UserError
 
@@ -51,7 +51,7 @@ def test_a_run_of_two_processes_is_recorded_once_and_goes_on(flags: list[str], t
     assert first == pytest.approx({record["step"]: record["loss"] for record in records(run)})
 
     again = [f"--resume_from_checkpoint={run}/step-4", "--train_micro_batch_size_per_gpu=4"]
-    python("-m", "train", *own, *again, "--max_steps=6", cwd=tmp_path)
+    train(*own, *again, "--max_steps=6", cwd=tmp_path)
     assert scalars(folder, "loss") == pytest.approx({record["step"]: record["loss"] for record in records(run)})
     assert sorted(scalars(folder, "loss")) == [1, 2, 3, 4, 5, 6], "what came after the checkpoint is gone"
     assert len(hyper_parameters(folder)) == 1

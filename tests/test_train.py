@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
 from modeling_gpt2flash import GPT2FlashForCausalLM
-from tests.conftest import ROOT, losses, python, records
+from tests.conftest import ROOT, losses, records
+from tests.conftest import train as train_in_fork
 from train.config.run_config import parse
 from train.metrics.hardware import versions
 from train.run.setup import resolve
@@ -19,7 +20,7 @@ from train.utils.errors import UserError
 
 
 def run(flags: list[str], folder: Path, *more: str, check: bool = True):
-    return python("-m", "train", *flags, f"--checkpoint_path={folder}", *more, cwd=folder, check=check)
+    return train_in_fork(*flags, f"--checkpoint_path={folder}", *more, cwd=folder, check=check)
 
 
 def test_a_finished_run_is_complete(finished: Path) -> None:
@@ -254,7 +255,7 @@ def test_bad_tokens_are_a_sentence_and_nothing_is_written(
 
 def test_a_checkpoint_path_that_is_a_file_is_a_sentence(flags: list[str], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
-    done = python("-m", "train", *flags, f"--checkpoint_path={tmp_path}/file", cwd=tmp_path, check=False)
+    done = train_in_fork(*flags, f"--checkpoint_path={tmp_path}/file", cwd=tmp_path, check=False)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("error: ")
     assert "Traceback" not in done.stderr
