@@ -42,15 +42,16 @@ format: $(VENV)/installed
 builds: $(VENV)/installed
 	$(BIN)/python -m tests.torch_builds
 
-test: lint builds
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+test: $(VENV)/installed
+	$(MAKE) --jobs 2 lint builds
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 slow: $(VENV)/installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "slow and not gpu" --ignore tests/test_demo.py
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "slow and not gpu" --ignore tests/test_demo.py
 	$(BIN)/python -m pytest -m slow tests/test_demo.py # alone, for it measures
 
 integration: $(VENV)-integration/installed
-	$(VENV)-integration/bin/python -m pytest -n 2 --dist loadfile -m integration
+	$(VENV)-integration/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m integration
 
 docs: $(VENV)/installed
 	$(BIN)/python docs/reference.py > docs/reference.md

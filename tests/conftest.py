@@ -15,6 +15,14 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SMALL = {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 64}
 LOSS_TOLERANCE = 1e-5  # between layouts that compute the same
+# Files that take longest. They are scheduled first, so that the workers of pytest-xdist end together.
+LONGEST = ("docs", "compile", "layouts", "pipeline", "exactly_once", "train", "machines", "restarts", "package",
+           "parity", "preparation_memory", "profiling", "documents", "processes", "recipes", "generate")  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    rank = {f"test_{name}": index for index, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -88,3 +88,9 @@ def test_no_package_of_train_has_the_name_of_another_module() -> None:
 def test_packages_of_the_trainer_run_nothing_on_import() -> None:
     initializers = {path for path in TRAIN_MODULES if path.name == "__init__.py"}
     assert {name_of(path) for path in initializers if path.read_text()} == {"train.evaluate_metrics"}
+
+
+def test_no_module_has_more_than_400_lines() -> None:
+    modules = [*TRAIN_MODULES, *(ROOT / "modeling_gpt2flash").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
+    lengths = {name_of(path): len(path.read_text().splitlines()) for path in modules}
+    assert {name: length for name, length in lengths.items() if length > 400} == {}

@@ -1,257 +1,319 @@
-"""Stages put together are the whole model, names lead to layers and back, and layers are shared out evenly."""
+"""A pipeline computes what one process computes: real processes over gloo, DeepSpeed's real engine."""
 
-import copy
-import itertools
-import random
+import dataclasses
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from safetensors.torch import load_file
+from transformers import GPT2Config, GPT2LMHeadModel
 
-from modeling_gpt2flash import GPT2FlashConfig, GPT2FlashForCausalLM
-from modeling_gpt2flash import pipeline as pp
-from tests.tiny_gpt2 import gradients, make_ours, tokens
-from train.engines.pipeline import partition as partitioning
-from train.engines.transforms import checkpoint_arguments, checkpoint_blocks
+from tests.conftest import (
+    LOSS_TOLERANCE,
+    ROOT,
+    SMALL,
+    accelerate,
+    check_parity,
+    command,
+    engine_steps,
+    free_port,
+    losses,
+    python,
+    torchrun,
+    train,
+)
+from train.config.run_config import parse
+from train.run.setup import resolve
+from train.utils.errors import UserError
 
-GPT2 = GPT2FlashConfig()
 
-
-def packed_positions(batch: int, length: int) -> torch.Tensor:
-    """Two documents a row, each counted from 0."""
-    first = length // 3
-    return torch.cat([torch.arange(first), torch.arange(length - first)]).expand(batch, -1)
-
-
-def staged_step(
-    model: GPT2FlashForCausalLM, bounds: tuple[int, ...], inputs: pp.Passed, shift_labels: torch.Tensor
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Loss and gradients from stages that share nothing: only what passes goes from one to the next."""
-    stages = [
-        nn.ModuleList(copy.deepcopy(pp.model_layers(model)[start:stop])) for start, stop in itertools.pairwise(bounds)
+def layout(folder: Path, stages: int, processes: int, partition: Any = "uniform") -> list[str]:
+    """Flags that train with `stages` stages, half of the `finished` run's global batch of 4 at a time."""
+    settings = json.loads((ROOT / "ds_configs" / "pipeline.json").read_text())
+    settings["pipeline"] = {"stages": stages, "partition": partition}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "ds.json").write_text(json.dumps(settings))
+    return [
+        "--run_type=optimized",
+        f"--deepspeed_config={folder}/ds.json",
+        f"--train_micro_batch_size_per_gpu={2 * stages // processes}",
+        "--gradient_accumulation_steps=2",
+        "--mixed_precision=no",
+        "--save_interval=4",
+        "--eval_interval=4",
+        f"--checkpoint_path={folder}",
     ]
-    received, sent = [], []
-    passed = inputs
-    for stage in stages:
-        if sent:
-            hidden, positions = sent[-1] if isinstance(sent[-1], tuple) else (sent[-1], None)
-            hidden = hidden.detach().requires_grad_()
-            received.append(hidden)
-            passed = hidden if positions is None else (hidden, positions)
-        for layer in stage:
-            passed = layer.loss(passed, shift_labels) if isinstance(layer, pp.HeadLayer) else layer(passed)
-        sent.append(passed)
-    loss = sent[-1]
-    loss.backward()
-    for output, gradient in zip(reversed(sent[:-1]), reversed(received), strict=True):
-        (output[0] if isinstance(output, tuple) else output).backward(gradient.grad)
-
-    n_layer = model.config.n_layer
-    summed: dict[str, torch.Tensor] = {}
-    for stage, first in zip(stages, bounds[:-1], strict=True):
-        counted = set()  # a stage with both ends holds the tied weight once
-        for index, layer in enumerate(stage, first):
-            for local, parameter in layer.named_parameters():
-                if parameter in counted:
-                    continue
-                counted.add(parameter)
-                name = pp.full_name(index, local, n_layer)
-                if name == "lm_head.weight" and pp.is_tied(model):
-                    name = "transformer.wte.weight"
-                summed[name] = summed.get(name, 0) + parameter.grad
-    return loss.detach(), summed
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("bounds", [(0, 5), (0, 1, 5), (0, 2, 4, 5), (0, 1, 2, 3, 4, 5)])
-@pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 2e-7), (torch.float64, 1e-15)])
-def test_stages_compute_the_whole_models_loss_and_gradients(
-    bounds: tuple[int, ...], packed: bool, attention: str, dtype: torch.dtype, atol: float
-) -> None:
-    model = make_ours(loss_chunk_size=5).to(dtype)
-    model.set_attn_implementation(attention)
-    input_ids, shift_labels = tokens(), tokens(seed=2)
-    shift_labels[0, 3:6] = -100
-    positions = packed_positions(*input_ids.shape) if packed else None
-
-    whole = model(input_ids, position_ids=positions, shift_labels=shift_labels, use_cache=False, skip_logits=True)
-    whole.loss.backward()
-    inputs = (input_ids, positions) if packed else input_ids
-    loss, staged = staged_step(model, bounds, inputs, shift_labels)
-
-    torch.testing.assert_close(loss, whole.loss.detach(), rtol=0, atol=atol)
-    expected = gradients(model)
-    assert staged.keys() == expected.keys()
-    for name, gradient in expected.items():
-        torch.testing.assert_close(staged[name], gradient, rtol=0, atol=4 * atol, msg=name)
+def dualpipev(folder: Path, partition: Any = (2, 1, 1, 1)) -> list[str]:
+    """Flags that train with DualPipeV on two processes."""
+    schedule = ["--pipeline_schedule=dualpipev", "--train_micro_batch_size_per_gpu=1"]
+    return [*layout(folder, 2, 2, partition), *schedule, "--gradient_accumulation_steps=4"]
 
 
-def test_the_tied_weights_gradient_is_the_sum_of_both_ends() -> None:
-    model = make_ours()
-    input_ids = tokens()
-    model(input_ids, shift_labels=input_ids, use_cache=False).loss.backward()
-    ends = [copy.deepcopy(layer) for layer in (pp.model_layers(model)[0], pp.model_layers(model)[-1])]
-    for end in ends:
-        end.zero_grad()
-    layers = [ends[0], *pp.model_layers(model)[1:-1], ends[1]]
-    passed = input_ids
-    for layer in layers[:-1]:
-        passed = layer(passed)
-    layers[-1].loss(passed, input_ids).backward()
-    parts = [ends[0].wte.weight.grad, ends[1].lm_head.weight.grad]
-    assert all(part.abs().max() > 1e-3 for part in parts)
-    torch.testing.assert_close(sum(parts), model.transformer.wte.weight.grad)
+@pytest.fixture(scope="module")
+def two_stages(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder of a finished run of two stages on two processes, and what it said."""
+    folder = tmp_path_factory.mktemp("two_stages")
+    done = accelerate(*flags, *layout(folder, 2, 2), cwd=folder)
+    return folder / "optimized", done.stdout + done.stderr
 
 
-def test_checkpointed_blocks_are_computed_twice_and_nothing_else() -> None:
-    model = make_ours()
-    checkpoint_blocks(model, checkpoint_arguments("full"))
-    model.train()
-    calls = dict.fromkeys(["wte", "attn", "ln_f"], 0)
-    for name, module in model.named_modules():
-        if (short := name.split(".")[-1]) in calls:
-            module.register_forward_pre_hook(lambda *_, short=short: calls.update({short: calls[short] + 1}))
-    passed = tokens()
-    for layer in pp.model_layers(model)[:-1]:
-        passed = layer(passed)
-    pp.model_layers(model)[-1].loss(passed, tokens()).backward()
-    assert calls == {"wte": 1, "attn": 2 * model.config.n_layer, "ln_f": 1}
-
-
-def test_logits_are_the_whole_models() -> None:
-    model, passed = make_ours(), tokens()
-    expected = model(passed).logits
-    for layer in pp.model_layers(model):
-        passed = layer(passed)
-    torch.testing.assert_close(passed, expected)
-
-
-def test_packed_documents_do_not_see_each_other_across_stages() -> None:
-    model, ids = make_ours(), tokens(batch=1)
-    packed = (ids, packed_positions(*ids.shape))
-    for layer in pp.model_layers(model):
-        packed = layer(packed)
-    alone = ids[:, ids.shape[1] // 3 :]
-    for layer in pp.model_layers(model):
-        alone = layer(alone)
-    torch.testing.assert_close(packed[:, ids.shape[1] // 3 :], alone)
-
-
-def test_tokens_beyond_the_last_position_are_refused() -> None:
-    layer = pp.model_layers(make_ours())[0]
-    with pytest.raises(ValueError, match="33 tokens long"):
-        layer(tokens(length=33))
-    with pytest.raises(ValueError, match="go up to 40"):
-        layer((tokens(length=4), torch.tensor([[0, 1, 2, 40]])))
-
-
-def test_names_lead_to_layers_and_back() -> None:
-    model = make_ours()
-    n_layer = model.config.n_layer
-    layers = pp.model_layers(model)
-    seen = set()
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        index, local = pp.locate(name, n_layer)
-        assert layers[index].get_parameter(local) is parameter
-        assert pp.full_name(index, local, n_layer) == name
-        seen.add((index, local))
-    assert seen == {(index, local) for index, layer in enumerate(layers) for local, _ in layer.named_parameters()}
-    assert pp.locate("transformer.h.1.attn.c_attn.weight", n_layer) == (2, "block.attn.c_attn.weight")
-    assert len(pp.layer_names(n_layer)) == len(layers)
-
-
-@pytest.mark.parametrize("name", ["transformer.h.2.ln_1.weight", "transformer.h.x.ln_1.weight", "wte.weight", ""])
-def test_names_of_another_model_are_refused(name: str) -> None:
-    with pytest.raises(ValueError, match="no parameter of a GPT-2 of 2 blocks"):
-        pp.locate(name, 2)
-    with pytest.raises(ValueError, match="no layer 5"):
-        pp.full_name(5, "x", 2)
-
-
-@pytest.mark.parametrize("n_inner", [None, 40])
-def test_counted_parameters_are_the_layers_own(n_inner: int | None) -> None:
-    model = make_ours(n_inner=n_inner)
-    counts = [sum(p.numel() for p in layer.parameters()) for layer in pp.model_layers(model)]
-    assert partitioning.parameter_counts(model.config) == counts
-
-
-def test_flops_are_twice_the_products_numbers_and_attention() -> None:
-    flops = partitioning.layer_flops(GPT2, 1024)
-    assert flops[1] == 24 * 768**2 + 4 * 1024 * 768
-    assert flops[-1] == 2 * 50257 * 768
-    assert 4 < flops[-1] / flops[1] < 5  # GPT-2's head is worth several blocks
-
-
-@pytest.mark.parametrize("parts", [1, 2, 3, 4])
-def test_balance_finds_the_smallest_largest_part(parts: int) -> None:
-    numbers = random.Random(parts)
-    for _ in range(40):
-        sizes = [numbers.randint(0, 20) for _ in range(numbers.randint(parts, 8))]
-        every = [(0, *cuts, len(sizes)) for cuts in itertools.combinations(range(1, len(sizes)), parts - 1)]
-
-        def judge(bounds: tuple[int, ...], sizes: list[int] = sizes) -> tuple[int, int]:
-            sums = [sum(sizes[start:stop]) for start, stop in itertools.pairwise(bounds)]
-            return max(sums), sum(part**2 for part in sums)
-
-        assert judge(partitioning.balance(sizes, parts)) == min(map(judge, every))
-
-
-def test_methods_differ_where_they_should() -> None:
-    uniform, parameters, cost = (
-        partitioning.partition(GPT2, 4, method) for method in ("uniform", "parameters", "cost")
+def test_two_stages_compute_what_one_process_does(two_stages: tuple[Path, str], finished: Path) -> None:
+    run, said = two_stages
+    check_parity(run, finished)
+    assert json.loads((run / "metrics.json").read_text())["world_size"] == 2
+    assert "pipeline of 2 stages, partition uniform" in said
+    assert said.count("embeddings ... block") == 1, "the partition is printed once"
+    model, report = GPT2LMHeadModel.from_pretrained(run / "step-8", output_loading_info=True)
+    assert not any(report.values()), report
+    torch.testing.assert_close(
+        model.transformer.wte.weight.detach(), load_file(run / "model.safetensors")["transformer.wte.weight"]
     )
-    assert sorted(len(uniform.layers(stage)) for stage in range(4)) == [3, 4, 4, 4]
-    assert sorted(parameters.bounds) == list(parameters.bounds)
-    # Of 12 + 4.6 blocks' worth the head has 4.6, so it gets a stage for itself.
-    assert [*cost.layers(3)] in ([14], [13, 14])
-
-    def largest(partition: partitioning.Partition, sizes: tuple[int, ...]) -> int:
-        return max(sum(sizes[layer] for layer in partition.layers(stage)) for stage in range(4))
-
-    assert largest(cost, cost.flops) < largest(uniform, cost.flops)
-    assert largest(parameters, cost.parameters) < largest(uniform, cost.parameters)
 
 
-@pytest.mark.parametrize("method", ["uniform", "parameters", "cost"])
-@pytest.mark.parametrize("stages", [1, 2, 5, 15])
-def test_every_layer_is_in_one_stage(method: str, stages: int) -> None:
-    shared = partitioning.partition(GPT2, stages, method)
-    assert shared.stages == stages
-    assert [layer for stage in range(stages) for layer in shared.layers(stage)] == list(range(15))
-    assert all(layer in shared.layers(shared.stage_of(layer)) for layer in range(15))
-    assert all(len(shared.layers(stage)) > 0 for stage in range(stages))
+@pytest.mark.slow
+def test_a_checkpoint_goes_from_a_pipeline_to_one_process_and_back(
+    two_stages: tuple[Path, str], flags: list[str], finished: Path, tmp_path: Path
+) -> None:
+    alone = [*flags, f"--resume_from_checkpoint={two_stages[0]}/step-4", f"--checkpoint_path={tmp_path}/alone"]
+    train(*alone, cwd=tmp_path)
+    assert losses(tmp_path / "alone" / "baseline") == pytest.approx(losses(finished), abs=LOSS_TOLERANCE)
+    back = [*flags, *layout(tmp_path / "back", 2, 2, [2, 3]), f"--resume_from_checkpoint={finished}/step-4"]
+    accelerate(*back, cwd=tmp_path)
+    assert losses(tmp_path / "back" / "optimized") == pytest.approx(losses(finished), abs=LOSS_TOLERANCE)
 
 
-def test_an_explicit_list_is_taken_as_it_is() -> None:
-    shared = partitioning.partition(GPT2, 3, [5, 7, 3])
-    assert (shared.bounds, shared.method) == ((0, 5, 12, 15), "[5, 7, 3]")
+@pytest.mark.slow
+def test_a_resumed_pipeline_is_the_uninterrupted_one(
+    two_stages: tuple[Path, str], flags: list[str], tmp_path: Path
+) -> None:
+    half = f"--resume_from_checkpoint={two_stages[0]}/step-4"
+    accelerate(*flags, *layout(tmp_path, 2, 2), half, cwd=tmp_path)
+    assert losses(tmp_path / "optimized") == losses(two_stages[0])
+
+
+@pytest.mark.slow
+def test_stages_and_data_parallelism_together(flags: list[str], finished: Path, tmp_path: Path) -> None:
+    torchrun("-m", "train", *flags, *layout(tmp_path, 2, 4), cwd=tmp_path, processes=4)
+    check_parity(tmp_path / "optimized", finished)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("partition", [[1, 1, 3], [1, 3, 1], [3, 1, 1]])
+def test_stages_without_matrices_or_without_vectors(
+    flags: list[str], finished: Path, tmp_path: Path, partition: list[int]
+) -> None:
+    """Embeddings, final norm or head alone have parameters of one kind; the optimizer has a group for each kind."""
+    accelerate(*flags, *layout(tmp_path, 3, 3, partition), cwd=tmp_path, processes=3)
+    check_parity(tmp_path / "optimized", finished)
+
+
+@pytest.mark.slow
+def test_dualpipev_computes_what_one_process_does(flags: list[str], finished: Path, tmp_path: Path) -> None:
+    whole, half = tmp_path / "whole", tmp_path / "half"
+    accelerate(*flags, *dualpipev(whole), cwd=tmp_path)
+    check_parity(whole / "optimized", finished)
+    accelerate(*flags, *dualpipev(half, "uniform"), f"--resume_from_checkpoint={whole}/optimized/step-4", cwd=tmp_path)
+    assert losses(half / "optimized") == pytest.approx(losses(finished), abs=LOSS_TOLERANCE)
+
+
+@pytest.mark.slow
+def test_activation_checkpointing_changes_nothing(
+    two_stages: tuple[Path, str], flags: list[str], tmp_path: Path
+) -> None:
+    launch = ["deepspeed", "--num_gpus", "2", "--master_port", free_port(), "--module", "train"]
+    command(*launch, *flags, *layout(tmp_path, 2, 2), "--activation_checkpointing=full", cwd=tmp_path)
+    assert losses(tmp_path / "optimized") == losses(two_stages[0])
+
+
+@pytest.fixture(scope="module")
+def six_blocks(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Flags of two steps of a model of nine layers, four in the first half, five in the second."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("six_blocks")
+    GPT2LMHeadModel(GPT2Config(**SMALL | {"n_layer": 6})).save_pretrained(folder / "model")
+    return [*flags, *layout(folder, 2, 2, [4, 5]), f"--model={folder}/model", "--max_steps=2"]
+
+
+def grouped(interval: int) -> list[str]:
+    return ["--activation_checkpointing=full", f"--activation_checkpointing_interval={interval}"]
+
+
+@pytest.fixture(scope="module")
+def without_recomputation(six_blocks: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[list[dict]]:
+    return engine_steps("watched", tmp_path_factory.mktemp("all_kept") / "out", *six_blocks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("interval", [1, 2, 3])
+def test_layers_are_recomputed_in_groups_on_every_stage(
+    six_blocks: list[str], without_recomputation: list[list[dict]], tmp_path: Path, interval: int
+) -> None:
+    said = engine_steps("watched", tmp_path / "out", *six_blocks, *grouped(interval))
+    for stage, own in enumerate([[0, 1, 2, 3], [4, 5, 6, 7]]):  # the head is part of the loss and no layer
+        groups = [own[start : start + interval] for start in range(0, len(own), interval)]
+        for step, all_kept in zip(said[stage], without_recomputation[stage], strict=True):
+            assert (step["loss"], step["grad_norm"]) == (all_kept["loss"], all_kept["grad_norm"])
+            assert all_kept["training"] == 2 * own, "two micro-batches"
+            assert Counter(step["training"]) == dict.fromkeys(own, 4)
+            assert step["training"][-len(own) :] == [layer for group in reversed(groups) for layer in group]
+            assert step["evaluating"] == own
+
+
+@pytest.mark.slow
+def test_dualpipev_recomputes_as_the_json_says(six_blocks: list[str], tmp_path: Path) -> None:
+    four = [*six_blocks, *dualpipev(tmp_path, [2, 2, 2, 3])]
+    all_kept = engine_steps("watched", tmp_path / "all_kept", *four)
+    settings = json.loads((tmp_path / "ds.json").read_text())
+    settings["pipeline"]["activation_checkpoint_interval"] = 2
+    (tmp_path / "ds.json").write_text(json.dumps(settings))
+    said = engine_steps("watched", tmp_path / "out", *four)
+    for rank, own in enumerate([[0, 1, 6, 7], [2, 3, 4, 5]]):
+        for step, before in zip(said[rank], all_kept[rank], strict=True):
+            assert (step["loss"], step["grad_norm"]) == (before["loss"], before["grad_norm"])
+            assert Counter(before["training"]) == dict.fromkeys(own, 4)
+            assert Counter(step["training"]) == dict.fromkeys(own, 8)
+            assert step["training"][-2:] == own[:2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [[], grouped(2), ["dualpipev"]])
+def test_packed_documents_across_stages(flags: list[str], tmp_path: Path, more: list[str]) -> None:
+    one = [*flags, "--attn_implementation=sdpa"]
+    [expected] = engine_steps("in_packs", tmp_path / "one", *one, processes=1)
+    [unpacked] = engine_steps("plain", tmp_path / "unpacked", *one, processes=1)
+    two = dualpipev(tmp_path) if more == ["dualpipev"] else [*layout(tmp_path, 2, 2), *more]
+    said = engine_steps("in_packs", tmp_path / "two", *flags, *two)[0]
+    for ours, theirs in zip(said, expected, strict=True):
+        assert ours == pytest.approx(theirs, abs=LOSS_TOLERANCE, rel=1e-4)
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=LOSS_TOLERANCE)
+    assert all(abs(ours["loss"] - theirs["loss"]) > 1e-3 for ours, theirs in zip(said[:2], unpacked[:2], strict=True))
+    weights, reference = (load_file(tmp_path / name / "weights.safetensors") for name in ("two", "one"))
+    for name in reference:
+        if not name.endswith("c_attn.bias"):
+            torch.testing.assert_close(weights[name], reference[name], rtol=0, atol=1e-5, msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", ["1f1b", "dualpipev"])
+def test_what_happens_between_steps_leaves_them_alone(flags: list[str], tmp_path: Path, schedule: str) -> None:
+    """Validation in batches of another size, checkpoints and generation from them, with dropout to be disturbed."""
+    two = dualpipev(tmp_path) if schedule == "dualpipev" else layout(tmp_path, 2, 2, [2, 3])
+    two = [*flags, *two, "--dropout=0.1"]
+    plain = engine_steps("plain", tmp_path / "plain", *two)
+    assert engine_steps("interrupted", tmp_path / "interrupted", *two) == plain
+    weights, others = (load_file(tmp_path / name / "weights.safetensors") for name in ("plain", "interrupted"))
+    assert weights.keys() == others.keys()
+    assert all(torch.equal(weights[name], others[name]) for name in weights)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_run_goes_through_every_layout(flags: list[str], tmp_path: Path) -> None:
+    """Each leg goes on two steps after the beginning of the one before."""
+    ten = ["--max_steps=10", "--save_interval=2"]
+    train(*flags, *ten, f"--checkpoint_path={tmp_path}/whole", cwd=tmp_path)
+    last = tmp_path / "whole" / "baseline"
+    expected = losses(last)
+    zero3 = ["--run_type=optimized", f"--deepspeed_config={ROOT}/ds_configs/zero3.json", "--mixed_precision=no"]
+    legs = {
+        "four_stages": (4, layout(tmp_path / "four_stages", 4, 4)),
+        "two_by_two": (4, layout(tmp_path / "two_by_two", 2, 4)),
+        "zero3": (2, [*zero3, "--train_micro_batch_size_per_gpu=2", f"--checkpoint_path={tmp_path}/zero3"]),
+        "alone": (1, [f"--checkpoint_path={tmp_path}/alone"]),
+    }
+    for step, (name, (processes, own)) in zip([2, 4, 6, 8], legs.items(), strict=True):
+        words = [*flags, *own, *ten, f"--resume_from_checkpoint={last}/step-{step}"]
+        if processes > 1:
+            accelerate(*words, cwd=tmp_path, processes=processes)
+        else:
+            train(*words, cwd=tmp_path)
+        last = tmp_path / name / ("optimized" if processes > 1 else "baseline")
+        assert losses(last) == pytest.approx(expected, abs=LOSS_TOLERANCE), name
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_two_stages_of_two_processes_from_text_on(tmp_path: Path) -> None:
+    prepare = ["-m", "train.preprocess_data", "--dataset", "stdlib", "--out_dir", "data"]
+    python(*prepare, "--max_documents", 60, "--val_fraction", 0.2, cwd=tmp_path)
+    shared = ["--model=tiny", "--block_size=64", "--max_steps=10", "--mixed_precision=no", "--eval_steps=2",
+              "--report_to=none", "--max_new_tokens=8"]  # fmt: skip
+    train(*shared, "--train_micro_batch_size_per_gpu=8", cwd=tmp_path)
+    two = ["--run_type=optimized", f"--deepspeed_config={ROOT}/ds_configs/pipeline.json", "--pipeline_stages=2"]
+    half = ["--train_micro_batch_size_per_gpu=2", "--gradient_accumulation_steps=2"]
+    accelerate(*shared, *two, *half, cwd=tmp_path, processes=4)
+    one, pipelined = (losses(tmp_path / "checkpoint" / kind) for kind in ("baseline", "optimized"))
+    assert pipelined == pytest.approx(one, abs=LOSS_TOLERANCE)
+    assert one[-1] < one[0] - 0.5
+
+
+@pytest.mark.slow
+def test_bf16_stays_close_and_its_masters_are_kept(flags: list[str], finished: Path, tmp_path: Path) -> None:
+    accelerate(*flags, *layout(tmp_path, 2, 2), "--mixed_precision=bf16", cwd=tmp_path)
+    assert losses(tmp_path / "optimized") == pytest.approx(losses(finished), abs=0.02)
+    for name, weight in load_file(tmp_path / "optimized" / "model.safetensors").items():
+        assert weight.dtype == torch.float32
+        if weight.ndim > 1:
+            assert not torch.equal(weight, weight.bfloat16().float()), f"{name}: the fp32 masters are saved"
 
 
 @pytest.mark.parametrize(
-    ("stages", "method", "words"),
+    ("stages", "partition", "words"),
     [
-        (16, "cost", ["16 pipeline stages", "15 layers", "12 blocks", "15 stages or fewer"]),
-        (0, "cost", ["0 pipeline stages", "at least 1"]),
+        (6, "cost", ["--pipeline_stages 6", "5 layers", "2 blocks", "5 stages or fewer"]),
         (2, "best", ["'best'", "uniform, parameters, cost"]),
-        (2, [7, 7], ["[7, 7]", "sums to 14", "15 layers"]),
-        (2, [7, 4, 4], ["lists 3 stages", "there are 2"]),
-        (2, [15, 0], ["[15, 0]", "at least 1"]),
-        (2, [7.5, 7.5], ["whole number"]),
+        (2, [2, 2], ["[2, 2]", "sums to 4", "5 layers"]),
+        (2, [1, 1, 3], ["lists 3 stages", "there are 2"]),
     ],
 )
-def test_what_cannot_be_shared_out_is_refused_with_numbers(stages: int, method: str | list, words: list[str]) -> None:
-    with pytest.raises(ValueError) as error:  # noqa: PT011  # the words are checked below
-        partitioning.partition(GPT2, stages, method)
+def test_stages_that_the_model_cannot_have_are_refused(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stages: int, partition: Any, words: list[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", str(stages))
+    config = parse([*flags, *layout(tmp_path, stages, stages, partition)])
+    with pytest.raises(UserError) as error:
+        resolve(config)
     assert all(word in str(error.value) for word in words), str(error.value)
 
 
-def test_the_table_has_a_line_a_stage() -> None:
-    title, header, *lines = partitioning.partition(GPT2, 3, [5, 9, 1]).table().splitlines()
-    assert title == "pipeline of 3 stages, partition [5, 9, 1]"
-    assert header.split() == ["stage", "layers", "parameters", "FLOPs"]
-    assert [line.split()[0] for line in lines] == ["0", "1", "2"]
-    assert "embeddings ... block 3" in lines[0]
-    assert "block 4 ... final norm" in lines[1]
-    assert lines[2].split()[1:3] == ["head", "38,597,376"]
-    assert len({len(line) for line in [header, *lines]}) == 1
+def test_dualpipev_is_refused_where_it_cannot_be(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dual = [*flags, "--pipeline_schedule=dualpipev"]
+    with pytest.raises(UserError, match="--pipeline_schedule dualpipev: there is one stage"):
+        resolve(parse(dual))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"needs --gradient_accumulation_steps 4 or more .*, not 2"):
+        resolve(parse([*dual, *layout(tmp_path, 2, 2)]))
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    three = [*dual, *layout(tmp_path, 3, 3), "--gradient_accumulation_steps=6"]
+    with pytest.raises(UserError, match="dualpipev: 6 pipeline stages for 5 layers"):
+        resolve(parse(three))
+
+
+def test_groups_of_layers_are_recomputed_in_a_pipeline_only(flags: list[str], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"checkpointing_interval 2: without a pipeline .*; write 1 .*stages"):
+        resolve(parse([*flags, *grouped(2)]))
+    (tmp_path / "ds.json").write_text('{"pipeline": {"stages": 1, "activation_checkpoint_interval": 2}}')
+    one = ["--run_type=optimized", f"--deepspeed_config={tmp_path}/ds.json", "--mixed_precision=no"]
+    with pytest.raises(UserError, match=r"--activation_checkpointing_interval 2: .* \(in the JSON too\)"):
+        resolve(parse([*flags, *one]))
+    assert resolve(parse(flags)).config.activation_checkpointing == "none"
+
+
+def test_the_global_batch_counts_data_parallel_processes(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    config = parse([*flags, *layout(tmp_path, 2, 4)])
+    run = resolve(dataclasses.replace(config, train_micro_batch_size_per_gpu=3))
+    assert run.train.global_batch_size == 3 * 2 * 2
+    assert run.deepspeed is not None
+    assert run.deepspeed["train_batch_size"] == 12
+    assert run.partition is not None
+    assert run.partition.stages == 2
