@@ -5,15 +5,15 @@ The library's own `save_file` takes all tensors at once; the bytes are the same.
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
 
 import torch
 
 ITEM_BYTES = 4  # fp32
 
 
-class TensorFile:
+class TensorFile(AbstractContextManager):
     """Writer of fp32 tensors, in any order, into a file whose names and shapes are known in advance.
 
     The format: https://github.com/huggingface/safetensors
@@ -41,11 +41,6 @@ class TensorFile:
         self.file.write(tensor.contiguous().numpy().astype("<f4", copy=False).data)
         self.missing.remove(name)
 
-    def __enter__(self) -> "TensorFile":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.file.close()
         assert kind is not None or not self.missing, f"never written: {sorted(self.missing)}"

@@ -5,8 +5,8 @@
     RUN/latest                                                         "step-200"
     RUN/config.json, model.safetensors, ...                            links to the latest step folder's
 
-A folder is written as `.step-200.tmp`, flushed and renamed; then `latest` is replaced. Weights and moments are fp32
-under GPT-2's names, whatever engine and layout wrote them, so that any other can read them.
+A folder is written under a temporary name, flushed and renamed; then `latest` is replaced. Weights and moments are
+fp32 under GPT-2's names, whatever engine and layout wrote them, so that any other can read them.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from modeling_gpt2flash import GPT2FlashConfig, GPT2FlashForCausalLM
 from train.checkpoints.safetensors_writer import TensorFile
 from train.optim.parameter_groups import moments_of
 from train.utils.errors import UserError
-from train.utils.files import fsync, write_text
+from train.utils.files import atomic_folder, write_text
 from train.utils.json_files import from_json, read_json
 
 STATE = "training_state.json"
@@ -82,16 +82,23 @@ def save(
     each is written before the next is requested.
     """
     target = run_folder / f"step-{state.step}"
-    temporary = run_folder / f".{target.name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        model_files = _write(temporary, model_config, tokenizer, tensors, state)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)  # frees a full disk
-        raise
-    _delete(target)
-    temporary.rename(target)
-    fsync(run_folder)
+    with torch.device("meta"):
+        shell = GPT2FlashForCausalLM(model_config)
+    shapes = {name: parameter.shape for name, parameter in shell.named_parameters()}
+    kinds = {name: moments_of(state.optimizer, name) for name in shapes}
+    moment_shapes = {f"{kind}.{name}": shape for name, shape in shapes.items() for kind in kinds[name]}
+    with atomic_folder(target) as folder:
+        shell.save_pretrained(folder, state_dict={})  # every file but the weights
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        model_files = sorted({WEIGHTS, *(path.name for path in folder.iterdir())})
+        with TensorFile(folder / WEIGHTS, shapes) as weights, TensorFile(folder / OPTIMIZER, moment_shapes) as moments:
+            for name, state_of in tensors:
+                weights.write(name, state_of["weight"])
+                for kind in kinds[name]:
+                    moments.write(f"{kind}.{name}", state_of[kind])
+        (folder / STATE).write_text(json.dumps(dataclasses.asdict(state), indent=2) + "\n", encoding="utf-8")
+        _delete(target)
     write_text(run_folder / LATEST, target.name + "\n")
     for name in model_files:
         _link(target / name, run_folder / name)
@@ -99,36 +106,6 @@ def save(
         for old in _step_folders(run_folder)[:-keep]:
             _delete(old)
     return target
-
-
-def _write(
-    folder: Path,
-    model_config: GPT2FlashConfig,
-    tokenizer: PreTrainedTokenizerBase | None,
-    tensors: Iterable[tuple[str, Mapping[str, torch.Tensor]]],
-    state: TrainingState,
-) -> list[str]:
-    """Write and flush the files of a step folder; return the names of those that make it a model folder."""
-    folder.mkdir(parents=True)
-    with torch.device("meta"):
-        shell = GPT2FlashForCausalLM(model_config)  # writes every file but the weights, which follow below
-    shell.save_pretrained(folder, state_dict={})
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
-    model_files = sorted({WEIGHTS, *(path.name for path in folder.iterdir())})
-    shapes = {name: parameter.shape for name, parameter in shell.named_parameters()}
-    moment_names = {name: moments_of(state.optimizer, name) for name in shapes}
-    moment_shapes = {f"{moment}.{name}": shape for name, shape in shapes.items() for moment in moment_names[name]}
-    with TensorFile(folder / WEIGHTS, shapes) as weights, TensorFile(folder / OPTIMIZER, moment_shapes) as moments:
-        for name, state_of in tensors:
-            weights.write(name, state_of["weight"])
-            for moment in moment_names[name]:
-                moments.write(f"{moment}.{name}", state_of[moment])
-    (folder / STATE).write_text(json.dumps(dataclasses.asdict(state), indent=2) + "\n", encoding="utf-8")
-    for file in folder.iterdir():
-        fsync(file)
-    fsync(folder)
-    return model_files
 
 
 def _delete(folder: Path) -> None:

@@ -77,7 +77,7 @@ class Optimization:
         "cosine",
         "after a linear warm-up: cosine or linear decay, constant, or wsd: constant, then linear decay over the last "
         "fifth",
-        choices=tuple(SCHEDULES),
+        choices=SCHEDULES,
     )
     warmup_steps: int | None = flag(
         None, "steps of linear warm-up (default: a twentieth of all steps, at most 2000)", at_least=0

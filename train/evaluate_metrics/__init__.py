@@ -1,31 +1,25 @@
-"""Metrics as `evaluate` modules: each folder holds a script that `evaluate.load` takes by its path."""
+"""Metrics as `evaluate` modules: each folder holds a script that `evaluate.load` takes by its path.
+
+`evaluate` copies a script elsewhere before it runs it, so each stands alone and has one import a line.
+"""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import evaluate
 
 
 def load_metric(
-    name: Literal["perplexity", "bits_per_byte", "token_accuracy"],
-    num_process: int = 1,
-    process_id: int = 0,
-    experiment_id: str | None = None,
-    cache_dir: str | None = None,
+    name: Literal["perplexity", "bits_per_byte", "token_accuracy"], num_process: int = 1, **options: Any
 ) -> "evaluate.Metric":
-    """One of the repository's metrics, loaded through `evaluate` without a network.
+    """One of the repository's metrics, loaded through `evaluate` without a network; `options` are for `evaluate.load`.
 
-    One process keeps what it adds in memory. With several, each adds its own batches and process 0 alone gets a result
-    from `compute` (the others None); they meet in files, so they must share `cache_dir` and `experiment_id`.
+    One process keeps what it adds in memory. With several (`num_process`, `process_id`), each adds its own batches and
+    process 0 alone gets a result from `compute` (the others None). They exchange files, so they must share `cache_dir`
+    and `experiment_id`.
     """
     import evaluate  # takes seconds, and most commands never validate
 
-    return evaluate.load(
-        str(Path(__file__).parent / name),
-        num_process=num_process,
-        process_id=process_id,
-        experiment_id=experiment_id,
-        cache_dir=cache_dir,
-        keep_in_memory=num_process == 1,
-    )
+    folder = Path(__file__).parent / name
+    return evaluate.load(str(folder), num_process=num_process, keep_in_memory=num_process == 1, **options)

@@ -2,14 +2,13 @@
 
 import argparse
 import importlib
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 from train.utils.arguments import ArgumentParser
 from train.utils.command import run_command
 from train.utils.errors import UserError
+from train.utils.files import atomic_folder
 
 # A module for each format. Its `write(checkpoint, folder, model, dtype)` fills a folder and returns what to report.
 FORMATS = {
@@ -63,13 +62,8 @@ def main(argv: list[str] | None = None) -> None:
 
     model = load_for_inference(args.checkpoint, "float32", device="cpu", flag="CKPT")
     rounded = round_weights(model, args.dtype)
-    temporary = args.out.with_name(f".{args.out.name}.{os.getpid()}.tmp")
-    temporary.mkdir(parents=True)
-    try:
-        notes = importlib.import_module(FORMATS[args.format]).write(args.checkpoint, temporary, rounded, args.dtype)
-        temporary.rename(args.out)  # replaces an empty folder too
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with atomic_folder(args.out) as folder:
+        notes = importlib.import_module(FORMATS[args.format]).write(args.checkpoint, folder, rounded, args.dtype)
     if args.dtype != "float32":
         change = largest_difference(logits_of(rounded), logits_of(model))
         notes.append(f"rounding to {args.dtype} changed logits by up to {change:.1e}")

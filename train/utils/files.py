@@ -1,7 +1,8 @@
-"""Atomic writes: a file is complete or absent. It is written to a temporary path, flushed to disk, then renamed."""
+"""Atomic writes: a file or folder is complete or absent. It is written under another name, flushed, then renamed."""
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +29,25 @@ def atomic_write(path: Path) -> Iterator[Path]:
         fsync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield a new temporary folder beside `path`; on success it is flushed and renamed, otherwise removed.
+
+    By then `path` must be absent, or an empty folder.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for entry in [*temporary.iterdir(), temporary]:
+            fsync(entry)
+        temporary.rename(path)
+        fsync(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # frees a full disk
 
 
 def write_text(path: Path, text: str) -> None:
