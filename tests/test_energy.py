@@ -7,9 +7,10 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from train.metrics.energy import Energy, EnergyMeter, energy_reader
+from train.metrics.energy import GPUS, EnergyMeter, energy_reader
 
 CPU = torch.device("cpu")
+UNKNOWN = {"energy_joules": None, "joules_per_token": None, "energy_covers": None}
 
 
 def metered(read: Callable[[], float] | None, *counts: bool) -> EnergyMeter:
@@ -24,14 +25,18 @@ def test_only_steps_that_count_are_in_the_sum() -> None:
     past = iter([0.0, 5.0, 8.0, 100.0, 102.0])
     meter = metered(lambda: next(past), False, True, True)
     assert (meter.joules, meter.steps) == (5.0, 2)
-    assert meter.total(CPU, lambda mine: 2 * mine) == Energy(10.0, 2)
+    assert meter.metrics(CPU, lambda mine: 2 * mine, tokens_per_step=10) == {
+        "energy_joules": 10.0,
+        "joules_per_token": 0.5,
+        "energy_covers": GPUS,
+    }
 
 
 def test_unknown_to_one_process_is_unknown() -> None:
-    assert metered(None, True).total(CPU, lambda mine: mine) is None
+    assert metered(None, True).metrics(CPU, lambda mine: mine, 10) == UNKNOWN
     other = torch.tensor([3.0, True], dtype=torch.float64)
-    assert metered(lambda: 1.0, True).total(CPU, lambda mine: mine + other) is None
-    assert metered(lambda: 1.0, False).total(CPU, lambda mine: mine) is None, "no step"
+    assert metered(lambda: 1.0, True).metrics(CPU, lambda mine: mine + other, 10) == UNKNOWN
+    assert metered(lambda: 1.0, False).metrics(CPU, lambda mine: mine, 10) == UNKNOWN, "no step"
     assert energy_reader(CPU) is None
 
 

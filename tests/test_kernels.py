@@ -286,7 +286,7 @@ def test_a_gpu_trace_to_the_microsecond(tmp_path: Path) -> None:
     assert sum(microseconds.values()) == pytest.approx(1000)
     assert found.unattributed == pytest.approx(10e-6)
     [allreduce] = [costs for key, costs in found.costs.items() if key.operator == "c10d::allreduce_"]
-    assert allreduce.busy == pytest.approx(140e-6)
+    assert allreduce.busy_seconds == pytest.approx(140e-6)
     run = summarize(recording)
     rates = {point.operator: point.flops_per_second for point in run.roofline_points}
     assert rates["aten::addmm"] == pytest.approx(2 * 16 * 64 * 64 / 100e-6)

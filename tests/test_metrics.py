@@ -8,7 +8,7 @@ import torch
 
 from tests import finished_runs
 from train.metrics import summary as metrics
-from train.metrics.energy import GPUS, Energy, energy_metrics
+from train.metrics.energy import GPUS, EnergyMeter
 from train.metrics.hardware import hardware, torch_build, versions
 from train.metrics.table import METRICS, Metric
 from train.utils.json_files import json_safe
@@ -54,9 +54,12 @@ def test_steps_under_the_profiler_are_in_the_training_time_alone() -> None:
 
 
 def test_energy_is_for_each_token_of_its_steps() -> None:
-    found = summary([record(1, 1.0, 1.0)], measured=energy_metrics(Energy(joules=600.0, steps=3), 1000))
+    meter = EnergyMeter(lambda: 0.0)
+    meter.joules, meter.steps = 600.0, 3
+    device, alone = torch.device("cpu"), torch.clone
+    found = summary([record(1, 1.0, 1.0)], measured=meter.metrics(device, alone, 1000))
     assert (found["energy_joules"], found["joules_per_token"], found["energy_covers"]) == (600.0, 0.2, GPUS)
-    unknown = summary([record(1, 1.0, 1.0)], measured=energy_metrics(None, 1000))
+    unknown = summary([record(1, 1.0, 1.0)], measured=EnergyMeter(None).metrics(device, alone, 1000))
     assert unknown["energy_joules"] is unknown["joules_per_token"] is unknown["energy_covers"] is None
 
 

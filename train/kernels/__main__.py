@@ -8,8 +8,8 @@ from pathlib import Path
 
 from train.kernels.attribution import CATEGORIES
 from train.kernels.breakdown import summarize
-from train.kernels.comparison import compare, operator_name, speedup_sentence
-from train.kernels.summary import Change, PipelineTimeline, RunSummary, write_kernels
+from train.kernels.comparison import compare, speedup_sentence
+from train.kernels.summary import Change, Comparison, PipelineTimeline, Row, RunSummary, write_kernels
 from train.kernels.traces import read_recording
 from train.metrics.units import milliseconds
 from train.utils.arguments import ArgumentParser
@@ -31,7 +31,7 @@ def run_section(run: RunSummary) -> str:
     step, facts = run.step_seconds, run.facts
     categories = sorted(run.categories, key=lambda row: CATEGORIES.index(row.category))
     between = sum(row.seconds for row in run.phases if row.phase in ("validation", "checkpoint"))
-    parts = [
+    return "\n\n".join([
         f"## {run.label}: {milliseconds(step)} ms a step",
         f"Steps {facts.first_step} to {facts.first_step + facts.steps - 1} of {run.processes} "
         f"process{'es' * (run.processes > 1)} ({milliseconds(run.step_seconds_min)} to "
@@ -41,25 +41,17 @@ def run_section(run: RunSummary) -> str:
         + (f" Validation and checkpoints take {milliseconds(between)} ms of it." if between else ""),
         *([idle_sentence(run.pipeline)] if run.pipeline else []),
         markdown_table(
-            ["category", "ms", "share", "launches"],
-            [
-                [row.category, milliseconds(row.seconds), f"{row.seconds / step:.1%}", f"{row.launches:,.0f}"]
-                for row in categories
-            ],
+            ["category", "ms", "share", "launches"], [[row.category, *_costs(row, step)] for row in categories]
         ),
         markdown_table(
             ["module", "phase", "operator", "ms", "share", "launches", "GFLOP/s", "GB/s"],
             [
-                [
-                    *(row.module or "(none)", row.phase or "(none)", operator_name(row)),
-                    *(milliseconds(row.seconds), f"{row.seconds / step:.1%}", f"{row.launches:,.0f}"),
-                    *(_giga(row.flops_per_second), _giga(row.bytes_per_second)),
-                ]
+                [row.module or "(none)", row.phase or "(none)", row.work, *_costs(row, step),
+                 _giga(row.flops_per_second), _giga(row.bytes_per_second)]
                 for row in run.rows[:SHOWN_ROWS]
             ],
         ),
-    ]
-    return "\n\n".join(parts)
+    ])  # fmt: skip
 
 
 def idle_sentence(pipeline: PipelineTimeline) -> str:
@@ -71,25 +63,29 @@ def idle_sentence(pipeline: PipelineTimeline) -> str:
     )
 
 
-def comparison_section(runs: Sequence[RunSummary], categories: list[Change], rows: list[Change]) -> str:
+def comparison_section(runs: Sequence[RunSummary], comparison: Comparison) -> str:
     """Two runs side by side in Markdown, the largest change first."""
-    first, second = (run.label for run in runs)
+    first, second = comparison.labels
     header = [f"{first}, ms", f"{second}, ms", "saved, ms", "share of gain", "launches", "GFLOP/s", "GB/s"]
     return "\n\n".join([
         f"## {first} and {second}",
         speedup_sentence(runs),
-        markdown_table(["category", *header], [[change.category, *_cells(change)] for change in categories]),
+        markdown_table(["category", *header], [[row.category, *_changed(row)] for row in comparison.categories]),
         markdown_table(
             ["module", "phase", "category", *header],
             [
-                [change.module or "(none)", change.phase or "(none)", change.category, *_cells(change)]
-                for change in rows[:SHOWN_ROWS]
+                [row.module or "(none)", row.phase or "(none)", row.category, *_changed(row)]
+                for row in comparison.rows[:SHOWN_ROWS]
             ],
         ),
     ])  # fmt: skip
 
 
-def _cells(change: Change) -> list[str]:
+def _costs(row: Row, step: float) -> list[str]:
+    return [milliseconds(row.seconds), f"{row.seconds / step:.1%}", f"{row.launches:,.0f}"]
+
+
+def _changed(change: Change) -> list[str]:
     [share] = change.share_of_gain
     return [
         *(milliseconds(seconds or 0.0) for seconds in [*change.seconds, *change.saved_seconds]),
@@ -105,11 +101,7 @@ def _giga(rate: float | None) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = ArgumentParser(
-        prog="python -m train.kernels",
-        description=__doc__,
-        epilog=EXAMPLE,
-    )
+    parser = ArgumentParser(prog="python -m train.kernels", description=__doc__, epilog=EXAMPLE)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="one or two run folders, or trace files")
     parser.add_argument("--out", type=Path, default=Path("kernels"), help="folder for kernels.json and kernels.md")
     arguments = parser.parse_args(argv)
@@ -121,10 +113,8 @@ def main(argv: list[str] | None = None) -> None:
             recording.label = str(recording.path)
     runs = [summarize(recording) for recording in recordings]
     comparison = compare(*runs) if len(runs) == 2 else None
-    sections = [run_section(run) for run in runs]
-    if comparison is not None:
-        sections.insert(0, comparison_section(runs, comparison.categories, comparison.rows))
-    text = "\n\n".join(sections)
+    sections = [comparison_section(runs, comparison)] if comparison else []
+    text = "\n\n".join([*sections, *map(run_section, runs)])
     arguments.out.mkdir(parents=True, exist_ok=True)
     write_kernels(arguments.out / "kernels.json", runs, comparison)
     write_text(arguments.out / "kernels.md", f"# Where the time goes\n\n{text}\n")

@@ -13,28 +13,16 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import NamedTuple
 
 from train.kernels.attribution import IDLE, NO_SCOPE, Scope, Scopes, categorize
 from train.kernels.op_costs import flops, moved_bytes
 from train.kernels.pipeline_timeline import timeline
-from train.kernels.summary import Row, RunSummary, group
-from train.kernels.traces import Event, Kernel, Recording, Trace, ancestors
+from train.kernels.summary import NAMES, Row, RowNames, RunSummary, group
+from train.kernels.traces import MICROSECOND, Event, Kernel, Recording, Trace, ancestors
 
 BETWEEN_OPERATORS, BETWEEN_KERNELS, WAITING = "between operators", "no kernel runs", "waiting for other processes"
 OUTSIDE = "outside of all annotations"
-MICROSECOND = 1e-6
 LAYER = re.compile(r"(?<=\.h\.)\d+")
-
-
-class Key(NamedTuple):
-    """`module` in full, e.g. "transformer.h.3.attn"; `kernel` is empty on a CPU."""
-
-    module: str
-    phase: str
-    category: str
-    operator: str
-    kernel: str
 
 
 @dataclass
@@ -45,7 +33,7 @@ class Costs:
     """
 
     seconds: float = 0.0
-    busy: float = 0.0
+    busy_seconds: float = 0.0
     launches: float = 0.0
     flops: float = 0.0
     bytes: float = 0.0
@@ -61,7 +49,7 @@ class Costs:
 class Breakdown:
     """Means per step and process. `steps` holds the wall seconds of each recorded step, of each process in turn."""
 
-    costs: defaultdict[Key, Costs] = field(default_factory=lambda: defaultdict(Costs))
+    costs: defaultdict[RowNames, Costs] = field(default_factory=lambda: defaultdict(Costs))
     steps: list[float] = field(default_factory=list)
     unattributed: float = 0.0
 
@@ -74,7 +62,7 @@ def summarize(recording: Recording) -> RunSummary:
     """Break the steps of a run down and sum them up as `kernels.json` has them."""
     found = break_down(recording)
     every = [_row(key, costs) for key, costs in found.costs.items()]
-    rows = list(group([replace(row, module=LAYER.sub("*", row.module)) for row in every], *Key._fields).values())
+    rows = list(group([replace(row, module=LAYER.sub("*", row.module)) for row in every], *NAMES).values())
     return RunSummary(
         label=recording.label,
         path=str(recording.path),
@@ -94,11 +82,11 @@ def summarize(recording: Recording) -> RunSummary:
     )
 
 
-def _row(key: Key, costs: Costs) -> Row:
+def _row(key: RowNames, costs: Costs) -> Row:
     return Row(
-        *key,
+        **vars(key),
         seconds=costs.seconds,
-        busy_seconds=costs.busy,
+        busy_seconds=costs.busy_seconds,
         launches=costs.launches,
         flops=costs.flops,
         bytes=costs.bytes,
@@ -110,7 +98,7 @@ def _row(key: Key, costs: Costs) -> Row:
 def break_down(recording: Recording) -> Breakdown:
     """Return the mean over the steps of all processes."""
     total = Breakdown()
-    total.steps = [(step.end - step.start) * MICROSECOND for trace in recording.traces for step in trace.steps]
+    total.steps = [step.seconds for trace in recording.traces for step in trace.steps]
     for trace in recording.traces:
         own = _break_down_gpu(trace) if trace.kernels else _break_down_cpu(trace)
         total.unattributed += own.unattributed / len(total.steps)
@@ -133,22 +121,24 @@ def _break_down_cpu(trace: Trace) -> Breakdown:
                 if scope.phase == "communication":
                     waited = own
                 if waited:
-                    found.costs[Key(scope.module, scope.phase, "communication", WAITING, "")].seconds += waited
+                    found.costs[RowNames(scope.module, scope.phase, "communication", WAITING, "")].seconds += waited
                 if own <= waited:
                     continue
                 if scope == NO_SCOPE:
                     found.unattributed += own - waited
-                    key = Key("", "", "other", OUTSIDE, "")
+                    key = RowNames("", "", "other", OUTSIDE, "")
                 else:
-                    key = Key(scope.module, scope.phase, IDLE, BETWEEN_OPERATORS, "")
+                    key = RowNames(scope.module, scope.phase, IDLE, BETWEEN_OPERATORS, "")
                 found.costs[key].seconds += own - waited
                 continue
-            costs = found.costs[Key(scope.module, scope.phase, categorize(event.name, scope, event), event.name, "")]
+            costs = found.costs[
+                RowNames(scope.module, scope.phase, categorize(event.name, scope, event), event.name, "")
+            ]
             costs.seconds += own
-            costs.busy += own
+            costs.busy_seconds += own
             costs.launches += 1
             if event in with_costs:
-                _add_work(costs, event, (event.end - event.start) * MICROSECOND)
+                _add_work(costs, event, event.seconds)
     return found
 
 
@@ -162,15 +152,15 @@ def _break_down_gpu(trace: Trace) -> Breakdown:
         if not any(start <= kernel.start < end for start, end in steps):
             continue
         costs = found.costs[keys[index]]
-        costs.busy += _length(kernel) * MICROSECOND
+        costs.busy_seconds += kernel.seconds
         costs.launches += 1
         operator = next((event for event in ancestors(kernel.launch) if event in with_costs), None)
         if operator is not None:
             other = longest.get(operator)
-            if other is None or _length(trace.kernels[other]) < _length(kernel):
+            if other is None or trace.kernels[other].seconds < kernel.seconds:
                 longest[operator] = index
     for operator, index in longest.items():
-        _add_work(found.costs[keys[index]], operator, _length(trace.kernels[index]) * MICROSECOND)
+        _add_work(found.costs[keys[index]], operator, trace.kernels[index].seconds)
     for start, end in steps:
         for begin, stop, running in _exclusive(trace.kernels, [key.category for key in keys], start, end):
             if running is not None:
@@ -179,16 +169,16 @@ def _break_down_gpu(trace: Trace) -> Breakdown:
                     found.unattributed += (stop - begin) * MICROSECOND
                 continue
             for left, right in pairwise([begin, *scopes.phase_changes(begin, stop), stop]):
-                key = Key("", scopes.phase_at(left), IDLE, BETWEEN_KERNELS, "")
+                key = RowNames("", scopes.phase_at(left), IDLE, BETWEEN_KERNELS, "")
                 found.costs[key].seconds += (right - left) * MICROSECOND
     return found
 
 
-def _kernel_key(kernel: Kernel, scopes: Scopes) -> Key:
+def _kernel_key(kernel: Kernel, scopes: Scopes) -> RowNames:
     launch = kernel.launch
     if launch is None:
         scope = Scope(scopes.phase_at(kernel.start), "")
-        return Key("", "", categorize(kernel.name, scope, None), "", kernel.name)
+        return RowNames("", "", categorize(kernel.name, scope, None), "", kernel.name)
     scope = scopes[launch]
     operator = next((event for event in ancestors(launch) if event.kind == "op"), None)
     name = operator.name if operator is not None else ""
@@ -198,11 +188,7 @@ def _kernel_key(kernel: Kernel, scopes: Scopes) -> Key:
         # An operator's name tells more than its kernel's, apart from NCCL's kernels.
         by_kernel = not name or "nccl" in kernel.name.lower()
         category = categorize(kernel.name if by_kernel else name, scope, operator)
-    return Key(scope.module, scope.phase, category, name, kernel.name)
-
-
-def _length(kernel: Kernel) -> float:
-    return kernel.end - kernel.start
+    return RowNames(scope.module, scope.phase, category, name, kernel.name)
 
 
 def _exclusive(
@@ -211,17 +197,15 @@ def _exclusive(
     """Yield the intervals from `start` to `end`, each with the index of the one kernel that it belongs to, or None."""
     ranks = {"communication": 1, "copies": 2}
     edges = sorted({start, end, *(t for k in kernels for t in (k.start, k.end) if start < t < end)})
-    waiting = sorted(range(len(kernels)), key=lambda index: kernels[index].start)
-    running: list[tuple[int, float, int]] = []
-    position = 0
+    running: list[tuple[int, int]] = []  # kernels are in the order of their starts
+    begun = 0
     for left, right in pairwise(edges):
-        while position < len(waiting) and kernels[waiting[position]].start <= left:
-            index = waiting[position]
-            heapq.heappush(running, (ranks.get(categories[index], 0), kernels[index].start, index))
-            position += 1
-        while running and kernels[running[0][2]].end <= left:
+        while begun < len(kernels) and kernels[begun].start <= left:
+            heapq.heappush(running, (ranks.get(categories[begun], 0), begun))
+            begun += 1
+        while running and kernels[running[0][1]].end <= left:
             heapq.heappop(running)
-        yield left, right, running[0][2] if running else None
+        yield left, right, running[0][1] if running else None
 
 
 def _inside(step: Event) -> Iterator[Event]:

@@ -7,17 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from train.kernels.summary import (
-    NAMES,
-    Change,
-    Comparison,
-    Row,
-    RunSummary,
-    add_up,
-    group,
-    read_kernels,
-    write_kernels,
-)
+from train.kernels.summary import NAMES, Change, Comparison, RunSummary, add_up, group, read_kernels, write_kernels
 from train.kernels.traces import read_recording
 from train.metrics.units import milliseconds, times
 from train.utils.errors import UserError
@@ -25,7 +15,6 @@ from train.utils.errors import UserError
 SCOPE = ("module", "phase", "category")
 """Names that are the same whichever kernels do the work."""
 OPERATOR = ("module", "phase", "operator", "kernel")
-LONGEST_NAME = 60
 
 
 def read_profile(run_folder: Path, metrics: Mapping[str, Any]) -> RunSummary | None:
@@ -56,23 +45,18 @@ def read_profile(run_folder: Path, metrics: Mapping[str, Any]) -> RunSummary | N
     return run
 
 
-def changes(runs: Sequence[RunSummary], *names: str) -> list[Change]:
-    """Align the rows of runs by `names`: the largest change first, or the longest row of a single run."""
-    return _align([run.rows for run in runs], [run.step_seconds for run in runs], *names)
-
-
-def _align(runs: Sequence[Sequence[Row]], steps: Sequence[float], *names: str) -> list[Change]:
-    groups = [group(rows, *names) for rows in runs]
-    operators = [group(rows, *names, "operator", "kernel") for rows in runs]
-    gains = [steps[0] - step for step in steps[1:]]
+def changes(runs: Sequence[RunSummary], *names: str, of: str = "rows") -> list[Change]:
+    """Align the rows (or the layers) of runs by `names`: the largest change first, or the longest of a single run."""
+    groups = [group(getattr(run, of), *names) for run in runs]
+    operators = [group(getattr(run, of), *names, "operator", "kernel") for run in runs]
+    gains = [runs[0].step_seconds - run.step_seconds for run in runs[1:]]
     found = []
     for key in dict.fromkeys(key for own in groups for key in own):
         rows = [own.get(key) or add_up([], {}) for own in groups]
         saved = [rows[0].seconds - row.seconds for row in rows[1:]]
-        values = dict(zip(names, key, strict=True))
         found.append(
             Change(
-                **{name: values.get(name, "") for name in NAMES},
+                **dict.fromkeys(NAMES, "") | dict(zip(names, key, strict=True)),
                 seconds=[own[key].seconds if key in own else None for own in groups],
                 saved_seconds=saved,
                 share_of_gain=[part / gain if gain else None for part, gain in zip(saved, gains, strict=True)],
@@ -80,8 +64,7 @@ def _align(runs: Sequence[Sequence[Row]], steps: Sequence[float], *names: str) -
                 flops_per_second=[row.flops_per_second for row in rows],
                 bytes_per_second=[row.bytes_per_second for row in rows],
                 largest=[
-                    [operator_name(row) for own, row in parts.items() if own[: len(key)] == key][:3]
-                    for parts in operators
+                    [row.work for own, row in parts.items() if own[: len(key)] == key][:3] for parts in operators
                 ],
             )
         )
@@ -90,25 +73,24 @@ def _align(runs: Sequence[Sequence[Row]], steps: Sequence[float], *names: str) -
 
 def compare(first: RunSummary, second: RunSummary) -> Comparison:
     """Compare the steps of two runs, which have to be of the same model and batch."""
+    runs = (first, second)
     for key in ("tokens_per_step", "block_size", "model"):
-        one, other = getattr(first.facts, key), getattr(second.facts, key)
+        one, other = (getattr(run.facts, key) for run in runs)
         if one != other:
             raise UserError(
                 f"{first.path} and {second.path} do not do the same work in a step: {key} is {one} and {other}; "
                 "profile two runs of the same model and batch"
             )
-    runs = (first, second)
-    steps = [run.step_seconds for run in runs]
     return Comparison(
         labels=[run.label for run in runs],
-        step_seconds=steps,
-        saved_seconds=steps[0] - steps[1],
-        speedup=steps[0] / steps[1],
+        step_seconds=[run.step_seconds for run in runs],
+        saved_seconds=first.step_seconds - second.step_seconds,
+        speedup=first.step_seconds / second.step_seconds,
         categories=changes(runs, "category"),
         phases=changes(runs, "phase"),
         rows=changes(runs, *SCOPE),
         operators=changes(runs, *SCOPE, "operator"),
-        layers=_align([run.layers for run in runs], steps, "module", "phase"),
+        layers=changes(runs, "module", "phase", of="layers"),
     )
 
 
@@ -123,7 +105,7 @@ def speedup_sentence(runs: Sequence[RunSummary]) -> str:
         for change in changes(pair, *SCOPE)[:3]:
             [saved], [share] = change.saved_seconds, change.share_of_gain
             gain = "" if share is None else f" ({share:.0%})"
-            parts.append(f"{scope_name(change)} {signed_milliseconds(saved)} ms{gain}")
+            parts.append(f"{change.scope} {signed_milliseconds(saved)} ms{gain}")
         sentence = (
             f"A profiled step takes {milliseconds(after)} ms in {other.label} and {milliseconds(before)} ms in "
             f"{runs[0].label}: {times(before / after)} as fast. Time saved, with its share of the gain: "
@@ -131,28 +113,10 @@ def speedup_sentence(runs: Sequence[RunSummary]) -> str:
         )
         for change in changes(pair, *SCOPE, "operator")[:1]:
             seconds = [milliseconds(value or 0.0) for value in change.seconds]
-            where = ", ".join(filter(None, (change.module, change.phase))) or "no module"
-            sentence += (
-                f" The largest change is {operator_name(change)} in {where}: {seconds[0]} ms, then {seconds[1]} ms."
-            )
+            where = change.module_and_phase or "no module"
+            sentence += f" The largest change is {change.work} in {where}: {seconds[0]} ms, then {seconds[1]} ms."
         sentences.append(sentence)
     return " ".join(sentences)
-
-
-def operator_name(row: Row | Change) -> str:
-    """The operator and its kernel, of which the name may have hundreds of characters."""
-    kernel = row.kernel if len(row.kernel) <= LONGEST_NAME else row.kernel[: LONGEST_NAME - 1] + "…"
-    return f"{row.operator} ({kernel})" if row.operator and kernel else row.operator or kernel or "unknown"
-
-
-def scope_name(row: Row | Change) -> str:
-    where = ", ".join(filter(None, (row.module, row.phase)))
-    return ": ".join(filter(None, (where, row.category)))
-
-
-def operator_in_scope(row: Row | Change) -> str:
-    where = ", ".join(filter(None, (row.module, row.phase)))
-    return operator_name(row) + (f" in {where}" if where else "")
 
 
 def signed_milliseconds(saved: float) -> str:

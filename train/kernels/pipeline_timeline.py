@@ -12,11 +12,10 @@ from dataclasses import replace
 
 from train.kernels.attribution import COMMUNICATION
 from train.kernels.summary import PipelineTimeline, ProcessTimeline, Span
-from train.kernels.traces import Event, Kernel, Recording, Trace, ancestors
+from train.kernels.traces import MICROSECOND, Event, Kernel, Recording, Trace, ancestors
 from train.metrics.annotations import PHASES, stage_of
 
 AT_WORK = ("forward", "backward")
-MICROSECOND = 1e-6
 
 
 def timeline(recording: Recording) -> PipelineTimeline | None:

@@ -4,8 +4,8 @@ Imports no torch: `train.compare` reads the file without it.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +15,49 @@ from train.utils.files import write_json
 from train.utils.json_files import from_json, json_safe, read_json
 
 SCHEMA = 2
-NAMES = ("module", "phase", "category", "operator", "kernel")
 TRAINING_PHASES = ("forward", "backward", "recompute", "optimizer")
+LONGEST_NAME = 60
 
 
 @dataclass(frozen=True)
-class Row:
-    """Costs per step and process of an operator (and, on a GPU, a kernel) in one module and phase.
-
-    In `module` a "*" stands for every layer. A name is empty where there is none, or where rows were summed over it.
-    """
+class RowNames:
+    """What a row is about. A name is empty where there is none, or where rows were summed over it."""
 
     module: str
+    """Full name in the model; "*" stands for every layer."""
     phase: str
     category: str
     operator: str
     kernel: str
+    """Empty on a CPU."""
+
+    @property
+    def module_and_phase(self) -> str:
+        return ", ".join(filter(None, (self.module, self.phase)))
+
+    @property
+    def scope(self) -> str:
+        """Module, phase and category."""
+        return ": ".join(filter(None, (self.module_and_phase, self.category)))
+
+    @property
+    def work(self) -> str:
+        """The operator and its kernel, of which the name may have hundreds of characters."""
+        kernel = self.kernel if len(self.kernel) <= LONGEST_NAME else self.kernel[: LONGEST_NAME - 1] + "…"
+        return f"{self.operator} ({kernel})" if self.operator and kernel else self.operator or kernel or "unknown"
+
+    @property
+    def work_in_module(self) -> str:
+        return self.work + (f" in {self.module_and_phase}" if self.module_and_phase else "")
+
+
+NAMES = tuple(field.name for field in fields(RowNames))
+
+
+@dataclass(frozen=True)
+class Row(RowNames):
+    """Costs per step and process of an operator (and, on a GPU, a kernel) in one module and phase."""
+
     seconds: float
     """Wall time; the rows of a run add up to its step."""
     busy_seconds: float
@@ -118,19 +145,13 @@ class RunSummary:
 
 
 @dataclass(frozen=True)
-class Change:
+class Change(RowNames):
     """One group of rows in each of several runs, of which the first is the baseline.
 
-    The names that the rows were summed over are empty. `saved_seconds` (first run minus other run) and
-    `share_of_gain` (of what the step saves; negative where a row loses time; None where both steps take as
-    long) have an entry for every run but the first.
+    `saved_seconds` (first run minus other run) and `share_of_gain` (of what the step saves; negative where a row loses
+    time; None where both steps take as long) have an entry for every run but the first.
     """
 
-    module: str
-    phase: str
-    category: str
-    operator: str
-    kernel: str
     seconds: list[float | None]
     """None in a run that has no such row."""
     saved_seconds: list[float]
@@ -176,7 +197,7 @@ def group(rows: Iterable[Row], *names: str) -> dict[tuple[str, ...], Row]:
     return dict(sorted(sums.items(), key=lambda item: -item[1].seconds))
 
 
-def add_up(rows: Sequence[Row], names: Mapping[str, str]) -> Row:
+def add_up(rows: Sequence[Row], names: dict[str, str]) -> Row:
     """Sum rows into one that has these names."""
 
     def total(name: str) -> float:
@@ -187,7 +208,7 @@ def add_up(rows: Sequence[Row], names: Mapping[str, str]) -> Row:
         seconds = math.fsum(amount / per_second for amount, per_second in known if per_second)
         return math.fsum(amount for amount, per_second in known if per_second) / seconds if seconds else None
 
-    values: dict[str, Any] = {name: names.get(name, "") for name in NAMES}
+    values: dict[str, Any] = dict.fromkeys(NAMES, "") | names
     values |= {name: total(name) for name in ("seconds", "busy_seconds", "launches", "flops", "bytes")}
     return Row(**values, flops_per_second=rate("flops"), bytes_per_second=rate("bytes"))
 

@@ -27,6 +27,8 @@ GPU_CATEGORIES = {"kernel", "gpu_memcpy", "gpu_memset"}
 COMPILED = re.compile(r"(## Call )?Compiled|Torch-Compiled|triton_|CompiledFunction")
 HINT = "make one with python -m train --profile"
 
+MICROSECOND = 1e-6
+
 Thread = tuple[Any, Any]
 
 
@@ -62,28 +64,34 @@ def trace_metadata(facts: RunFacts, rank: int) -> str:
 
 
 @dataclass(slots=True, eq=False)
-class Event:
-    """Something that ran in a thread. `kind` is "op", "annotation" or "launch"; a parent encloses its children."""
+class Timed:
+    """What a trace has a start and an end of, in microseconds."""
 
     name: str
     kind: str
-    thread: Thread
     start: float
     end: float
+
+    @property
+    def seconds(self) -> float:
+        return (self.end - self.start) * MICROSECOND
+
+
+@dataclass(slots=True, eq=False)
+class Event(Timed):
+    """Something that ran in a thread. `kind` is "op", "annotation" or "launch"; a parent encloses its children."""
+
+    thread: Thread
     args: dict[str, Any]
     parent: "Event | None" = None
     children: list["Event"] = field(default_factory=list)
 
 
 @dataclass(slots=True, eq=False)
-class Kernel:
+class Kernel(Timed):
     """A kernel, copy or fill on a GPU. `launch`: the call on the CPU that launched it, where the trace has it."""
 
-    name: str
-    kind: str
-    start: float
-    end: float
-    launch: Event | None
+    launch: Event | None = None
 
 
 @dataclass
@@ -183,12 +191,8 @@ def read_trace(file: Path) -> Trace:
         links = _links(events)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{file}: has an event that torch.profiler does not write ({error!r}); {HINT}") from None
-    steps = [
-        event
-        for own in threads.values()
-        for event in own
-        if event.name.startswith(STEP) and event.kind == "annotation"
-    ]
+    every = (event for own in threads.values() for event in own)
+    steps = [event for event in every if event.name.startswith(STEP) and event.kind == "annotation"]
     if not steps:
         raise UserError(f"{file}: holds no complete step; {HINT}")
     return Trace(file, facts["rank"], run, host, began, threads, kernels, links, steps)
@@ -205,30 +209,25 @@ def _read_json(file: Path) -> Any:
 def _sort_events(events: list[Any]) -> tuple[dict[Thread, list[Event]], list[Kernel]]:
     threads: dict[Thread, list[Event]] = defaultdict(list)
     launches: dict[Any, Event] = {}
-    on_gpu = []
+    kernels: list[Kernel] = []
+    correlations: list[Any] = []  # of each kernel with its launch
     for event in events:
-        if event.get("ph") != "X":
-            continue
         category = event.get("cat")
+        if event.get("ph") != "X" or not (category in CPU_CATEGORIES or category in GPU_CATEGORIES):
+            continue
+        name, args, start = event["name"], event.get("args", {}), float(event["ts"])
+        end = start + float(event["dur"])
         if category in GPU_CATEGORIES:
-            on_gpu.append(event)
-        elif category in CPU_CATEGORIES:
-            name, args, start = event["name"], event.get("args", {}), float(event["ts"])
-            kind = "op" if COMPILED.match(name) else CPU_CATEGORIES[category]
-            thread = (event["pid"], event["tid"])
-            threads[thread].append(Event(name, kind, thread, start, start + float(event["dur"]), args))
-            if kind == "launch" and "correlation" in args:
-                launches[args["correlation"]] = threads[thread][-1]
-    kernels = [
-        Kernel(
-            event["name"],
-            event["cat"],
-            float(event["ts"]),
-            float(event["ts"]) + float(event["dur"]),
-            launches.get(event.get("args", {}).get("correlation")),
-        )
-        for event in on_gpu
-    ]
+            kernels.append(Kernel(name, category, start, end))
+            correlations.append(args.get("correlation"))
+            continue
+        kind = "op" if COMPILED.match(name) else CPU_CATEGORIES[category]
+        thread = (event["pid"], event["tid"])
+        threads[thread].append(Event(name, kind, start, end, thread, args))
+        if kind == "launch" and "correlation" in args:
+            launches[args["correlation"]] = threads[thread][-1]
+    for kernel, correlation in zip(kernels, correlations, strict=True):
+        kernel.launch = launches.get(correlation)
     for own in threads.values():
         _nest(own)
     return dict(threads), sorted(kernels, key=lambda kernel: kernel.start)

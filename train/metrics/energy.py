@@ -5,7 +5,6 @@ run on it.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,14 +15,6 @@ GPUS = "the boards of the GPUs that train, without CPUs and network"
 
 Reader = Callable[[], float]
 """Joules since some time in the past; they only grow."""
-
-
-@dataclass(frozen=True)
-class Energy:
-    """Joules of the devices of all processes in a number of steps."""
-
-    joules: float
-    steps: int
 
 
 class EnergyMeter:
@@ -45,11 +36,19 @@ class EnergyMeter:
             self.joules += self.read() - self.at_start
         self.steps += counts
 
-    def total(self, device: torch.device, add_up: Callable[[torch.Tensor], torch.Tensor]) -> Energy | None:
-        """The energy of all processes; `add_up` sums a tensor over them. None if it is unknown to one of them."""
+    def metrics(
+        self, device: torch.device, add_up: Callable[[torch.Tensor], torch.Tensor], tokens_per_step: int
+    ) -> dict[str, Any]:
+        """The entries of `metrics.json`, of all processes; null where the energy is unknown to one of them.
+
+        `add_up` sums a tensor over the processes.
+        """
         mine = torch.tensor([self.joules, self.read is None], dtype=torch.float64, device=device)
         joules, unknown = add_up(mine).tolist()
-        return None if unknown or not self.steps else Energy(joules, self.steps)
+        if unknown or not self.steps:
+            return dict.fromkeys(("energy_joules", "joules_per_token", "energy_covers"))
+        per_token = joules / (self.steps * tokens_per_step)
+        return {"energy_joules": joules, "joules_per_token": per_token, "energy_covers": GPUS}
 
 
 def energy_reader(device: torch.device) -> Reader | None:
@@ -68,12 +67,3 @@ def energy_reader(device: torch.device) -> Reader | None:
     except pynvml.NVMLError:
         return None
     return lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3  # it counts millijoules
-
-
-def energy_metrics(energy: Energy | None, tokens_per_step: int) -> dict[str, Any]:
-    """The entries of `metrics.json`; null where the energy is unknown."""
-    return {
-        "energy_joules": energy and energy.joules,
-        "joules_per_token": energy and energy.joules / (energy.steps * tokens_per_step),
-        "energy_covers": energy and GPUS,
-    }

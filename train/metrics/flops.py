@@ -6,46 +6,31 @@ Tests hold the formulas to within 1 % of torch's counter over a real forward and
 import re
 from dataclasses import dataclass
 
-TFLOPS = 1e12
-
-# Dense peaks in TFLOP/s, accumulating in fp32. Datasheets from Ampere on print tensor-core numbers "with sparsity":
-# half of those is what a dense matmul can reach. The pattern must match the whole device name that torch
-# gives, so that a laptop part, a "Ti", a MIG slice or a GH200 is unknown instead of wrong.
-PEAK_TFLOPS: tuple[tuple[str, dict[str, float]], ...] = (
+# Memory bandwidth in GB/s, and dense peaks in TFLOP/s, accumulating in fp32. Datasheets from Ampere on print
+# tensor-core numbers "with sparsity": half of those is what a dense matmul can reach. The pattern must match the full
+# name that torch gives, so that a laptop part, a "Ti", a MIG slice or a GH200 is unknown instead of wrong.
+PEAKS: tuple[tuple[str, int, dict[str, float]], ...] = (
     # NVIDIA Tesla V100 datasheet (2017): no bf16 and no tf32 on Volta.
-    (r"(Tesla )?V100-SXM\d?-\d+GB(-LS)?", {"fp16": 125.0, "fp32": 15.7}),
-    (r"(Tesla )?V100-PCIE-\d+GB", {"fp16": 112.0, "fp32": 14.0}),
+    (r"(Tesla )?V100-SXM\d?-\d+GB(-LS)?", 900, {"fp16": 125.0, "fp32": 15.7}),
+    (r"(Tesla )?V100-PCIE-\d+GB", 900, {"fp16": 112.0, "fp32": 14.0}),
     # NVIDIA A100 datasheet (2020): 624 / 2 = 312, 312 / 2 = 156; the same for SXM4 and PCIe, 40 and 80 GB.
-    (r"A100-(SXM4|PCIE)-(40|80)GB|A100 80GB PCIe", {"bf16": 312.0, "fp16": 312.0, "tf32": 156.0, "fp32": 19.5}),
+    (r"A100-(SXM4|PCIE)-40GB", 1555, {"bf16": 312.0, "fp16": 312.0, "tf32": 156.0, "fp32": 19.5}),
+    (r"A100-SXM4-80GB", 2039, {"bf16": 312.0, "fp16": 312.0, "tf32": 156.0, "fp32": 19.5}),
+    (r"A100 80GB PCIe|A100-PCIE-80GB", 1935, {"bf16": 312.0, "fp16": 312.0, "tf32": 156.0, "fp32": 19.5}),
     # NVIDIA H100 datasheet (2023), SXM: 1,979 / 2 = 989.5, 989 / 2 = 494.5; PCIe: 1,513 / 2 = 756.5, 756 / 2 = 378.
-    (r"H100 80GB HBM3", {"bf16": 989.5, "fp16": 989.5, "tf32": 494.5, "fp32": 67.0}),
-    (r"H100 PCIe", {"bf16": 756.5, "fp16": 756.5, "tf32": 378.0, "fp32": 51.0}),
+    (r"H100 80GB HBM3", 3350, {"bf16": 989.5, "fp16": 989.5, "tf32": 494.5, "fp32": 67.0}),
+    (r"H100 PCIe", 2000, {"bf16": 756.5, "fp16": 756.5, "tf32": 378.0, "fp32": 51.0}),
     # NVIDIA H200 datasheet (2024), SXM: the H100's compute, 1,979 / 2; NVL: 1,671 / 2 = 835.5, 835 / 2 = 417.5.
-    (r"H200", {"bf16": 989.5, "fp16": 989.5, "tf32": 494.5, "fp32": 67.0}),
-    (r"H200 NVL", {"bf16": 835.5, "fp16": 835.5, "tf32": 417.5, "fp32": 60.0}),
+    (r"H200", 4800, {"bf16": 989.5, "fp16": 989.5, "tf32": 494.5, "fp32": 67.0}),
+    (r"H200 NVL", 4800, {"bf16": 835.5, "fp16": 835.5, "tf32": 417.5, "fp32": 60.0}),
     # NVIDIA L4 datasheet (2023): 242 / 2 = 121, 120 / 2 = 60.
-    (r"L4", {"bf16": 121.0, "fp16": 121.0, "tf32": 60.0, "fp32": 30.3}),
+    (r"L4", 300, {"bf16": 121.0, "fp16": 121.0, "tf32": 60.0, "fp32": 30.3}),
     # NVIDIA L40S datasheet (2023): 733 / 2 ≈ 362 and 366 / 2 = 183, printed there in both forms.
-    (r"L40S", {"bf16": 362.0, "fp16": 362.0, "tf32": 183.0, "fp32": 91.6}),
+    (r"L40S", 864, {"bf16": 362.0, "fp16": 362.0, "tf32": 183.0, "fp32": 91.6}),
     # NVIDIA GA102 whitepaper (2021), fp16 with fp32 accumulation: half of the 142 that fp16 accumulation reaches.
-    (r"(GeForce )?RTX 3090", {"bf16": 71.0, "fp16": 71.0, "tf32": 35.6, "fp32": 35.6}),
+    (r"(GeForce )?RTX 3090", 936, {"bf16": 71.0, "fp16": 71.0, "tf32": 35.6, "fp32": 35.6}),
     # NVIDIA Ada whitepaper (2022), fp16 with fp32 accumulation.
-    (r"(GeForce )?RTX 4090", {"bf16": 165.2, "fp16": 165.2, "tf32": 82.6, "fp32": 82.6}),
-)
-
-# Datasheets' memory bandwidth in bytes/s, by the same device names.
-PEAK_BANDWIDTH: tuple[tuple[str, float], ...] = (
-    (r"(Tesla )?V100-(SXM\d?|PCIE)-\d+GB", 900e9),
-    (r"A100-(SXM4|PCIE)-40GB", 1555e9),
-    (r"A100-SXM4-80GB", 2039e9),
-    (r"A100 80GB PCIe|A100-PCIE-80GB", 1935e9),
-    (r"H100 80GB HBM3", 3350e9),
-    (r"H100 PCIe", 2000e9),
-    (r"H200( NVL)?", 4800e9),
-    (r"L4", 300e9),
-    (r"L40S", 864e9),
-    (r"(GeForce )?RTX 3090", 936e9),
-    (r"(GeForce )?RTX 4090", 1008e9),
+    (r"(GeForce )?RTX 4090", 1008, {"bf16": 165.2, "fp16": 165.2, "tf32": 82.6, "fp32": 82.6}),
 )
 
 
@@ -138,22 +123,22 @@ def count_flops(
     )
 
 
-def peak_flops(device_name: str, dtype: str) -> float | None:
-    """Dense peak in FLOP/s of one device for "bf16", "fp16", "tf32" or "fp32"; None for a CPU or an unknown device.
-
-    `device_name` is `devices.device_name`'s; the sources stand beside `PEAK_TFLOPS`.
-    """
+def _peaks(device_name: str) -> tuple[int | None, dict[str, float]]:
+    """GB/s and TFLOP/s of a device; None and nothing for a CPU or an unknown device."""
     name = device_name.removeprefix("NVIDIA ").strip()
-    for pattern, peaks in PEAK_TFLOPS:
-        if re.fullmatch(pattern, name):
-            return peaks[dtype] * TFLOPS if dtype in peaks else None
-    return None
+    return next(((moved, rates) for pattern, moved, rates in PEAKS if re.fullmatch(pattern, name)), (None, {}))
+
+
+def peak_flops(device_name: str, dtype: str) -> float | None:
+    """Dense peak in FLOP/s of one device (`devices.device_name`) for "bf16", "fp16", "tf32" or "fp32", if known."""
+    rate = _peaks(device_name)[1].get(dtype)
+    return None if rate is None else rate * 1e12
 
 
 def peak_bandwidth(device_name: str) -> float | None:
-    """Bytes/s that one device's memory gives by its datasheet; None for a CPU or an unknown device."""
-    name = device_name.removeprefix("NVIDIA ").strip()
-    return next((rate for pattern, rate in PEAK_BANDWIDTH if re.fullmatch(pattern, name)), None)
+    """Bytes/s that one device's memory gives by its datasheet, if known."""
+    rate = _peaks(device_name)[0]
+    return None if rate is None else rate * 1e9
 
 
 def utilization(

@@ -102,10 +102,10 @@ def train(run: ResolvedRun) -> None:
                 save(engine, run, done)
             profiler.step()
     log.close()
-    main, processes, memory = engine.is_main, engine.world_size, engine.peak_memory(profiler.peak_before)
-    spent = energy.total(engine.device, engine.sum_over_processes)
+    main, processes, measured = engine.is_main, engine.world_size, engine.peak_memory(profiler.peak_before)
+    measured |= energy.metrics(engine.device, engine.sum_over_processes, run.tokens_per_step)
     engine.close()
     if main:
-        write_summary(run, log.records, processes, memory, spent)
+        write_summary(run, log.records, processes, measured)
         if config.push_to_hub is not None:
             print(hub.push(config.run_folder, config.push_to_hub))

@@ -13,7 +13,6 @@ from train.data.token_file import TokenFile
 from train.generate.decoding import Decoding
 from train.generate.latency import measure_latency
 from train.generate.texts import generate_text
-from train.metrics.energy import Energy, energy_metrics
 from train.metrics.flops import count_flops, peak_flops
 from train.metrics.hardware import hardware, versions
 from train.metrics.summary import RunFacts, latency_percentiles, summarize
@@ -24,14 +23,11 @@ from train.utils.files import write_json
 LATENCY_TOKENS = 32  # generated for each timing, after a prompt of as many
 
 
-def write_summary(
-    run: ResolvedRun,
-    records: list[dict[str, Any]],
-    world_size: int,
-    memory: dict[str, Any],
-    energy: Energy | None,
-) -> None:
-    """Write metrics.json into the run folder, from its checkpoint. Main process only, with the engine closed."""
+def write_summary(run: ResolvedRun, records: list[dict[str, Any]], world_size: int, measured: dict[str, Any]) -> None:
+    """Write metrics.json into the run folder, from its checkpoint. Main process only, with the engine closed.
+
+    `measured`: the metrics of memory and energy.
+    """
     config = run.config
     precision = matmul_precision(config.mixed_precision, config.optimized)
     folder = config.run_folder / f"step-{run.total_steps}"
@@ -64,11 +60,10 @@ def write_summary(
         activation_checkpointing_interval=config.activation_checkpointing_interval or 1,
         fused_attention=run.attention[0] != "eager",
     )
-    measured = memory | energy_metrics(energy, run.tokens_per_step) | measure_inference(run, model)
     summary = summarize(
         facts,
         records,
-        measured,
+        measured | measure_inference(run, model),
         flops,
         tokens_per_epoch=run.train.blocks * run.train.block_size,
         device_peak_flops=peak_flops(device_name(model.device), precision),

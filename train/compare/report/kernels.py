@@ -9,15 +9,7 @@ from train.compare.charts import HEIGHT, Chart, Keys, Row, canvas, color_of, lab
 from train.compare.figures import UNKNOWN
 from train.compare.report.pipeline import pipeline_chart
 from train.compare.svg import INK
-from train.kernels.comparison import (
-    OPERATOR,
-    SCOPE,
-    changes,
-    operator_in_scope,
-    scope_name,
-    signed_milliseconds,
-    speedup_sentence,
-)
+from train.kernels.comparison import OPERATOR, SCOPE, changes, signed_milliseconds, speedup_sentence
 from train.kernels.summary import Change, RunSummary
 from train.metrics.units import milliseconds
 
@@ -119,7 +111,7 @@ def roofline_chart(keys: Keys, kernels: Sequence[RunSummary]) -> Chart:
     for index, share, row in sorted(points, key=lambda point: -point[1]):
         gid = f"operator-{len(tooltips)}"
         rate = (row.flops_per_second or 0.0) / 1e9
-        tooltips[gid] = f"{operator_in_scope(row)}: {rate:,.1f} GFLOP/s, {share:.1%} of a step"
+        tooltips[gid] = f"{row.work_in_module}: {rate:,.1f} GFLOP/s, {share:.1%} of a step"
         axes.plot(row.intensity or 0.0, row.flops_per_second or 0.0, "o", color=color_of(index), alpha=0.55, gid=gid,
                   markersize=6 + 40 * math.sqrt(share), markeredgewidth=0, clip_on=False)  # fmt: skip
     return Chart("Roofline", note, figure, keys, tooltips=tooltips)
@@ -139,7 +131,7 @@ def scopes_table(kernels: Sequence[RunSummary]) -> Table:
     header += [Cell("launches"), Cell("most of it in", kind="wide")]
     rows = []
     for change in changes(kernels, *SCOPE)[:SHOWN_ROWS]:
-        row = [Cell(scope_name(change)), time_cell(change.seconds[0])]
+        row = [Cell(change.scope), time_cell(change.seconds[0])]
         for seconds, saved, share in zip(change.seconds[1:], change.saved_seconds, change.share_of_gain, strict=True):
             row += [time_cell(seconds), saved_cell(saved), Cell(UNKNOWN if share is None else f"{share:.1%}")]
         largest = dict.fromkeys(names[0] if names else "nothing" for names in change.largest)
@@ -156,7 +148,7 @@ def operators_table(kernels: Sequence[RunSummary]) -> Table:
     def row(change: Change) -> list[Cell]:
         others = zip(change.seconds[1:], change.saved_seconds, strict=True)
         cells = [cell for seconds, saved in others for cell in (time_cell(seconds), saved_cell(saved))]
-        return [Cell(operator_in_scope(change)), time_cell(change.seconds[0]), *cells]
+        return [Cell(change.work_in_module), time_cell(change.seconds[0]), *cells]
 
     return Table(header, [row(change) for change in changes(kernels, *OPERATOR)[:SHOWN_ROWS]])
 
