@@ -39,7 +39,7 @@ from benchmarks.arguments import make_parser
 from benchmarks.processes import Peaks, measure, sample
 from benchmarks.rounds import Round, speed_up, spread, take_turns
 from train.data.tokenizer import END_OF_TEXT
-from train.preprocess_data.__main__ import available_cores
+from train.preprocess_data.convert import available_cores
 from train.utils.tables import markdown_table
 
 MB = 1_000_000

@@ -6,8 +6,8 @@ import pytest
 
 from tests.conftest import ROOT, python
 from train.cli import TOOLS
-from train.utils.arguments import ArgumentParser, did_you_mean
-from train.utils.errors import UserError
+from train.utils.arguments import ArgumentParser
+from train.utils.errors import UserError, did_you_mean
 
 
 @pytest.fixture
@@ -21,12 +21,12 @@ def parser() -> ArgumentParser:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ("--max_step 3 --max_steps 3", r"^unknown flag --max_step; did you mean --max_steps\? \(--help lists all\)$"),
+        ("--max_step 3 --max_steps 3", r"^unknown flag --max_step; did you mean --max_steps\? --help lists all$"),
         ("--max_steps 3 --splt=hash", r"^unknown flag --splt; did you mean --split\?"),
-        ("--max_steps 3 --colour", r"^unknown flag --colour \(--help"),
-        ("--max_steps 3 hash", r"^unknown argument hash \(--help"),
-        ("--max_steps three", r"^argument --max_steps: invalid int value: 'three' \(--help lists all\)$"),
-        ("--max_steps 3 --split even", r"^argument --split: invalid choice: 'even'"),
+        ("--max_steps 3 --colour", r"^unknown flag --colour; --help lists all$"),
+        ("--max_steps 3 hash", r"^unknown argument hash; --help lists all$"),
+        ("--max_steps three", r"^--max_steps: invalid int value: 'three'$"),
+        ("--max_steps 3 --split even", r"^--split: invalid choice: 'even'"),
         ("", "^the following arguments are required: --max_steps"),
     ],
 )
@@ -41,14 +41,14 @@ def test_what_is_right(parser: ArgumentParser) -> None:
 
 
 def test_did_you_mean() -> None:
-    assert did_you_mean("learning_rat", ["learning_rate", "epochs"]) == "; did you mean learning_rate?"
+    assert did_you_mean("learning_rat", ["learning_rate", "epochs"]) == "did you mean learning_rate? "
     assert did_you_mean("xyz", ["learning_rate", "epochs"]) == ""
 
 
 def test_a_command_exits_with_one_line() -> None:
     done = python("-m", "train.preprocess_data", "--datset", "stdlib", cwd=ROOT, check=False)
     assert done.returncode == 2
-    assert done.stderr == "error: unknown flag --datset; did you mean --dataset? (--help lists all)\n"
+    assert done.stderr == "error: unknown flag --datset; did you mean --dataset? --help lists all\n"
 
 
 @pytest.mark.parametrize("tool", sorted(set(TOOLS) - {"train"}))

@@ -83,7 +83,7 @@ def test_yaml_values_are_read_as_the_flags_are(tmp_path: Path) -> None:
 
 
 def test_an_unknown_flag_is_answered_with_the_nearest() -> None:
-    with pytest.raises(UserError, match=r"--lerning_rate: unknown argument; did you mean --learning_rate\?"):
+    with pytest.raises(UserError, match=r"unknown flag --lerning_rate; did you mean --learning_rate\?"):
         parse(["--lerning_rate=1"])
     assert parse(["--learning-rate", "1e-3"]).learning_rate == 1e-3
     assert parse(["--prompt=--some-text"]).prompt == "--some-text"

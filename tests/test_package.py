@@ -106,7 +106,7 @@ def test_it_prepares_and_trains_from_an_empty_folder(installed: Path, tmp_path: 
     for run_type in ("baseline", "optimized"):
         assert json.loads((tmp_path / "checkpoint" / run_type / "metrics.json").read_text())["steps"] == 2
     wrong = command(installed / "gpt2flash", "train", "--max_steps", 0, cwd=tmp_path, check=False)
-    assert (wrong.returncode, wrong.stderr) == (2, "error: --max_steps 0: must be at least 1\n")
+    assert (wrong.returncode, wrong.stderr) == (2, "error: --max_steps: 0 must be at least 1\n")
 
 
 @pytest.mark.slow

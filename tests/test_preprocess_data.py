@@ -295,12 +295,12 @@ def test_half_a_pair_is_completed_by_the_same_command(
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ("--val_fraction 0", r"--val_fraction 0\.0 is not between 0 and 1"),
-        ("--val_fraction 1", r"--val_fraction 1\.0 is not between"),
-        ("--val_fraction nan", "--val_fraction nan is not between"),
-        ("--max_documents 0", "--max_documents 0 must be at least 1"),
-        ("--num_proc 0", "--num_proc 0 must be at least 1"),
-        ("--seed -1", "--seed -1 must be at least 0"),
+        ("--val_fraction 0", "--val_fraction: 0 must be above 0 and below 1"),
+        ("--val_fraction 1", "--val_fraction: 1 must be above 0 and below 1"),
+        ("--val_fraction nan", "--val_fraction: 'nan' is not a number"),
+        ("--max_documents 0", "--max_documents: 0 must be at least 1"),
+        ("--num_proc 0", "--num_proc: 0 must be at least 1"),
+        ("--seed -1", "--seed: -1 must be at least 0"),
         ("--num_rows 5", "--num_rows 5 is for --split nanogpt"),
         (
             "--dataset wikitext",

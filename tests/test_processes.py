@@ -116,4 +116,4 @@ def test_a_mistake_that_only_one_rank_sees_is_said(flags: list[str], tmp_path: P
     rank = ["env", "RANK=1", "LOCAL_RANK=1", "WORLD_SIZE=2"]
     done = command(*rank, sys.executable, "-m", "train", *flags, "--max_steps=0", cwd=tmp_path, check=False)
     assert done.returncode == 2
-    assert done.stderr == "error: rank 1: --max_steps 0: must be at least 1\n"
+    assert done.stderr == "error: rank 1: --max_steps: 0 must be at least 1\n"

@@ -6,16 +6,19 @@ anything is built. Sizes are in tokens, batch sizes in sequences per process, ti
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
+
 from train.config import packaged
-from train.config.flags import FlagParser, flag
 from train.optim.schedule import SCHEDULES
+from train.utils.arguments import ArgumentParser, flag
 from train.utils.errors import UserError, did_you_mean
 
 TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
+NULL = ("", "null", "~")  # YAML's spellings of "not set", which leave a flag without a default unset
 
 DESCRIPTION = """\
 Train GPT-2 on a token file.
@@ -229,7 +232,7 @@ def parse(argv: list[str] | None = None) -> RunConfig:
     Raises:
         UserError: for an unknown flag, a wrong type or an impossible value; names the flag, the value, the remedy.
     """
-    parser = FlagParser(prog="python -m train", usage="python -m train [FLAGS]", description=DESCRIPTION)
+    parser = ArgumentParser(prog="python -m train", usage="python -m train [FLAGS]", description=DESCRIPTION)
     parser.add_argument(
         "--config", metavar="RUN.yaml", help="YAML file with any of the flags below, for example recipes/demo_cpu.yaml"
     )
@@ -237,14 +240,46 @@ def parse(argv: list[str] | None = None) -> RunConfig:
     parser.add_argument("--local_rank", type=int, help="ignored, for launchers that pass it")
     for group in GROUPS:
         parser.add_flags(group)
-    namespace = parser.parse_flags(argv)
+    namespace = parser.parse_args(argv)
     if namespace.config is not None:
-        namespace = parser.parse_flags(argv, parser.parse_yaml(packaged.recipe(namespace.config), GROUPS))
+        file = packaged.recipe(namespace.config)
+        try:
+            in_file = parser.parse_args([f"--{key}={value}" for key, value in _read_yaml(file)])
+        except UserError as error:
+            raise UserError(f"--config {file}: {error}") from None
+        namespace = parser.parse_args(argv, in_file)
     values = vars(namespace)
     del values["config"], values["local_rank"]
     config = RunConfig(**values)
     check(config)
     return config
+
+
+def _read_yaml(file: Path) -> list[tuple[str, str]]:
+    """The (flag, value) pairs of a file, as they are written: argparse knows their types, YAML only guesses."""
+    try:
+        values = yaml.load(file.read_text(encoding="utf-8"), Loader=yaml.BaseLoader) or {}
+    except FileNotFoundError:
+        raise UserError("there is no such file") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"not readable as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"holds a {type(values).__name__}; write one 'flag: value' a line")
+    by_name = {group.__name__.lower(): {each.name: each for each in fields(group)} for group in GROUPS}
+    every = {each.name: each for each in fields(RunConfig)}
+    found = []
+    for key, value in values.items():
+        flags, pairs = (by_name[key], value) if key in by_name and isinstance(value, dict) else (every, {key: value})
+        for name, text in pairs.items():
+            if name not in flags:
+                where = "" if flags is every else f" in the group {key}"
+                nearest = did_you_mean(name, [*every, *by_name] if flags is every else flags)
+                raise UserError(f"unknown flag {name}{where}; {nearest}--help lists all")
+            if not isinstance(text, str):
+                raise UserError(f"{name}: holds a {type(text).__name__}; write one value")
+            if not (text in NULL and flags[name].default is None):
+                found.append((name, text))
+    return found
 
 
 def check(config: RunConfig) -> None:

@@ -41,8 +41,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="a run folder, a step-N folder in it, any GPT-2 folder, or nanoGPT's ckpt.pt",
     )
     add("out", metavar="OUT", type=Path, help="the folder to write, new or empty")
-    add("--format", choices=FORMATS, default="gpt2", help="gpt2: transformers' own GPT-2 (%(default)s)")
-    add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the weights (%(default)s)")
+    add("--format", choices=FORMATS, default="gpt2", help="gpt2: transformers' own GPT-2")
+    add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the weights")
     return parser
 
 

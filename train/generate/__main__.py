@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from train.generate.decoding import Decoding, add_flags, from_flags
-from train.utils.arguments import ArgumentParser
+from train.generate.decoding import Decoding
+from train.utils.arguments import ArgumentParser, flags_of, number
 from train.utils.command import run_command
 from train.utils.compilers import check_cpp_compiler
 from train.utils.errors import UserError
@@ -37,8 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Generate text with a trained model.",
         epilog=EXAMPLES,
     )
-    group = parser.add_argument_group("generation")
-    add = group.add_argument
+    add = parser.add_argument_group("input").add_argument
     add("--checkpoint", required=True, help="a run folder, a step-N folder in it, or any GPT-2 folder")
     add(
         "--prompt",
@@ -48,13 +47,14 @@ def build_parser() -> argparse.ArgumentParser:
         help="texts to continue; an empty one, or none at all: from the start of a document",
     )
     add("--prompt_file", metavar="FILE", help="a file with a prompt on each line that is not empty")
-    add_flags(group)
-    add("--seed", type=int, default=0, help="of the sampling: the same command generates the same texts (%(default)s)")
+    add = parser.add_flags(Decoding, "generation").add_argument
+    add("--seed", type=int, default=0, help="of the sampling: the same command generates the same texts")
     add = parser.add_argument_group("output").add_argument
     add("--stream", action="store_true", help="print a text while it is generated; one at a time")
     add("--json", action="store_true", help="a JSON object a line: prompt and text, or the figures of --benchmark")
     add = parser.add_argument_group("speed").add_argument
-    add("--batch_size", type=int, default=1, help="prompts to continue at the same time (%(default)s)")
+    count = number(int, at_least=1)
+    add("--batch_size", type=count, default=1, help="prompts to continue at the same time")
     add(
         "--cache",
         choices=["dynamic", "static"],
@@ -74,7 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"time the model after {BENCHMARK_PROMPT_TOKENS} random tokens instead of printing text",
     )
     sizes = " ".join(map(str, BENCHMARK_BATCH_SIZES))
-    add("--batch_sizes", type=int, nargs="+", metavar="N", help=f"batch sizes for --benchmark ({sizes})")
+    add("--batch_sizes", type=count, nargs="+", metavar="N", help=f"of --benchmark (default: {sizes})")
     return parser
 
 
@@ -84,8 +84,6 @@ def check_flags(args: argparse.Namespace) -> None:
     Raises:
         UserError: naming the flags.
     """
-    if args.batch_size < 1:
-        raise UserError(f"--batch_size {args.batch_size}: must be at least 1")
     if args.num_return_sequences > 1 and args.temperature == 0:
         raise UserError(
             f"--num_return_sequences {args.num_return_sequences}: at --temperature 0 all texts would be the same; "
@@ -117,8 +115,6 @@ def check_flags(args: argparse.Namespace) -> None:
         if several:
             raise UserError("--benchmark: takes its batch sizes from --batch_sizes; "
                             "drop --batch_size and --num_return_sequences")  # fmt: skip
-        if min(args.batch_sizes or [1]) < 1:
-            raise UserError(f"--batch_sizes {min(args.batch_sizes)}: must be at least 1")
         if args.max_new_tokens < 2:
             raise UserError("--max_new_tokens 1: --benchmark times the tokens after the first too; ask for 2 or more")
 
@@ -159,9 +155,12 @@ def check_positions(name: str, n_positions: int, prompt: int, new: int) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
-    static = args.compile or args.cache == "static"
-    decoding = from_flags(args, static_cache=static, compiled=args.compile)
     check_flags(args)
+    decoding = Decoding(
+        **{each.name: getattr(args, each.name) for each in flags_of(Decoding)},
+        static_cache=args.compile or args.cache == "static",
+        compiled=args.compile,
+    )
     # Read by torch at its first tensor. In pages of 2 MB a CPU reads the weights a fifth faster.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     from train.utils.third_party_warnings import silence_third_party_warnings
@@ -210,14 +209,14 @@ def print_texts(args: argparse.Namespace, decoding: Decoding) -> None:
         assistant=assistant,
         streamer=streamer,
     )
-    for number, prompt in enumerate(prompts):
-        if args.stream and number > 0:
+    for index, prompt in enumerate(prompts):
+        if args.stream and index > 0:
             print(SEPARATOR, flush=True)
         for copy, text in enumerate(next(texts)):
             if args.json:
                 print(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False), flush=True)
             elif not args.stream:
-                print(f"{SEPARATOR}\n{text}" if number + copy > 0 else text, flush=True)
+                print(f"{SEPARATOR}\n{text}" if index + copy > 0 else text, flush=True)
 
 
 def benchmark(args: argparse.Namespace, decoding: Decoding) -> None:

@@ -1,6 +1,7 @@
 """Documents → `train.bin` and `val.bin`: the steps of the README in this folder."""
 
 import gc
+import os
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
@@ -8,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +19,7 @@ from tqdm import tqdm
 from train.data.token_file import read_sidecar, sidecar_path, token_dtype
 from train.data.tokenizer import END_OF_TEXT, RANKS_SHA256, TOKENIZER_NAME, VOCABULARY_SIZE
 from train.preprocess_data.preparation import PARTS, WORK_FOLDER, Chunk, Preparation, is_finished, locked
-from train.preprocess_data.sources import Source, resolve_source
+from train.preprocess_data.sources import FILE_KINDS, HUB_DATASETS, STDLIB, Source, file_kinds, resolve_source
 from train.preprocess_data.splits import SplitRule, hash_rule, nanogpt_rows, nanogpt_rule
 from train.preprocess_data.streams import (
     Documents,
@@ -29,47 +30,108 @@ from train.preprocess_data.streams import (
     load_documents,
     read_documents,
 )
-from train.preprocess_data.tokenization import Encoder, choose_encoder
+from train.preprocess_data.tokenization import ENCODERS, Encoder, choose_encoder
+from train.utils.arguments import flag
 from train.utils.errors import UserError
 from train.utils.workers import in_parallel
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
 
+VAL_FRACTION = 0.0005  # nanoGPT's
+STDLIB_VAL_FRACTION = 0.05  # 0.0005 of its 670 modules would be none
+SUBSETS = "".join(f"; {known.subset} of {name}" for name, known in HUB_DATASETS.items() if known.subset)
 CHECKED_DOCUMENTS = 64  # that the encoder must agree with the reference on before anything is written
 GC_INTERVAL = 16  # batches
 
 
-@dataclass(frozen=True, kw_only=True)
-class PreparationConfig:
-    """What the command was asked for; the flags have the same names."""
+def available_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
-    dataset: str
-    out_dir: Path
-    data_files: list[str]
-    text_column: str
-    subset: str | None
-    revision: str | None
-    max_documents: int | None
-    val_fraction: float
-    split: str
-    num_rows: int | None
-    seed: int
-    order: str
-    tokenizer: str
-    num_proc: int
-    overwrite: bool
+
+@dataclass(frozen=True)
+class SourceFlags:
+    """source"""
+
+    dataset: str = flag(
+        STDLIB, f"{', '.join([*HUB_DATASETS, STDLIB, *FILE_KINDS])}, or a dataset on the Hub as owner/name"
+    )
+    data_files: tuple[str, ...] = flag(
+        (),
+        f"files for {file_kinds('and')} (** crosses folders); for a dataset on the Hub, which of its files",
+        nargs="+",
+    )
+    text_column: str = flag("text", "the column that holds the text")
+    subset: str | None = flag(None, f"configuration of a dataset on the Hub (default: its own{SUBSETS})")
+    revision: str | None = flag(
+        None,
+        "branch, tag or commit of a dataset on the Hub (default: main, or the Hub's Parquet conversion where main "
+        "has only a script)",
+    )
+    max_documents: int | None = flag(None, "use the first N documents only (default: all)", at_least=1)
+
+
+@dataclass(frozen=True)
+class SplitFlags:
+    """split and order"""
+
+    # The defaults of val_fraction and split depend on the dataset; the command fills them in.
+    val_fraction: float = flag(
+        None,
+        f"share of documents for validation (default: {VAL_FRACTION}; {STDLIB_VAL_FRACTION} for {STDLIB})",
+        above=0,
+        below=1,
+    )
+    split: str = flag(
+        None,
+        "hash: by each document's content, independent of order; nanogpt: by row number, as datasets' "
+        "train_test_split does (default: nanogpt for openwebtext, else hash)",
+        choices=("hash", "nanogpt"),
+    )
+    num_rows: int | None = flag(
+        None,
+        "documents in the dataset, for --split nanogpt where the Hub does not say; local files are counted",
+        at_least=1,
+    )
+    seed: int = flag(2357, "of the split (default: 2357, nanoGPT's)", at_least=0, below=2**64)
+    order: Literal["source", "nanogpt"] = flag(
+        "source",
+        "of train.bin: the source's, or with --split nanogpt nanoGPT's, byte for byte, which takes twice the "
+        "disk while it is made",
+    )
+
+
+@dataclass(frozen=True)
+class SpeedFlags:
+    """speed"""
+
+    tokenizer: str = flag(
+        "auto",
+        "all give the same ids; auto is gigatoken where it is installed and agrees with tiktoken on a sample, "
+        "else tiktoken",
+        choices=ENCODERS,
+    )
+    num_proc: int = flag(available_cores(), "threads that tokenize (default: the cores of this machine)", at_least=1)
+
+
+@dataclass(frozen=True)
+class OutputFlags:
+    """output"""
+
+    out_dir: Path = flag(Path("data"), "folder of the files; created if missing")  # noqa: RUF009
+    overwrite: bool = flag(
+        False,
+        "replace the files in out_dir, and what another command left unfinished there; without it, the same "
+        "command resumes where it was killed",
+    )
+
+
+@dataclass(frozen=True)
+class PreparationConfig(OutputFlags, SpeedFlags, SplitFlags, SourceFlags):
+    """One preparation: the flags of all groups."""
 
     def check(self) -> None:
         """Refuse what cannot be, before anything is read."""
-        if not 0 < self.val_fraction < 1:
-            raise UserError(f"--val_fraction {self.val_fraction} is not between 0 and 1 (nanoGPT's is 0.0005)")
-        for name in ("max_documents", "num_rows", "num_proc"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"--{name} {value} must be at least 1")
-        if not 0 <= self.seed < 2**64:
-            raise UserError(f"--seed {self.seed} must be at least 0 and less than 2^64")
         if self.split != "nanogpt":
             if self.num_rows:
                 raise UserError(
@@ -94,7 +156,7 @@ class PreparationConfig:
         fields = asdict(self)
         for name in ("out_dir", "tokenizer", "num_proc", "overwrite"):
             del fields[name]
-        return fields | {"files_sha256": fingerprint(source)}
+        return fields | {"data_files": list(self.data_files), "files_sha256": fingerprint(source)}
 
 
 def prepare(config: PreparationConfig) -> None:
