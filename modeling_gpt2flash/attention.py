@@ -163,13 +163,3 @@ def _installed(name: str) -> bool:
 
 def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-__all__ = [
-    "ATTENTION_NAMES",
-    "check_attention_name",
-    "check_flash_dtype",
-    "choose_attention",
-    "eager_attention_forward",
-    "expected_device_type",
-]

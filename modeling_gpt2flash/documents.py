@@ -107,6 +107,3 @@ def _find_document_starts(
             "tokens or room for them: put each document in a row of its own, or use no cache."
         )
     return F.pad(begins | padding_borders, (1, 0), value=True)
-
-
-__all__ = ["attention_arguments", "document_bounds", "kernel_arguments"]

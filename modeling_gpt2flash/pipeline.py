@@ -171,17 +171,3 @@ def full_name(layer: int, name: str, n_layer: int) -> str:
     if 1 <= layer <= n_layer:
         return f"transformer.h.{layer - 1}.{name.removeprefix('block.')}"
     return f"transformer.{name}"
-
-
-__all__ = [
-    "BlockLayer",
-    "EmbeddingLayer",
-    "FinalNormLayer",
-    "HeadLayer",
-    "Passed",
-    "full_name",
-    "is_tied",
-    "layer_names",
-    "locate",
-    "model_layers",
-]

@@ -29,6 +29,3 @@ class ResidualProjection(Projection):
     `_init_weights` could not recognize it by the attention or MLP around it: for code outside of its own package,
     transformers does not initialize modules that have no parameters of their own.
     """
-
-
-__all__ = ["Projection", "ResidualProjection", "is_quantized"]

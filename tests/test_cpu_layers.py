@@ -17,7 +17,6 @@ from train.generate.cpu_layers import (
     LARGE_PAGE,
     MAX_THREADS_SINGLE_ROW,
     PackedLinear,
-    TransposedLinear,
     in_large_pages,
     pack_weights,
     quantize_int8,
@@ -47,8 +46,12 @@ def test_pack_weights_computes_the_same(rows: int, tmp_path: Path) -> None:
 def test_the_layout_is_chosen_by_rows_and_threads() -> None:
     ours = make_ours()
     alone = pack_weights(ours, 1)
-    assert type(alone.lm_head) is type(alone.transformer.h[0].mlp.c_fc) is TransposedLinear
-    assert type(alone.transformer.h[0].mlp.c_proj) is torch.nn.Linear
+    mlp = alone.transformer.h[0].mlp
+    assert type(alone.lm_head) is type(mlp.c_fc) is type(mlp.c_proj) is torch.nn.Linear
+    for tall in (alone.lm_head, mlp.c_fc):
+        assert tall.weight.t().is_contiguous()
+        assert not tall.weight.is_contiguous()
+    assert mlp.c_proj.weight.is_contiguous()
     assert type(pack_weights(ours, 2).lm_head) is PackedLinear
     torch.set_num_threads(MAX_THREADS_SINGLE_ROW + 1)
     assert type(pack_weights(ours, 1).lm_head) is PackedLinear

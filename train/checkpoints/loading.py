@@ -31,19 +31,9 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
 
 
 def model_config(name: str, *, dropout: float, loss_chunk_size: int) -> GPT2FlashConfig:
-    """Configuration of the model called `name`, with the run's dropout and loss.
-
-    Raises:
-        UserError: if `name` is neither a size nor a model that can be read.
-    """
-    return load_config(
-        name,
-        embd_pdrop=dropout,
-        attn_pdrop=dropout,
-        resid_pdrop=dropout,
-        loss_chunk_size=loss_chunk_size,
-        use_cache=True,
-    )
+    """`load_config` with the dropout and the loss of a run."""
+    dropouts: dict[str, Any] = dict.fromkeys(nanogpt.DROPOUTS, dropout)
+    return load_config(name, **dropouts, loss_chunk_size=loss_chunk_size, use_cache=True)
 
 
 def load_config(name: str, *, flag: str = "--model", **overrides: Any) -> GPT2FlashConfig:

@@ -26,6 +26,7 @@ SIZES = {
     "vocab_size": "vocab_size",
 }
 NO_LOSS = 1e9  # nanoGPT's `best_val_loss` before the first validation
+DROPOUTS = ("embd_pdrop", "attn_pdrop", "resid_pdrop")  # GPT-2's fields of nanoGPT's one `dropout`
 COMPILED = "_orig_mod."  # prefix of the names in a compiled model
 TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
 # Fields that nanoGPT's model has no setting for, and the values that it can represent.
@@ -55,10 +56,9 @@ def read_config(path: Path, **fields: Any) -> GPT2FlashConfig:
     if wrong:
         raise UserError(f"{path}: is not a checkpoint of nanoGPT: its model_args are {wrong}")
     end = END_OF_TEXT if found["vocab_size"] > END_OF_TEXT else None
-    no_dropout = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
     known = {**sizes, "activation_function": "gelu", "bos_token_id": end, "eos_token_id": end}
     try:
-        return GPT2FlashConfig(**{**no_dropout, **known, **fields})
+        return GPT2FlashConfig(**{**dict.fromkeys(DROPOUTS, 0.0), **known, **fields})
     except ValueError as error:
         raise UserError(f"{path}: is not a checkpoint of nanoGPT: {error}") from None
 

@@ -103,7 +103,7 @@ def save(
     for name in model_files:
         _link(target / name, run_folder / name)
     if keep is not None:
-        for old in _step_folders(run_folder)[:-keep]:
+        for _, old in _step_folders(run_folder)[:-keep]:
             _delete(old)
     return target
 
@@ -127,13 +127,9 @@ def _link(source: Path, link: Path) -> None:
     temporary.replace(link)
 
 
-def _step_folders(run_folder: Path) -> list[Path]:
-    """The complete step folders, oldest first; a user's `step-8-copy` is not one of them."""
-    return sorted((path for path in run_folder.glob("step-*") if path.name[5:].isdigit()), key=_step_of)
-
-
-def _step_of(folder: Path) -> int:
-    return int(folder.name.removeprefix("step-"))
+def _step_folders(run_folder: Path) -> list[tuple[int, Path]]:
+    """The complete step folders and their steps, oldest first; a user's `step-8-copy` is not one of them."""
+    return sorted((int(path.name[5:]), path) for path in run_folder.glob("step-*") if path.name[5:].isdigit())
 
 
 def latest(run_folder: Path) -> Path:
@@ -240,8 +236,8 @@ def prepare_run_folder(run_folder: Path, checkpoint: Checkpoint | None, overwrit
     (run_folder / "metrics.json").unlink(missing_ok=True)  # a resumed run is not finished
     if checkpoint is not None and checkpoint.folder.parent.resolve() == run_folder.resolve():
         write_text(run_folder / LATEST, checkpoint.folder.name + "\n")
-        for folder in _step_folders(run_folder):
-            if _step_of(folder) > checkpoint.step:
+        for step, folder in _step_folders(run_folder):
+            if step > checkpoint.step:
                 _delete(folder)
 
 

@@ -40,22 +40,6 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
 
-class TransposedLinear(nn.Module):
-    """`nn.Linear` with weights in Conv1D's layout, (I, O)."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        """`weight` (O, I), `bias` (O,)."""
-        super().__init__()
-        self.weight = nn.Parameter(in_large_pages(weight.t()), requires_grad=False)
-        self.bias = bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, I) -> (B, T, O)."""
-        rows = x.reshape(-1, x.shape[-1])
-        product = rows @ self.weight if self.bias is None else torch.addmm(self.bias, rows, self.weight)
-        return product.view(*x.shape[:-1], -1)
-
-
 def in_large_pages(tensor: Tensor) -> Tensor:
     """The tensor, contiguous and, if it is large, in pages of 2 MB where Linux has them: fewer TLB misses.
 
@@ -97,10 +81,9 @@ def quantize_int8(model: PreTrainedModel) -> PreTrainedModel:
         return _copy_with(model, _int8_linear)
 
 
-def _along_longer_side(weight: Tensor, bias: Tensor | None) -> nn.Module:
-    if weight.shape[0] >= weight.shape[1]:
-        return TransposedLinear(weight, bias)
-    return _linear(in_large_pages(weight), bias)
+def _along_longer_side(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    is_tall = weight.shape[0] >= weight.shape[1]
+    return _linear(in_large_pages(weight.t()).t() if is_tall else in_large_pages(weight), bias)
 
 
 def _int8_linear(weight: Tensor, bias: Tensor | None) -> nn.Module:

@@ -48,8 +48,8 @@ def build_optimizer(
     `fused` selects PyTorch's fused AdamW.
     """
     groups = parameter_groups(model, weight_decay)
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    matrices = [p for name, p in named if optimizer == "muon" and is_hidden_matrix(name)]
+    hidden = [p for name, p in model.named_parameters() if p.requires_grad and is_hidden_matrix(name)]
+    matrices = hidden if optimizer == "muon" else []
     for group in groups:
         group["params"] = [p for p in group["params"] if not any(p is matrix for matrix in matrices)]
     adamw = torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=1e-8, fused=fused or None)
