@@ -1,4 +1,5 @@
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -17,11 +18,11 @@ def timed_run(step_times: list[float | None], label: str = "run") -> FinishedRun
 def test_intervals_by_hand() -> None:
     # 10 steps: the first is warm-up; 9 make three intervals of three.
     got = spreads(timed_run([100.0, 1, 1, 2, 1, 1, 8, 0.5, 0.5, 1]))
-    assert got["tokens_per_second"].values == (750.0, 300.0, 1500.0)
-    assert got["tokens_per_second"].as_json() == {
+    assert got["tokens_per_second"].values == [750.0, 300.0, 1500.0]
+    assert asdict(got["tokens_per_second"]) == {
         "steps_per_interval": 3, "median": 750.0, "low": 300.0, "high": 1500.0, "values": [750.0, 300.0, 1500.0],
     }  # fmt: skip
-    assert got["step_time_seconds.median"].values == (1.0, 1.0, 0.5)
+    assert got["step_time_seconds.median"].values == [1.0, 1.0, 0.5]
 
 
 def test_steps_under_the_profiler_are_left_out() -> None:
@@ -33,8 +34,8 @@ def test_steps_under_the_profiler_are_left_out() -> None:
 
 def test_what_does_not_fill_an_interval_is_left_out_at_the_start() -> None:
     spread = spreads(timed_run([9.0] * 6 + [1.0] * 40))["tokens_per_second"]
-    assert (spread.steps, len(spread.values)) == (4, 10)
-    assert spread.values == (1000.0,) * 10
+    assert (spread.steps_per_interval, len(spread.values)) == (4, 10)
+    assert spread.values == [1000.0] * 10
 
 
 @pytest.mark.parametrize("times", [[], [1.0], [1.0] * 9, [1.0] * 20 + [None], [0.0] * 20])
@@ -57,5 +58,5 @@ def test_intervals_of_a_run_folder(tmp_path: Path) -> None:
     times = [
         json.loads(line)["step_time_seconds"] for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()
     ]
-    assert (spread.steps, len(spread.values)) == (3, 10)
+    assert (spread.steps_per_interval, len(spread.values)) == (3, 10)
     assert spread.values[-1] == pytest.approx(3000 / sum(times[-3:]))

@@ -21,7 +21,7 @@ from train.checkpoints.run_folder import read_runs
 from train.compare import __main__ as compare
 from train.compare import charts, run_charts, svg
 from train.compare import figures as compare_figures
-from train.compare.report.page import POLICY
+from train.compare.report.content import POLICY
 
 HOSTILE = "</pre></script><script>alert(1)</script><img src=x onerror=alert(2)>&lt;\"'\x00\x1b[31m\u2028"
 BROWSERS = [found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))]

@@ -6,13 +6,12 @@ from pathlib import Path
 
 from train.checkpoints.run_folder import read_runs
 from train.compare.charts import pngs
-from train.compare.figures import differences
+from train.compare.figures import differences, verdict, warnings
 from train.compare.gate import EXAMPLE as GATE_EXAMPLE
 from train.compare.gate import check, parse_gate
 from train.compare.report.content import Report
 from train.compare.report.kernels import kernels_section
 from train.compare.report.memory import memory_charts
-from train.compare.report.page import page
 from train.compare.run_charts import draw
 from train.kernels.comparison import read_profile
 from train.metrics.memory_profile import read_memory
@@ -52,7 +51,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def write(folder: Path, report: Report) -> None:
     """Create everything before the first byte is written; the reports, which show the rest, are written last."""
-    images, text, data, html = pngs(report.charts), report.markdown(), report.as_json(), page(report)
+    images, text, data, html = pngs(report.charts), report.markdown(), report.as_json(), report.html()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, png in images.items():
@@ -79,6 +78,8 @@ def main(argv: list[str] | None = None) -> None:
     report = Report(
         runs,
         found,
+        verdict(runs, found),
+        warnings(runs, found),
         check(conditions, runs, found),
         draw(runs),
         kernels_section(runs, kernels),

@@ -12,7 +12,6 @@ from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
 
 from train.compare.svg import AXIS, COLORS, GRID, HEADER, INK, QUIET, TRACK, to_svg
-from train.metrics.units import short_count
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -114,9 +113,12 @@ def clean(text: object) -> str:
     return CONTROL.sub("\N{REPLACEMENT CHARACTER}", str(text))
 
 
-def canvas(height: float, left: float = LEFT, bottom: float = BOTTOM, right: float = RIGHT) -> "tuple[Figure, Axes]":
+def canvas(
+    height: float, left: float = LEFT, bottom: float = BOTTOM, right: float = RIGHT, x_title: str = ""
+) -> "tuple[Figure, Axes]":
     """A figure with axes that have a grid and no frame; its margins are in units of the picture."""
     from matplotlib.figure import Figure  # without pyplot: no global state, no display
+    from matplotlib.transforms import blended_transform_factory
 
     figure = Figure(figsize=(WIDTH / 72, height / 72))
     box = (left / WIDTH, bottom / height, (WIDTH - left - right) / WIDTH, (height - bottom - TOP) / height)
@@ -127,30 +129,14 @@ def canvas(height: float, left: float = LEFT, bottom: float = BOTTOM, right: flo
     axes.grid(color=GRID, linewidth=1)
     axes.set_axisbelow(True)
     axes.locator_params(nbins=5, steps=[1, 2, 5, 10])
+    axes.set_xlabel(x_title, size=FONT_SIZE, color=QUIET, va="baseline")
+    just_above_lower_edge = blended_transform_factory(axes.transAxes, figure.dpi_scale_trans)
+    axes.xaxis.set_label_coords(0.5, 5 / 72, transform=just_above_lower_edge)
     return figure, axes
-
-
-def label_x(axes: "Axes", text: str) -> None:
-    """The label of the x axis, just above the figure's lower edge."""
-    from matplotlib.transforms import blended_transform_factory
-
-    figure = axes.figure
-    axes.set_xlabel(text, size=FONT_SIZE, color=QUIET, va="baseline")
-    place = blended_transform_factory(axes.transAxes, figure.dpi_scale_trans)
-    axes.xaxis.set_label_coords(0.5, 5 / 72, transform=place)
 
 
 def write(axes: "Axes", x: float, y: float, text: str, color: str = QUIET, **options: Any) -> None:
     axes.text(x, y, clean(text), color=color, parse_math=False, **{"size": FONT_SIZE, **options})
-
-
-def plot_axes(x_title: str) -> "tuple[Figure, Axes]":
-    figure, axes = canvas(HEIGHT)
-    label_x(axes, x_title)
-    axes.xaxis.set_major_formatter(short_count)
-    axes.yaxis.set_major_formatter(short_count)
-    axes.set_xlim(left=0)
-    return figure, axes
 
 
 def nothing() -> "Figure":

@@ -32,14 +32,17 @@ def differences(runs: Sequence[FinishedRun]) -> list[dict[str, Any]]:
     work |= {"train_data": data_names(runs, "train"), "val_data": data_names(runs, "val")}
     work |= {key: [run.get(key) for run in runs] for key in model_keys}
     environment = {key: [run.get(key) for run in runs] for key in ("world_size", "peak_memory_kind")}
-    for part in ("hardware", "versions"):
-        environment |= side_by_side([flatten(run.summary[part], f"{part}.") for run in runs])
+    environment |= side_by_side(runs, "hardware", "hardware.") | side_by_side(runs, "versions", "versions.")
     return [
         {"kind": kind, "key": key, "values": dict(zip((run.label for run in runs), values, strict=True))}
         for kind, table in (("comparability", work), ("environment", environment))
         for key, values in table.items()
-        if any(value != values[0] for value in values)
+        if differ(values)
     ]
+
+
+def differ(values: Sequence[Any]) -> bool:
+    return any(value != values[0] for value in values)
 
 
 def data_names(runs: Sequence[FinishedRun], split: str) -> list[str]:
@@ -72,16 +75,11 @@ def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def side_by_side(tables: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """Key → its value in each table (None where it is missing), in the order in which keys first appear."""
+def side_by_side(runs: Sequence[FinishedRun], part: str, prefix: str = "") -> dict[str, list[Any]]:
+    """Key → its value in that part of each summary (None where it is missing), in the order of first appearance."""
+    tables = [flatten(run.summary[part], prefix) for run in runs]
     keys = dict.fromkeys(key for table in tables for key in table)
     return {key: [table.get(key) for table in tables] for key in keys}
-
-
-def configurations(runs: Sequence[FinishedRun]) -> dict[str, list[Any]]:
-    """The settings that are not the same in every run."""
-    table = side_by_side([flatten(run.summary["config"]) for run in runs])
-    return {key: values for key, values in table.items() if any(value != values[0] for value in values)}
 
 
 def warnings(runs: Sequence[FinishedRun], found: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -104,7 +102,9 @@ def warnings(runs: Sequence[FinishedRun], found: Sequence[Mapping[str, Any]]) ->
 def within_spread(first: FinishedRun, run: FinishedRun) -> str:
     """A warning that two speeds differ by less than each of them varies; empty if they differ by more."""
     before, after = (spreads(each).get("tokens_per_second") for each in (first, run))
-    if before is None or after is None or not before.overlaps(after) or before.median == after.median:
+    if before is None or after is None or before.median == after.median:
+        return ""
+    if before.high < after.low or after.high < before.low:
         return ""
     return (
         f"Speeds overlap: over intervals, {run.label} makes {after.low:,.0f} to {after.high:,.0f} tokens/s and "
@@ -123,10 +123,6 @@ def change(metric: Metric, first: FinishedRun, run: FinishedRun) -> dict[str, fl
     if metric.same and first.get(metric.same) != run.get(metric.same):
         return None  # such as the resident memory of a process against tensors on a GPU
     return {"percent": 100 * (after - before) / before, "ratio": after / before}
-
-
-def changes(runs: Sequence[FinishedRun]) -> dict[str, dict[str, dict[str, float] | None]]:
-    return {run.label: {metric.key: change(metric, runs[0], run) for metric in METRICS} for run in runs[1:]}
 
 
 def verdict(runs: Sequence[FinishedRun], found: Sequence[Mapping[str, Any]]) -> str:
@@ -173,39 +169,40 @@ def figure_rows(runs: Sequence[FinishedRun]) -> list[Row]:
         values = [run.get(metric.key) for run in runs]
         if not metric.required and all(value is None for value in values):
             continue
-        title, cells = written(metric, values)
-        rows.append(Row(title, cells, *changes_of(metric, [change(metric, runs[0], run) for run in runs[1:]]), values))
+        rows.append(row(metric, *written(metric, values), [change(metric, runs[0], run) for run in runs[1:]], values))
         found = [by_key.get(metric.key) for by_key in of_intervals]
         if any(found):
             rows.append(intervals_row(metric, found))
     return rows
 
 
+def row(
+    metric: Metric, title: str, cells: list[str], found: Sequence[Mapping[str, float] | None], values: list[Any]
+) -> Row:
+    changes, good = [written_change(metric, each) for each in found], [is_good(metric, each) for each in found]
+    return Row(title, cells, changes, good, values)
+
+
 def intervals_row(metric: Metric, found: Sequence[Spread | None]) -> Row:
     """The same metric over intervals, as `intervals_note` explains."""
-    highest = max(spread.high for spread in found if spread)
-    divisor, unit, decimals = unit_of(metric.kind, highest)
-    cells = []
-    for spread in found:
-        three = (spread.median, spread.low, spread.high) if spread else ()
-        numbers = [f"{value / divisor:,.{decimals}f}" for value in three]
-        cells.append("{} ({} … {})".format(*numbers) if numbers else UNKNOWN)
+    divisor, unit, decimals = unit_of(metric.kind, max(spread.high for spread in found if spread))
+    cells = [UNKNOWN] * len(found)
+    for index, spread in enumerate(found):
+        if spread:
+            numbers = [f"{value / divisor:,.{decimals}f}" for value in (spread.median, spread.low, spread.high)]
+            cells[index] = "{} ({} … {})".format(*numbers)
     ratios = [spread.median / found[0].median if spread and found[0] else None for spread in found[1:]]
     compared = [None if ratio is None else {"percent": 100 * (ratio - 1), "ratio": ratio} for ratio in ratios]
     title = f"{metric.title.removesuffix(', median')} over intervals ({unit})"
-    return Row(title, cells, *changes_of(metric, compared), [spread and spread.median for spread in found])
+    return row(metric, title, cells, compared, [spread and spread.median for spread in found])
 
 
 def intervals_note(runs: Sequence[FinishedRun]) -> str:
-    steps = {run.label: found["tokens_per_second"].steps for run in runs if (found := spreads(run))}
+    steps = {run.label: found["tokens_per_second"].steps_per_interval for run in runs if (found := spreads(run))}
     if not steps:
         return "The runs are too short to be split into intervals."
     lengths = ", ".join(f"{count} steps ({label})" for label, count in steps.items())
     return f"Over intervals: median (lowest … highest) of intervals after the first step, each of {lengths}."
-
-
-def changes_of(metric: Metric, found: Sequence[Mapping[str, float] | None]) -> tuple[list[str], list[bool | None]]:
-    return [written_change(metric, each) for each in found], [is_good(metric, each) for each in found]
 
 
 def is_good(metric: Metric, found: Mapping[str, float] | None) -> bool | None:

@@ -12,8 +12,8 @@ from train.metrics.table import METRICS, Metric
 from train.utils.errors import UserError
 
 EXAMPLE = "tokens_per_second>=1.2x,val_loss<=+0.02,peak_memory<=0.8x"
-NUMBERS = {metric.key: metric for metric in METRICS if metric.kind != "text"}
-NAMES = {metric.chart: metric for metric in METRICS if metric.chart} | NUMBERS
+NAMES = {metric.chart: metric for metric in METRICS if metric.chart}
+NAMES |= {metric.key: metric for metric in METRICS if metric.kind != "text"}
 
 NUMBER = r"\d+\.?\d*(?:[eE][+-]?\d+)?"
 BOUND = rf"(?P<ratio>{NUMBER})x|(?P<difference>[+-]{NUMBER})|(?P<value>{NUMBER})"
@@ -53,14 +53,9 @@ class Result:
 
     @property
     def sentence(self) -> str:
-        return f"gate {'met' if self.met else 'MISSED'}: {self.condition.text}: {self.label} {self.figure_found}"
-
-    @property
-    def figure_found(self) -> str:
-        if self.found is None:
-            return self.why
         form = {"ratio": "{:.6g}x", "difference": "{:+.6g}", "value": "{:.6g}"}[self.condition.kind]
-        return form.format(self.found + 0.0)
+        found = self.why if self.found is None else form.format(self.found + 0.0)
+        return f"gate {'met' if self.met else 'MISSED'}: {self.condition.text}: {self.label} {found}"
 
     def as_json(self) -> dict[str, Any]:
         return {"condition": self.condition.text, "run": self.label, "found": self.found, "met": self.met}
@@ -107,7 +102,7 @@ def result(condition: Condition, first: FinishedRun, run: FinishedRun, other_val
         return Result(condition, run.label, None, f"cannot be compared: {first.label}'s {key} is {shown(before)}")
     if same == "val_data" and other_validation:
         return Result(condition, run.label, None, "cannot be compared: the validation data differ")
-    kinds = [each.get(same) for each in (first, run)] if same else [None, None]
-    if kinds[0] != kinds[1]:
-        return Result(condition, run.label, None, f"cannot be compared: {same} is {kinds[0]} and {kinds[1]}")
+    if same and first.get(same) != run.get(same):
+        why = f"cannot be compared: {same} is {first.get(same)} and {run.get(same)}"
+        return Result(condition, run.label, None, why)
     return Result(condition, run.label, after / before if condition.kind == "ratio" else after - before, "")

@@ -1,10 +1,8 @@
 """How much a run's speed varied while it ran: its steps in intervals of equal length, each measured by itself."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
 
 from train.checkpoints.run_folder import FinishedRun
 
@@ -15,30 +13,13 @@ FEWEST_STEPS = 3  # in an interval
 
 @dataclass(frozen=True)
 class Spread:
-    """A metric's value in each of some consecutive intervals of `steps` optimizer steps."""
+    """A metric's value in each of some consecutive intervals of optimizer steps, as `comparison.json` holds it."""
 
-    steps: int
-    values: tuple[float, ...]
-
-    @property
-    def median(self) -> float:
-        return median(self.values)
-
-    @property
-    def low(self) -> float:
-        return min(self.values)
-
-    @property
-    def high(self) -> float:
-        return max(self.values)
-
-    def overlaps(self, other: "Spread") -> bool:
-        return self.low <= other.high and other.low <= self.high
-
-    def as_json(self) -> dict[str, Any]:
-        """What `comparison.json` holds of it."""
-        range_ = {"median": self.median, "low": self.low, "high": self.high}
-        return {"steps_per_interval": self.steps, **range_, "values": list(self.values)}
+    steps_per_interval: int
+    median: float
+    low: float
+    high: float
+    values: list[float]
 
 
 def spreads(run: FinishedRun) -> dict[str, Spread]:
@@ -48,16 +29,14 @@ def spreads(run: FinishedRun) -> dict[str, Spread]:
     that do not fill an interval. Empty for a run that is too short, or in which the time of a step is unknown.
     """
     times = [record["step_time_seconds"] for record in run.steps[1:] if not record.get("profiled")]
+    tokens_per_step = run.get("tokens_per_step")
     count = min(MOST_INTERVALS, len(times) // FEWEST_STEPS)
-    if count < FEWEST_INTERVALS or not all(times) or not run.get("tokens_per_step"):
+    if count < FEWEST_INTERVALS or not all(times) or not tokens_per_step:
         return {}
     size = len(times) // count
     intervals = [times[start : start + size] for start in range(len(times) - count * size, len(times), size)]
-    return {
-        "tokens_per_second": Spread(size, tuple(throughput(run, interval) for interval in intervals)),
-        "step_time_seconds.median": Spread(size, tuple(median(interval) for interval in intervals)),
+    figures = {
+        "tokens_per_second": [tokens_per_step * size / math.fsum(interval) for interval in intervals],
+        "step_time_seconds.median": [median(interval) for interval in intervals],
     }
-
-
-def throughput(run: FinishedRun, step_times: Sequence[float]) -> float:
-    return run.get("tokens_per_step") * len(step_times) / math.fsum(step_times)
+    return {key: Spread(size, median(values), min(values), max(values), values) for key, values in figures.items()}

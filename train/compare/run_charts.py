@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 
 from train.checkpoints.run_folder import FinishedRun
-from train.compare.charts import Chart, Row, color_of, nothing, plot_axes, row_figure, stroke
+from train.compare.charts import HEIGHT, Chart, Row, canvas, color_of, nothing, row_figure, stroke
 from train.compare.figures import change
 from train.compare.intervals import spreads
 from train.metrics.table import METRICS, Metric
-from train.metrics.units import in_unit, memory_kind_title, times, unit_of
+from train.metrics.units import in_unit, memory_kind_title, short_count, times, unit_of
 
 Curve = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -39,12 +39,10 @@ def trailing_mean(values: Curve, steps: int) -> Curve:
     Trailing, not centred: a curve must not know its future.
     """
     known = np.isfinite(values)
-    sums = np.concatenate([[0.0], np.cumsum(np.where(known, values, 0.0))])
-    counts = np.concatenate([[0], np.cumsum(known)])
-    ends = np.arange(1, len(values) + 1)
-    starts = np.maximum(0, ends - steps)
-    number = counts[ends] - counts[starts]
-    return np.where(number > 0, (sums[ends] - sums[starts]) / np.maximum(number, 1), math.nan)
+    sums, counts = np.cumsum(np.where(known, values, 0.0)), np.cumsum(known)
+    for total in (sums, counts):
+        total[steps:] -= total[:-steps].copy()
+    return np.where(counts > 0, sums / np.maximum(counts, 1), math.nan)
 
 
 def limits(values: Sequence[float]) -> tuple[float, float] | None:
@@ -65,10 +63,8 @@ def thinned(x: Curve, y: Curve) -> tuple[Curve, Curve]:
     for stretch in np.array_split(np.arange(len(y)), MOST_POINTS // 2):
         known = stretch[np.isfinite(y[stretch])]
         # A stretch without a number keeps one point, which breaks the line.
-        kept += (
-            sorted({int(known[np.argmin(y[known])]), int(known[np.argmax(y[known])])}) if len(known) else [stretch[0]]
-        )
-    return x[kept], y[kept]
+        kept += {known[np.argmin(y[known])], known[np.argmax(y[known])]} if len(known) else {stretch[0]}
+    return x[sorted(kept)], y[sorted(kept)]
 
 
 # The charts
@@ -148,7 +144,9 @@ def curves_chart(
     """
     if span is None or not any(np.isfinite(x).any() for x, _ in curves):
         return Chart(title, note, nothing(), legend(runs), name=name)
-    figure, axes = plot_axes(x_title)
+    figure, axes = canvas(HEIGHT, x_title=x_title)
+    axes.xaxis.set_major_formatter(short_count)
+    axes.yaxis.set_major_formatter(short_count)
     tooltips = {}
     for index, (x, y) in enumerate(curves):
         steps = 1 if marks else smoothing_steps(len(y))

@@ -1,8 +1,8 @@
-"""What a report says, whatever its format: the page, the Markdown and `comparison.json` are made from it."""
+"""What a report says: `comparison.json`, and what the templates of the page and of the Markdown show of it."""
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +12,47 @@ from train.checkpoints.run_folder import FinishedRun
 from train.compare.charts import Chart, clean
 from train.compare.figures import (
     NOT_COMPARABLE,
-    changes,
-    configurations,
+    change,
+    differ,
     figure_rows,
-    flatten,
     intervals_note,
+    is_good,
     shown,
     side_by_side,
-    verdict,
-    warnings,
+    signed,
+    written,
 )
 from train.compare.gate import Result
 from train.compare.intervals import spreads
 from train.compare.report.kernels import KernelsSection
+from train.metrics.table import METRICS, Metric
+from train.metrics.units import times, unit_of
 from train.utils.tables import markdown_table
 
-PARTS = (("Model", "model"), ("Data", "data"), ("Hardware", "hardware"), ("Versions", "versions"))
+POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A mapping of every run side by side: each key with its value in every run."""
+
+    heading: str
+    entries: str
+    rows: dict[str, list[Any]]
+    open: bool = False
+    """Whether the page shows all of it even where nothing differs."""
+
+    @property
+    def differing(self) -> dict[str, list[Any]]:
+        return {key: values for key, values in self.rows.items() if differ(values)}
+
+
+@dataclass(frozen=True)
+class Tile:
+    question: str
+    answer: str
+    explanation: str
+    good: bool | None
 
 
 @dataclass(frozen=True)
@@ -36,6 +61,8 @@ class Report:
 
     runs: Sequence[FinishedRun]
     differences: Sequence[Mapping[str, Any]]
+    verdict: str
+    warnings: Sequence[str]
     gate: Sequence[Result]
     charts: Sequence[Chart]
     kernels: KernelsSection | None
@@ -46,45 +73,41 @@ class Report:
         return [run.label for run in self.runs]
 
     @property
-    def title(self) -> str:
-        return "Comparison: " + " and ".join(self.labels)
-
-    @property
-    def verdict(self) -> str:
-        return verdict(self.runs, self.differences)
-
-    @property
-    def warnings(self) -> list[str]:
-        return warnings(self.runs, self.differences)
-
-    @property
     def critical(self) -> list[str]:
         return [line for line in self.warnings if line.startswith(NOT_COMPARABLE)]
-
-    @property
-    def other_warnings(self) -> list[str]:
-        return [line for line in self.warnings if not line.startswith(NOT_COMPARABLE)]
 
     @property
     def note(self) -> str:
         return f"Changes are against {self.labels[0]}. {intervals_note(self.runs)}"
 
+    @property
+    def configuration(self) -> Settings:
+        return Settings("Configuration", "settings", side_by_side(self.runs, "config"))
+
+    @property
+    def parts(self) -> list[Settings]:
+        opened = {"model": False, "data": False, "hardware": True, "versions": True}
+        return [
+            Settings(part.capitalize(), "entries", side_by_side(self.runs, part), open)
+            for part, open in opened.items()
+        ]
+
     def as_json(self) -> dict[str, Any]:
         """The content of `comparison.json`."""
+        first, *others = self.runs
         return {
             "schema": 1,
             "verdict": self.verdict,
             "comparable": not self.critical,
             "differences": list(self.differences),
             "warnings": self.warnings,
-            "first": self.labels[0],
-            "changes": changes(self.runs),
-            "intervals": {
-                run.label: {key: spread.as_json() for key, spread in spreads(run).items()} for run in self.runs
-            },
+            "first": first.label,
+            "changes": {run.label: {metric.key: change(metric, first, run) for metric in METRICS} for run in others},
+            "intervals": {run.label: {key: asdict(each) for key, each in spreads(run).items()} for run in self.runs},
             "gate": [result.as_json() for result in self.gate],
             "configuration_differences": {
-                key: dict(zip(self.labels, values, strict=True)) for key, values in configurations(self.runs).items()
+                key: dict(zip(self.labels, values, strict=True))
+                for key, values in self.configuration.differing.items()
             },
             "runs": [{"label": run.label, "folder": str(run.folder), "summary": run.summary} for run in self.runs],
         }
@@ -100,42 +123,69 @@ class Report:
 
     def markdown(self) -> str:
         """The content of `report.md`."""
-        samples = [run.get("sample") or {} for run in self.runs]
-        settings = {"config": self._settings_table(configurations(self.runs))}
-        for _, key in PARTS:
-            settings[key] = self._settings_table(side_by_side([flatten(run.summary[key]) for run in self.runs]))
-        return render(
-            "report.md.jinja",
-            report=self,
-            figures=self.figures_table(),
-            settings=settings,
-            parts=PARTS,
-            prompts=[json.dumps(sample.get("prompt"), ensure_ascii=False) for sample in samples],
-            fences=[_fence(f"{sample.get('text')}") for sample in samples],
+
+        def table(rows: Mapping[str, Sequence[Any]]) -> str:
+            return markdown_table(["", *self.labels], [[key, *map(shown, values)] for key, values in rows.items()])
+
+        return self._render("report.md.jinja", table=table, fence_of=fence_of, quoted=quoted)
+
+    def html(self) -> str:
+        """The page `report.html`, which carries the content of `comparison.json` for programs."""
+        return self._render(
+            "page.html.jinja",
+            policy=Markup(POLICY),
+            answers=[(run.label, tiles(self.runs[0], run, self.differences)) for run in self.runs[1:]],
+            figure_rows=figure_rows(self.runs),
+            shown=shown,
+            differ=differ,
+            # The only text of the page that a browser does not parse as markup; "<" could end it.
+            island=quoted(self.as_json()).replace("<", "\\u003c"),
         )
 
-    def _settings_table(self, settings: Mapping[str, Sequence[Any]]) -> str:
-        rows = [[key, *map(shown, values)] for key, values in settings.items()]
-        return markdown_table(["", *self.labels], rows) if rows else ""
+    def _render(self, template: str, **context: Any) -> str:
+        """A template of this folder; its values have no control characters, and are escaped in HTML."""
+        from jinja2 import Environment, FileSystemLoader
+
+        environment = Environment(
+            loader=FileSystemLoader(Path(__file__).parent),
+            autoescape=lambda name: name is not None and name.endswith(".html.jinja"),
+            finalize=lambda value: value if isinstance(value, Markup) else clean(value),
+            trim_blocks=True,
+            lstrip_blocks=True,
+        )
+        return environment.get_template(template).render(report=self, runs=self.runs, **context)
 
 
-def _fence(text: str) -> str:
+def quoted(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def fence_of(text: object) -> str:
     """A Markdown fence longer than any in the text, which a model may well have learned to generate."""
     fence = "```"
-    while fence in text:
+    while fence in f"{text}":
         fence += "`"
     return fence
 
 
-def render(template: str, **context: Any) -> str:
-    """A template of this folder; its values have no control characters, and are escaped in HTML."""
-    from jinja2 import Environment, FileSystemLoader
+def tiles(first: FinishedRun, run: FinishedRun, differences: Sequence[Mapping[str, Any]]) -> list[Tile]:
+    """How much faster, in how much less memory, how good, and whether it is the same work."""
+    differing = {entry["key"]: entry["values"] for entry in differences if entry["kind"] == "comparability"}
+    answers = [tile(metric, first, run, metric.same not in differing) for metric in METRICS if metric.tile]
+    other = [key for key, values in differing.items() if values[first.label] != values[run.label]]
+    same = "same shape, data, seed and steps" if not other else "other " + ", ".join(other)
+    return [*answers, Tile("Same model and work?", "No" if other else "Yes", same, False if other else None)]
 
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=lambda name: name is not None and name.endswith(".html.jinja"),
-        finalize=lambda value: value if isinstance(value, Markup) else clean(value),
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template(template).render(context)
+
+def tile(metric: Metric, first: FinishedRun, run: FinishedRun, comparable: bool) -> Tile:
+    """A metric as a ratio to the first run's, or as the difference, which is neither good nor bad by itself."""
+    values = [first.get(metric.key), run.get(metric.key)]
+    _, cells = written(metric, values)
+    unit = unit_of(metric.kind, max((value for value in values if value is not None), default=0))[1]
+    explanation = f"{cells[1]} against {cells[0]} {unit or 'nats per token'}"
+    if metric.ratio:
+        changed = change(metric, first, run)
+        answer = times(changed["ratio"]) if changed else shown(None)
+        return Tile(metric.tile, answer, explanation, is_good(metric, changed))
+    known = None not in values and comparable
+    return Tile(metric.tile, signed(values[1] - values[0]) if known else shown(None), explanation, None)

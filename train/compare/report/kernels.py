@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from train.checkpoints.run_folder import FinishedRun
-from train.compare.charts import HEIGHT, Chart, Keys, Row, canvas, color_of, label_x, nothing, row_figure
+from train.compare.charts import HEIGHT, Chart, Keys, Row, canvas, color_of, nothing, row_figure
 from train.compare.figures import UNKNOWN
 from train.compare.report.pipeline import pipeline_chart
 from train.compare.svg import INK
 from train.kernels.comparison import OPERATOR, SCOPE, changes, signed_milliseconds, speedup_sentence
-from train.kernels.summary import Change, RunSummary
+from train.kernels.summary import RunSummary
 from train.metrics.units import milliseconds
 
 SHOWN_ROWS = 12
@@ -43,14 +43,19 @@ class KernelsSection:
 
 def kernels_section(runs: Sequence[FinishedRun], kernels: Sequence[RunSummary | None]) -> KernelsSection | None:
     """The section, from each run's `kernels.comparison.read_profile`; None where no run was profiled."""
-    keys, profiled = of_profiled(runs, kernels)
-    if not profiled:
+    numbered = [
+        (index, replace(found, label=run.label))
+        for index, (run, found) in enumerate(zip(runs, kernels, strict=True))
+        if found
+    ]
+    if not numbered:
         return None
+    profiled = [found for _, found in numbered]
     steps = ", ".join(f"{run.label} {milliseconds(run.step_seconds)} ms" for run in profiled)
     note = f"Means of the profiled steps, the profiler's own overhead included: {steps}. "
     missing = [run.label for run, found in zip(runs, kernels, strict=True) if not found]
     note += f"Not profiled: {', '.join(missing)}." if missing else ""
-    charts = [categories_chart(keys, profiled), roofline_chart(keys, profiled)]
+    charts = [categories_chart(numbered), roofline_chart(numbered)]
     charts += [pipeline_chart(run.label, run.pipeline) for run in profiled if run.pipeline]
     title = "What made the difference, in ms a step" if len(profiled) > 1 else "What takes longest, in ms a step"
     return KernelsSection(
@@ -58,52 +63,42 @@ def kernels_section(runs: Sequence[FinishedRun], kernels: Sequence[RunSummary | 
     )
 
 
-def of_profiled(
-    runs: Sequence[FinishedRun], kernels: Sequence[RunSummary | None]
-) -> tuple[list[tuple[int | str, str]], list[RunSummary]]:
-    """Number and label of each profiled run, and their kernels under the same labels."""
-    there = [
-        (index, replace(found, label=run.label))
-        for index, (run, found) in enumerate(zip(runs, kernels, strict=True))
-        if found
-    ]
-    return [(index, found.label) for index, found in there], [found for _, found in there]
+def legend(kernels: Sequence[tuple[int, RunSummary]]) -> Keys:
+    return [(index, run.label) for index, run in kernels]
 
 
-def categories_chart(keys: Keys, kernels: Sequence[RunSummary]) -> Chart:
+def categories_chart(kernels: Sequence[tuple[int, RunSummary]]) -> Chart:
+    """A row for each kind of work, of runs with their numbers."""
     rows = []
-    found = changes(kernels, "category")
+    found = changes([run for _, run in kernels], "category")
     for change in sorted(found, key=lambda change: -max(each or 0.0 for each in change.seconds)):
         values = [seconds or 0.0 for seconds in change.seconds]
-        bars = [(int(index), value) for (index, _), value in zip(keys, values, strict=True)]
+        bars = [(index, value) for (index, _), value in zip(kernels, values, strict=True)]
         rows.append(Row(change.category, " · ".join(map(milliseconds, values)) + " ms", bars))
     note = "by kind of work, lower is better"
-    return Chart("Where a step's time goes", note, row_figure(rows) if rows else nothing(), keys, "bar")
+    return Chart("Where a step's time goes", note, row_figure(rows) if rows else nothing(), legend(kernels), "bar")
 
 
-def roofline_chart(keys: Keys, kernels: Sequence[RunSummary]) -> Chart:
+def roofline_chart(kernels: Sequence[tuple[int, RunSummary]]) -> Chart:
     """FLOP/s over FLOPs per byte, both in decades, under the peak FLOP/s and bytes/s of the device."""
-    peaks = [(run.facts.peak_flops, run.facts.peak_bytes_per_second) for run in kernels]
+    peaks = [(run.facts.peak_flops, run.facts.peak_bytes_per_second) for _, run in kernels]
     peak = next(((flops, moved) for flops, moved in peaks if flops and moved), None)
     note = "operators by FLOPs per byte moved; larger: more of a step's time"
     note += "; the line: the device's peak" if peak else "; the device's peak is not known"
     points = [
-        (index, max(0.0, row.seconds / run.step_seconds), row)
-        for (index, _), run in zip(keys, kernels, strict=True)
-        for row in run.roofline_points
+        (index, max(0.0, row.seconds / run.step_seconds), row) for index, run in kernels for row in run.roofline_points
     ]
     if not points:
-        return Chart("Roofline", note, nothing(), keys)
+        return Chart("Roofline", note, nothing(), legend(kernels))
     left, right = decades([row.intensity or 0.0 for *_, row in points])
     bottom, top = decades([row.flops_per_second or 0.0 for *_, row in points] + ([peak[0]] if peak else []))
-    figure, axes = canvas(HEIGHT)
+    figure, axes = canvas(HEIGHT, x_title="FLOPs per byte, against GFLOP/s")
     axes.set(xscale="log", yscale="log", xlim=(10.0**left, 10.0**right), ylim=(10.0**bottom, 10.0**top))
     axes.set_xticks([10.0**power for power in range(left, right + 1)])
     axes.set_yticks([10.0**power for power in range(bottom, top + 1)])
     axes.minorticks_off()
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value / 1e9:g}")
-    label_x(axes, "FLOPs per byte, against GFLOP/s")
     if peak:
         ridge = peak[0] / peak[1]
         axes.plot([10.0**left, ridge, 10.0**right], [peak[1] * 10.0**left, *[peak[0]] * 2], color=INK, linewidth=1.5)
@@ -114,7 +109,7 @@ def roofline_chart(keys: Keys, kernels: Sequence[RunSummary]) -> Chart:
         tooltips[gid] = f"{row.work_in_module}: {rate:,.1f} GFLOP/s, {share:.1%} of a step"
         axes.plot(row.intensity or 0.0, row.flops_per_second or 0.0, "o", color=color_of(index), alpha=0.55, gid=gid,
                   markersize=6 + 40 * math.sqrt(share), markeredgewidth=0, clip_on=False)  # fmt: skip
-    return Chart("Roofline", note, figure, keys, tooltips=tooltips)
+    return Chart("Roofline", note, figure, legend(kernels), tooltips=tooltips)
 
 
 def decades(values: Sequence[float]) -> tuple[int, int]:
@@ -144,13 +139,13 @@ def operators_table(kernels: Sequence[RunSummary]) -> Table:
     """The same by operator and kernel."""
     header = [Cell("operator"), Cell(kernels[0].label)]
     header += [cell for run in kernels[1:] for cell in (Cell(run.label), Cell("saved"))]
-
-    def row(change: Change) -> list[Cell]:
-        others = zip(change.seconds[1:], change.saved_seconds, strict=True)
-        cells = [cell for seconds, saved in others for cell in (time_cell(seconds), saved_cell(saved))]
-        return [Cell(change.work_in_module), time_cell(change.seconds[0]), *cells]
-
-    return Table(header, [row(change) for change in changes(kernels, *OPERATOR)[:SHOWN_ROWS]])
+    rows = []
+    for change in changes(kernels, *OPERATOR)[:SHOWN_ROWS]:
+        row = [Cell(change.work_in_module), time_cell(change.seconds[0])]
+        for seconds, saved in zip(change.seconds[1:], change.saved_seconds, strict=True):
+            row += [time_cell(seconds), saved_cell(saved)]
+        rows.append(row)
+    return Table(header, rows)
 
 
 def saved_cell(saved: float) -> Cell:

@@ -1,6 +1,6 @@
 """The chart of a pipeline's step, of runs whose `profile/kernels.json` has a pipeline."""
 
-from train.compare.charts import RIGHT, TOP, WIDTH, Chart, bar, canvas, color_of, label_x, write
+from train.compare.charts import RIGHT, TOP, WIDTH, Chart, bar, canvas, color_of, write
 from train.compare.svg import ON_BAR, WAITING
 from train.kernels.summary import PipelineTimeline
 
@@ -22,9 +22,8 @@ def pipeline_chart(label: str, pipeline: PipelineTimeline) -> Chart:
     longest = max((span.end for span in spans), default=0.0) or 1.0
     units_per_second = (WIDTH - LEFT - RIGHT) / longest
     height = len(pipeline.processes) * (ROW + GAP)
-    figure, axes = canvas(TOP + height + AXIS, LEFT, AXIS)
+    figure, axes = canvas(TOP + height + AXIS, LEFT, AXIS, x_title="ms of the step")
     axes.set(xlim=(0, 1e3 * longest), ylim=(height, 0))
-    label_x(axes, "ms of the step")
     axes.grid(visible=False, axis="y")
     names: list[str] = []
     tooltips: dict[str, str] = {}
