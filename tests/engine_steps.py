@@ -124,7 +124,7 @@ def paged(engine: Engine, run: ResolvedRun) -> Iterator[dict[str, Any]]:
 def tracked(engine: Engine, run: ResolvedRun) -> Iterator[dict[str, Any]]:
     """Where the memory of the last step goes; in the ones before, buckets and gathered parameters find their sizes."""
     for step in range(run.total_steps):
-        tracker = MemoryTracker(engine.held_tensors, run.model_config.vocab_size, engine.device.type)
+        tracker = MemoryTracker(engine.held_tensors, run.model.config.vocab_size, engine.device.type)
         batches = list(micro_batches(engine, run, step))
         with tracker if step == run.total_steps - 1 else nullcontext():
             result = engine.train_step(step, batches, LEARNING_RATE)

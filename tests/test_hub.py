@@ -17,8 +17,9 @@ from tests.conftest import ROOT, accelerate, python
 from tests.loopback_hub import LoopbackHub, loopback_hub
 from train.checkpoints.run_folder import read_run
 from train.export import __main__ as export
-from train.hub.__main__ import check, main
+from train.hub.__main__ import main
 from train.hub.card import card
+from train.hub.upload import check
 from train.utils.errors import UserError
 
 

@@ -20,7 +20,7 @@ from train.kernels.op_costs import flops, moved_bytes
 from train.kernels.summary import SCHEMA, KernelsFile, group
 from train.kernels.traces import read_recording
 from train.metrics.annotations import annotate
-from train.run.profiling import ModuleAnnotations
+from train.run.profiling import annotate_modules
 from train.utils.errors import UserError
 from train.utils.json_files import from_json
 
@@ -58,8 +58,7 @@ def record(run: Path, slow_layer: int | None = None, checkpointing: bool = False
     if checkpointing:
         checkpoint_blocks(model, checkpoint_arguments("full"))
     optimizer = torch.optim.AdamW(model.parameters())
-    names = ModuleAnnotations()
-    names.add(model.named_modules())
+    annotations = annotate_modules(model.named_modules())
     ids = tokens(4, 32)
     (run / "profile").mkdir(parents=True)
     plain = run / "trace.json"
@@ -80,7 +79,7 @@ def record(run: Path, slow_layer: int | None = None, checkpointing: bool = False
             if step == 1:
                 recorded.add_metadata_json("gpt2flash", json.dumps(FACTS))
             recorded.step()
-    names.remove()
+    annotations.close()
     write_trace(run, json.loads(plain.read_text()))
     plain.unlink()
     return run

@@ -315,5 +315,5 @@ def test_the_global_batch_counts_data_parallel_processes(
     assert run.train.global_batch_size == 3 * 2 * 2
     assert run.deepspeed is not None
     assert run.deepspeed["train_batch_size"] == 12
-    assert run.partition is not None
-    assert run.partition.stages == 2
+    assert run.model.partition is not None
+    assert run.model.partition.stages == 2

@@ -24,7 +24,7 @@ from train.metrics.flops import count_flops
 from train.plan.memory import predict
 from train.plan.shapes import Layout, Shape
 from train.run import profiling
-from train.run.profiling import ModuleAnnotations, Profiler
+from train.run.profiling import Profiler, annotate_modules
 from train.utils import devices
 from train.utils.errors import UserError
 
@@ -73,7 +73,7 @@ def test_the_peak_of_a_cpu_is_taken_before_the_profiler_fills_its_memory(
 ) -> None:
     config = parse([*flags, "--profile", "--profile_steps=4:5", f"--checkpoint_path={tmp_path}"])
     config.run_folder.mkdir()
-    run = SimpleNamespace(config=config, model_config=GPT2FlashConfig())
+    run = SimpleNamespace(config=config, model=SimpleNamespace(config=GPT2FlashConfig()))
     nothing = {"named_modules": lambda: iter(()), "held_tensors": lambda: iter(())}
     engine = SimpleNamespace(is_main=True, rank=0, device=torch.device("cpu"), **nothing)
     monkeypatch.setattr(profiling, "run_facts", lambda *_: None)
@@ -157,11 +157,10 @@ def test_names_leave_nothing_behind_and_break_no_graph() -> None:
     expected = step()
     before = {name: dict(vars(module)) for name, module in model.named_modules()}
     graphs = counters["stats"]["unique_graphs"]
-    given = ModuleAnnotations()
-    given.add(model.named_modules())
+    annotations = annotate_modules(model.named_modules())
     with torch.profiler.profile() as recorded:
         assert torch.equal(step(), expected)
-    given.remove()
+    annotations.close()
     found = {event.name for event in recorded.events() or []}
     assert {"module: transformer.h.0", "module: transformer.ln_f", "loss: loss"} <= found
     assert not any(name.startswith(("attention: ", "mlp: ")) for name in found), "a compiled block is one piece"

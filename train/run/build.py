@@ -19,7 +19,7 @@ def build(run: ResolvedRun) -> Engine:
     rendezvous.join()
     engine = _create_engine(run)
     processes.watch_peer(gather_object([os.getpid()]))
-    checkpoint = run.checkpoint
+    checkpoint = run.start.checkpoint
     states = gather_object([run.state(checkpoint.step if checkpoint else 0)])
     if any(state != states[0] for state in states):
         raise UserError(
@@ -27,7 +27,7 @@ def build(run: ResolvedRun) -> Engine:
             "give all machines the same command and the same folders"
         )
     set_seed(run.config.seed)
-    model = load_model(run.config.model, run.model_config, attn_implementation=run.attention[0])
+    model = load_model(run.config.model, run.model.config, attn_implementation=run.model.attention[0])
     tensors = checkpoints.read_tensors(checkpoint, model) if checkpoint else None
     engine.wait()  # until all processes have read their files, because a claimed folder may be emptied
     if engine.is_main:
@@ -44,9 +44,9 @@ def build(run: ResolvedRun) -> Engine:
 
 
 def _create_engine(run: ResolvedRun) -> Engine:
-    if run.partition is None:
+    if run.model.partition is None:
         return AcceleratedEngine(run.config, run.deepspeed)
     assert run.deepspeed is not None
     from train.engines.pipeline.engine import PipelinedEngine  # imports DeepSpeed, which takes seconds
 
-    return PipelinedEngine(run.config, run.deepspeed, run.partition)
+    return PipelinedEngine(run.config, run.deepspeed, run.model.partition)

@@ -7,7 +7,7 @@ from contextlib import closing
 from train.checkpoints import step_folder as checkpoints
 from train.data.prefetch import Batch, read_ahead
 from train.engines.base import Engine
-from train.hub import __main__ as hub
+from train.hub.upload import push
 from train.metrics.annotations import annotate
 from train.metrics.energy import EnergyMeter, energy_reader
 from train.optim.schedule import learning_rate
@@ -32,7 +32,7 @@ def save(engine: Engine, run: ResolvedRun, step: int) -> None:
     if engine.is_main:
         config = run.config
         checkpoints.save(
-            config.run_folder, run.model_config, run.tokenizer, tensors, run.state(step), config.save_total_limit
+            config.run_folder, run.model.config, run.tokenizer, tensors, run.state(step), config.save_total_limit
         )
     for _ in tensors:
         pass  # the other processes only take part in gathering
@@ -45,13 +45,14 @@ def train(run: ResolvedRun) -> None:
     assert config.learning_rate is not None
     engine = build(run)
     log = RunLog(engine.accelerator, config.run_folder, dataclasses.asdict(config), run.total_steps)
-    first = run.checkpoint.step if run.checkpoint else 0
-    log.start(first, run.checkpoint.folder.parent / "metrics.jsonl" if run.checkpoint else log.file)
+    checkpoint = run.start.checkpoint
+    first = checkpoint.step if checkpoint else 0
+    log.start(first, checkpoint.folder.parent / "metrics.jsonl" if checkpoint else log.file)
     log.message(engine.layout)
-    if run.partition is not None:
-        log.message(f"{run.partition.table()}\nschedule {config.pipeline_schedule}")
+    if run.model.partition is not None:
+        log.message(f"{run.model.partition.table()}\nschedule {config.pipeline_schedule}")
     precision = matmul_precision(config.mixed_precision, config.optimized)
-    log.message(f"attention: {run.attention[0]} ({run.attention[1]}); precision: {precision}")
+    log.message(f"attention: {run.model.attention[0]} ({run.model.attention[1]}); precision: {precision}")
 
     def micro_batches(step: int) -> list[Batch]:
         return [
@@ -108,4 +109,4 @@ def train(run: ResolvedRun) -> None:
     if main:
         write_summary(run, log.records, processes, measured)
         if config.push_to_hub is not None:
-            print(hub.push(config.run_folder, config.push_to_hub))
+            print(push(config.run_folder, config.push_to_hub))

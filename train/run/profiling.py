@@ -9,7 +9,7 @@ import functools
 import gzip
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 from torch import nn
@@ -37,7 +37,8 @@ class Profiler(AbstractContextManager):
         self.run = run
         self.engine = engine
         self.done = done
-        self.annotations = ModuleAnnotations()
+        self.annotations = ExitStack()
+        self.tracking = ExitStack()
         self.peak_before: dict[str, Any] | None = None
         """On a CPU, peak memory of the process before the profiler starts, whose records stay in memory."""
         self.profile: profile | None = None
@@ -68,8 +69,8 @@ class Profiler(AbstractContextManager):
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.annotations.remove()
-        self._stop_tracking()
+        self.annotations.close()
+        self.tracking.close()
         if self.profile is not None:
             self.profile.stop()
 
@@ -83,9 +84,11 @@ class Profiler(AbstractContextManager):
         if self.profile is None:
             return
         self.done += 1
-        if (tracked := self._stop_tracking()) is not None:
+        self.tracking.close()
+        if self.memory is not None:
             self.folder.mkdir(exist_ok=True)
-            write_memory(self.folder / "memory.json", tracked.profile())
+            write_memory(self.folder / "memory.json", self.memory.profile())
+            self.memory = None
         if self.done == self.recorded.start - 2 and self.engine.device.type == "cpu":
             self.peak_before = devices.peak_memory(self.engine.device)
         self.profile.step()
@@ -96,24 +99,17 @@ class Profiler(AbstractContextManager):
             if self.run.config.memory_snapshot:
                 devices.record_memory_history()
         if self.done == self.recorded.stop - 1:
-            self.annotations.remove()
+            self.annotations.close()
 
     def _prepare_if_next(self) -> None:
         if self.done != self.recorded.start - 2:
             return
-        self.annotations.add(self.engine.named_modules())
+        self.annotations = annotate_modules(self.engine.named_modules())
         # Not with compiled blocks: torch.compile falls back to eager under a TorchDispatchMode.
         if self.engine.is_main and not self.run.config.torch_compile:
-            vocabulary = self.run.model_config.vocab_size
-            self.memory = MemoryTracker(self.engine.held_tensors, vocabulary, self.engine.device.type)
-            self.memory.__enter__()
-
-    def _stop_tracking(self) -> MemoryTracker | None:
-        """The tracker of the step that ends here, if there is one."""
-        tracked, self.memory = self.memory, None
-        if tracked is not None:
-            tracked.__exit__(None, None, None)
-        return tracked
+            vocabulary = self.run.model.config.vocab_size
+            tracker = MemoryTracker(self.engine.held_tensors, vocabulary, self.engine.device.type)
+            self.memory = self.tracking.enter_context(tracker)
 
     def _write(self, recorded: profile) -> None:
         if self.done < self.recorded.stop - 1:
@@ -132,39 +128,34 @@ class Profiler(AbstractContextManager):
                 devices.dump_memory_history(temporary)
 
 
-class ModuleAnnotations:
-    """Annotates every call of a module with its name for the profiler, until it is removed."""
+def annotate_modules(modules: Iterator[tuple[str, nn.Module]]) -> ExitStack:
+    """Annotate every call of a module with its name for the profiler, until the returned stack is closed."""
+    annotations = ExitStack()
+    compiled: tuple[str, ...] = ()
+    for name, module in list(modules):
+        if name.startswith(compiled):
+            continue  # its call is part of a compiled graph, which an annotation would break
+        if isinstance(module, GPT2FlashForCausalLM):
+            annotations.callback(_annotate(module, "_loss", LOSS))
+        elif name:
+            if hasattr(module.forward, "_torchdynamo_orig_callable"):
+                compiled = (*compiled, f"{name}.")
+            annotations.callback(_annotate(module, "forward", module_annotation(name)))
+    return annotations
 
-    def __init__(self) -> None:
-        self._undo: list[Callable[[], None]] = []
 
-    def add(self, modules: Iterator[tuple[str, nn.Module]]) -> None:
-        compiled: tuple[str, ...] = ()
-        for name, module in list(modules):
-            if name.startswith(compiled):
-                continue  # its call is part of a compiled graph, which an annotation would break
-            if isinstance(module, GPT2FlashForCausalLM):
-                self._annotate(module, "_loss", LOSS)
-            elif name:
-                if hasattr(module.forward, "_torchdynamo_orig_callable"):
-                    compiled = (*compiled, f"{name}.")
-                self._annotate(module, "forward", module_annotation(name))
+def _annotate(owner: nn.Module, attribute: str, annotation: str) -> Callable[[], None]:
+    """Annotate the calls of a method; returns what restores it."""
+    call = getattr(owner, attribute)
 
-    def remove(self) -> None:
-        while self._undo:
-            self._undo.pop()()
+    @functools.wraps(call)
+    def annotated(*args: Any, **kwargs: Any) -> Any:
+        with record_function(annotation):
+            return call(*args, **kwargs)
 
-    def _annotate(self, owner: nn.Module, attribute: str, annotation: str) -> None:
-        call = getattr(owner, attribute)
-
-        @functools.wraps(call)
-        def annotated(*args: Any, **kwargs: Any) -> Any:
-            with record_function(annotation):
-                return call(*args, **kwargs)
-
-        own = attribute in vars(owner)
-        setattr(owner, attribute, annotated)
-        self._undo.append(lambda: setattr(owner, attribute, call) if own else delattr(owner, attribute))
+    own = attribute in vars(owner)
+    setattr(owner, attribute, annotated)
+    return functools.partial(setattr, owner, attribute, call) if own else functools.partial(delattr, owner, attribute)
 
 
 def run_facts(run: ResolvedRun, engine: Engine, recorded: range) -> RunFacts:
@@ -181,7 +172,7 @@ def run_facts(run: ResolvedRun, engine: Engine, recorded: range) -> RunFacts:
         micro_batch_size=run.micro_batch_size,
         accumulation=run.accumulation,
         model=run.shape,
-        attn_implementation=run.attention[0],
+        attn_implementation=run.model.attention[0],
         activation_checkpointing=config.activation_checkpointing,
         torch_compile=config.torch_compile,
         precision=precision,

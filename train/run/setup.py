@@ -23,7 +23,7 @@ from train.data.tokenizer import TOKENIZER_NAME, gpt2_encoding
 from train.engines import rendezvous
 from train.engines.pipeline.partition import Partition, partition
 from train.engines.transforms import SELECTIVE_ATTENTION
-from train.hub import __main__ as hub
+from train.hub import upload
 from train.run import trackers
 from train.utils import processes
 from train.utils.compilers import check_cpp_compiler
@@ -31,7 +31,7 @@ from train.utils.devices import device_type, has_fast_bf16, has_memory_history
 from train.utils.errors import UserError
 
 PROBE = (
-    "Two tokenizers that split this (short) sentence alike, with its signs and\n 2 lines, are taken to be the same."
+    "Two tokenizers that split this (short) sentence alike, with its symbols and\n 2 lines, are taken to be the same."
 )
 SHAPE = ("n_layer", "n_head", "n_embd", "n_inner", "n_positions", "vocab_size")
 
@@ -68,22 +68,6 @@ class ResolvedRun:
     total_steps: int
     warmup_steps: int
     start: Start
-
-    @property
-    def model_config(self) -> GPT2FlashConfig:
-        return self.model.config
-
-    @property
-    def attention(self) -> tuple[str, str]:
-        return self.model.attention
-
-    @property
-    def partition(self) -> Partition | None:
-        return self.model.partition
-
-    @property
-    def checkpoint(self) -> checkpoints.Checkpoint | None:
-        return self.start.checkpoint
 
     @property
     def tokens_per_step(self) -> int:
@@ -159,7 +143,7 @@ def check_environment(config: RunConfig) -> None:
     """Refuse what this machine cannot do, before any file is opened."""
     trackers.check(config.report_to)
     if config.push_to_hub is not None and processes.rank() == 0:
-        hub.check(config.push_to_hub)
+        upload.check(config.push_to_hub)
     if config.torch_compile and device_type() == "cpu":
         check_cpp_compiler("--torch_compile")
     if config.memory_snapshot and not has_memory_history():
@@ -297,8 +281,8 @@ def check_checkpoint(run: ResolvedRun, checkpoint: checkpoints.Checkpoint) -> No
     """Refuse to resume another run, or one that has no steps left."""
     checkpoints.check_same_run(checkpoint, run.state(checkpoint.step))
     # After a restart the summary is written again: the processes may have ended in the middle of it.
-    summarised = (run.config.run_folder / "metrics.json").exists() and not run.start.restarted
-    finished = not run.start.same_folder or summarised
+    summarized = (run.config.run_folder / "metrics.json").exists() and not run.start.restarted
+    finished = not run.start.same_folder or summarized
     if checkpoint.step > run.total_steps or (checkpoint.step == run.total_steps and finished):
         raise UserError(
             f"{checkpoint.folder} has done all {run.total_steps} steps; ask for more with --max_steps or --epochs"

@@ -32,7 +32,6 @@ def write_summary(run: ResolvedRun, records: list[dict[str, Any]], world_size: i
     precision = matmul_precision(config.mixed_precision, config.optimized)
     folder = config.run_folder / f"step-{run.total_steps}"
     model = load_for_inference(folder, dtype="bfloat16" if precision == "bf16" else "float32")
-    model_shape = {key: value for key, value in run.shape.items() if value is not None}
     facts = RunFacts(
         run_type=config.run_type,
         tokens_per_step=run.tokens_per_step,
@@ -40,13 +39,10 @@ def write_summary(run: ResolvedRun, records: list[dict[str, Any]], world_size: i
         precision=precision,
         world_size=world_size,
         parameters=model.num_parameters(),
-        attn_implementation=run.attention[0],
-        attn_reason=run.attention[1],
-        model=model_shape,
-        data={
-            "train": {"path": str(run.train.tokens.path), **data_facts(run.train.tokens)},
-            "val": {"path": config.val_data_path, **data_facts(run.val.tokens)},
-        },
+        attn_implementation=run.model.attention[0],
+        attn_reason=run.model.attention[1],
+        model={key: value for key, value in run.shape.items() if value is not None},
+        data={"train": data_facts(run.train.tokens), "val": data_facts(run.val.tokens)},
         config=dataclasses.asdict(config),
         hardware=hardware(),
         versions=versions(),
@@ -54,11 +50,11 @@ def write_summary(run: ResolvedRun, records: list[dict[str, Any]], world_size: i
         command=shlex.join(["python", "-m", "train", *sys.argv[1:]]),
     )
     flops = count_flops(
-        *(run.model_config.n_layer, run.model_config.n_embd, run.model_config.n_inner, run.model_config.vocab_size),
+        *(run.model.config.n_layer, run.model.config.n_embd, run.model.config.n_inner, run.model.config.vocab_size),
         run.train.block_size,
         activation_checkpointing=config.activation_checkpointing or "none",
         activation_checkpointing_interval=config.activation_checkpointing_interval or 1,
-        fused_attention=run.attention[0] != "eager",
+        fused_attention=run.model.attention[0] != "eager",
     )
     summary = summarize(
         facts,
@@ -72,7 +68,7 @@ def write_summary(run: ResolvedRun, records: list[dict[str, Any]], world_size: i
 
 
 def data_facts(tokens: TokenFile) -> dict[str, Any]:
-    return {**tokens.identity, "source": tokens.sidecar.source if tokens.sidecar else None}
+    return {"path": str(tokens.path), **tokens.identity, "source": tokens.sidecar.source if tokens.sidecar else None}
 
 
 def generate_sample(run: ResolvedRun, model: PreTrainedModel) -> dict[str, str] | None:
@@ -80,14 +76,14 @@ def generate_sample(run: ResolvedRun, model: PreTrainedModel) -> dict[str, str] 
     config, tokenizer = run.config, run.tokenizer
     if config.max_new_tokens == 0 or tokenizer is None:
         return None
-    room = run.model_config.n_positions - len(tokenizer(config.prompt).input_ids)
+    room = run.model.config.n_positions - len(tokenizer(config.prompt).input_ids)
     text = generate_text(model, tokenizer, config.prompt, Decoding(min(config.max_new_tokens, room)))
     return {"prompt": config.prompt, "text": text}
 
 
 def measure_inference(run: ResolvedRun, model: PreTrainedModel) -> dict[str, Any]:
     """Latency of one sequence at a time: up to the first token, then of each further one; percentiles over all."""
-    length = min(LATENCY_TOKENS, run.model_config.n_positions // 2)
+    length = min(LATENCY_TOKENS, run.model.config.n_positions // 2)
     prompt_ids = torch.tensor(run.val.tokens.ids[None, :length].astype("int64"), device=model.device)
     latencies = measure_latency(model, prompt_ids, length)
     per_token = latencies.median_per_token

@@ -1,0 +1,62 @@
+"""Upload a finished run to the Hugging Face Hub, with its model card."""
+
+from pathlib import Path
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from train.checkpoints.run_folder import read_run
+from train.checkpoints.step_folder import latest
+from train.compare.run_charts import training_loss_chart
+from train.hub.card import CHART, card
+from train.utils.errors import UserError, first_line
+from train.utils.files import write_text
+
+
+def check(repo: str, flag: str = "--push_to_hub") -> None:
+    """Refuse a repository that could not be pushed to, before a run begins; messages name it by `flag`.
+
+    Raises:
+        UserError: when `repo` is not owner/name, or nobody is logged in.
+    """
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise UserError(f"{flag} {repo}: {error}") from None
+    if "/" not in repo:
+        raise UserError(f"{flag} {repo}: write owner/name")
+    try:
+        HfApi().whoami()
+    except Exception as error:  # no token, a wrong one, no network: each its own class
+        raise UserError(
+            f"{flag} {repo}: the Hub does not know who you are ({first_line(error)}); hf auth login"
+        ) from None
+
+
+def push(run_folder: Path, repo: str, flag: str = "--push_to_hub") -> str:
+    """Write the card and its chart into the run folder, upload them with the latest model, and return its address.
+
+    Raises:
+        UserError: when the run is not finished, or the Hub refuses.
+    """
+    run = read_run(run_folder, repo.rpartition("/")[2])
+    write_text(run_folder / "README.md", str(card(run, repo)))
+    (run_folder / CHART).write_bytes(training_loss_chart([run]).png())
+    # Nothing else of the folder: metrics and traces name paths of this machine.
+    model_files = [path.name for path in latest(run_folder).iterdir() if (run_folder / path.name).exists()]
+    try:
+        api = HfApi()
+        api.create_repo(repo, exist_ok=True)
+        done = api.upload_folder(
+            repo_id=repo,
+            folder_path=run_folder,
+            allow_patterns=[*model_files, "README.md", CHART],
+            commit_message=f"{run.summary['steps']} steps",
+        )
+    except Exception as error:  # each its own class
+        raise UserError(
+            f"{flag} {repo}: {first_line(error)}; the run in {run_folder} is complete: "
+            f"python -m train.hub {run_folder} {repo} tries again"
+        ) from None
+    return done.repo_url.url
