@@ -36,13 +36,13 @@ def differences(runs: Sequence[FinishedRun]) -> list[dict[str, Any]]:
     return [
         {"kind": kind, "key": key, "values": dict(zip((run.label for run in runs), values, strict=True))}
         for kind, table in (("comparability", work), ("environment", environment))
-        for key, values in table.items()
-        if differ(values)
+        for key, values in differing(table).items()
     ]
 
 
-def differ(values: Sequence[Any]) -> bool:
-    return any(value != values[0] for value in values)
+def differing(table: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+    """The keys whose values are not the same in every run."""
+    return {key: values for key, values in table.items() if any(value != values[0] for value in values)}
 
 
 def data_names(runs: Sequence[FinishedRun], split: str) -> list[str]:

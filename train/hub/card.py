@@ -22,36 +22,36 @@ LEFT_OUT = {"checkpoint_path", "push_to_hub", "report_to", "resume_from_checkpoi
 
 def card(run: FinishedRun, repo: str) -> ModelCard:
     """The card of a finished run that goes to the Hub as `repo`."""
-    summary, config = run.summary, run.summary["config"]
-    sample = summary.get("sample")
-    hardware, versions = summary["hardware"], summary["versions"]
+    summary = run.summary
+    sample, hardware, versions = summary.get("sample"), summary["hardware"], summary["versions"]
     cpu = f"{hardware['cpu']} ({hardware['cpu_usable_cores']} cores)"
     packages = [name for name in ("gpt2flash", "torch", "transformers", "deepspeed") if name in versions]
     return ModelCard.from_template(
-        metadata(summary, config, repo),
+        metadata(summary, repo),
         template_path=str(Path(__file__).with_name("card.md.jinja")),
         name=repo.rpartition("/")[2],
         repo=repo,
         summary=summary,
-        origin=origin(config["model"]),
+        origin=origin(summary["config"]["model"]),
         prompt=json.dumps(sample["prompt"], ensure_ascii=False)[1:-1] if sample else "",
         metrics=markdown_table(("metric", "value"), list(metric_rows(run))),
         chart=CHART,
         data=markdown_table(("split", "tokens", "source"), list(data_rows(summary))),
-        settings=markdown_table(("setting", "value"), list(settings(summary, config))),
+        settings=markdown_table(("setting", "value"), list(settings(summary))),
         device=hardware["gpus"][0]["name"] if hardware["gpus"] else cpu,
         versions=", ".join(f"{name} {versions[name]}" for name in packages),
     )
 
 
-def metadata(summary: dict[str, Any], config: dict[str, Any], repo: str) -> ModelCardData:
+def metadata(summary: dict[str, Any], repo: str) -> ModelCardData:
     """What the Hub reads: the task, the base model, the data's id, and the validation as evaluation results."""
-    source = source_of(summary, "val")
+    source, model = source_of(summary, "val"), summary["config"]["model"]
+    dataset = source.get("hub_id") or source.get("dataset")
     results = [
         EvalResult(
             task_type="text-generation",
-            dataset_type=source.get("hub_id") or source.get("dataset") or "custom",
-            dataset_name=source.get("hub_id") or source.get("dataset") or "validation tokens of the run",
+            dataset_type=dataset or "custom",
+            dataset_name=dataset or "validation tokens of the run",
             dataset_split="validation",
             metric_type=metric,
             metric_name=name,
@@ -68,7 +68,7 @@ def metadata(summary: dict[str, Any], config: dict[str, Any], repo: str) -> Mode
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["gpt2", "gpt2flash"],
-        base_model=config["model"].partition("@")[0] if is_hub_id(config["model"]) else None,
+        base_model=model.partition("@")[0] if is_hub_id(model) else None,
         datasets=[hub_id] if hub_id else None,
         model_name=repo.rpartition("/")[2],
         eval_results=results or None,
@@ -86,7 +86,7 @@ def source_of(summary: dict[str, Any], split: str) -> dict[str, Any]:
 
 def origin(model: str) -> str:
     if model in SIZES:
-        return "initialised at random"
+        return "initialized at random"
     return f"started from the weights of `{model}`" if is_hub_id(model) else "started from other weights"
 
 
@@ -109,10 +109,11 @@ def data_rows(summary: dict[str, Any]) -> Iterable[tuple[str, str, str]]:
             yield split, f"{facts['tokens']:,}", ", ".join(filter(None, (named, digest)))
 
 
-def settings(summary: dict[str, Any], config: dict[str, Any]) -> Iterable[tuple[str, str]]:
+def settings(summary: dict[str, Any]) -> Iterable[tuple[str, str]]:
     yield "steps", f"{summary['steps']:,}"
     yield "tokens per step", f"{summary['tokens_per_step']:,}"
     yield "precision of matmuls", summary["precision"]
+    config = summary["config"]
     for key, value in config.items():
         if key not in LEFT_OUT and value not in (None, False, "") and not (key == "epochs" and config["max_steps"]):
             yield key, str(value)

@@ -13,7 +13,7 @@ from train.compare.charts import Chart, clean
 from train.compare.figures import (
     NOT_COMPARABLE,
     change,
-    differ,
+    differing,
     figure_rows,
     intervals_note,
     is_good,
@@ -30,21 +30,6 @@ from train.metrics.units import times, unit_of
 from train.utils.tables import markdown_table
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
-
-
-@dataclass(frozen=True)
-class Settings:
-    """A mapping of every run side by side: each key with its value in every run."""
-
-    heading: str
-    entries: str
-    rows: dict[str, list[Any]]
-    open: bool = False
-    """Whether the page shows all of it even where nothing differs."""
-
-    @property
-    def differing(self) -> dict[str, list[Any]]:
-        return {key: values for key, values in self.rows.items() if differ(values)}
 
 
 @dataclass(frozen=True)
@@ -80,18 +65,6 @@ class Report:
     def note(self) -> str:
         return f"Changes are against {self.labels[0]}. {intervals_note(self.runs)}"
 
-    @property
-    def configuration(self) -> Settings:
-        return Settings("Configuration", "settings", side_by_side(self.runs, "config"))
-
-    @property
-    def parts(self) -> list[Settings]:
-        opened = {"model": False, "data": False, "hardware": True, "versions": True}
-        return [
-            Settings(part.capitalize(), "entries", side_by_side(self.runs, part), open)
-            for part, open in opened.items()
-        ]
-
     def as_json(self) -> dict[str, Any]:
         """The content of `comparison.json`."""
         first, *others = self.runs
@@ -107,7 +80,7 @@ class Report:
             "gate": [result.as_json() for result in self.gate],
             "configuration_differences": {
                 key: dict(zip(self.labels, values, strict=True))
-                for key, values in self.configuration.differing.items()
+                for key, values in differing(side_by_side(self.runs, "config")).items()
             },
             "runs": [{"label": run.label, "folder": str(run.folder), "summary": run.summary} for run in self.runs],
         }
@@ -137,7 +110,6 @@ class Report:
             answers=[(run.label, tiles(self.runs[0], run, self.differences)) for run in self.runs[1:]],
             figure_rows=figure_rows(self.runs),
             shown=shown,
-            differ=differ,
             # The only text of the page that a browser does not parse as markup; "<" could end it.
             island=quoted(self.as_json()).replace("<", "\\u003c"),
         )
@@ -153,7 +125,10 @@ class Report:
             trim_blocks=True,
             lstrip_blocks=True,
         )
-        return environment.get_template(template).render(report=self, runs=self.runs, **context)
+        parts = {part: side_by_side(self.runs, part) for part in ("config", "model", "data", "hardware", "versions")}
+        return environment.get_template(template).render(
+            report=self, runs=self.runs, configuration=parts.pop("config"), parts=parts, differing=differing, **context
+        )
 
 
 def quoted(value: Any) -> str:

@@ -10,7 +10,7 @@ from train.compare.figures import UNKNOWN
 from train.compare.report.pipeline import pipeline_chart
 from train.compare.svg import INK
 from train.kernels.comparison import OPERATOR, SCOPE, changes, signed_milliseconds, speedup_sentence
-from train.kernels.summary import RunSummary
+from train.kernels.summary import Change, RunSummary
 from train.metrics.units import milliseconds
 
 SHOWN_ROWS = 12
@@ -126,10 +126,9 @@ def scopes_table(kernels: Sequence[RunSummary]) -> Table:
     header += [Cell("launches"), Cell("most of it in", kind="wide")]
     rows = []
     for change in changes(kernels, *SCOPE)[:SHOWN_ROWS]:
-        row = [Cell(change.scope), time_cell(change.seconds[0])]
-        for seconds, saved, share in zip(change.seconds[1:], change.saved_seconds, change.share_of_gain, strict=True):
-            row += [time_cell(seconds), saved_cell(saved), Cell(UNKNOWN if share is None else f"{share:.1%}")]
+        shares = [Cell(UNKNOWN if share is None else f"{share:.1%}") for share in change.share_of_gain]
         largest = dict.fromkeys(names[0] if names else "nothing" for names in change.largest)
+        row = [Cell(change.scope), *time_cells(change, shares)]
         row += [Cell(" → ".join(f"{count:,.0f}" for count in change.launches)), Cell(" → ".join(largest), kind="wide")]
         rows.append(row)
     return Table(header, rows)
@@ -139,18 +138,15 @@ def operators_table(kernels: Sequence[RunSummary]) -> Table:
     """The same by operator and kernel."""
     header = [Cell("operator"), Cell(kernels[0].label)]
     header += [cell for run in kernels[1:] for cell in (Cell(run.label), Cell("saved"))]
-    rows = []
-    for change in changes(kernels, *OPERATOR)[:SHOWN_ROWS]:
-        row = [Cell(change.work_in_module), time_cell(change.seconds[0])]
-        for seconds, saved in zip(change.seconds[1:], change.saved_seconds, strict=True):
-            row += [time_cell(seconds), saved_cell(saved)]
-        rows.append(row)
-    return Table(header, rows)
+    found = changes(kernels, *OPERATOR)[:SHOWN_ROWS]
+    return Table(header, [[Cell(change.work_in_module), *time_cells(change)] for change in found])
 
 
-def saved_cell(saved: float) -> Cell:
-    return Cell(signed_milliseconds(saved), saved, "good" if saved > 0 else "bad" if saved < 0 else "")
-
-
-def time_cell(seconds: float | None) -> Cell:
-    return Cell(UNKNOWN if seconds is None else milliseconds(seconds), seconds)
+def time_cells(change: Change, *more: Sequence[Cell]) -> list[Cell]:
+    """The first run's time, and for each other run its time, what it saves, and a cell of each of `more`."""
+    times = [Cell(UNKNOWN if seconds is None else milliseconds(seconds), seconds) for seconds in change.seconds]
+    saved = [
+        Cell(signed_milliseconds(seconds), seconds, "good" if seconds > 0 else "bad" if seconds < 0 else "")
+        for seconds in change.saved_seconds
+    ]
+    return times[:1] + [cell for cells in zip(times[1:], saved, *more, strict=True) for cell in cells]
