@@ -30,16 +30,19 @@ def test_throughput_leaves_the_first_step_out() -> None:
     assert metrics.throughput(1000, [9.0, 1.0, 3.0]) == 500.0  # 2,000 tokens in 4 seconds, not 3,000 in 13
     assert metrics.throughput(1000, [2.0]) == 500.0
     assert metrics.throughput(1000, []) is None
-    assert metrics.time_per_epoch(500.0, 50_000) == 100.0
-    assert metrics.time_per_epoch(None, 50_000) is None
-    assert metrics.time_per_epoch(500.0, None) is None
+    records = [record(1, 9.0, 1.0), record(2, 2.0, 1.0)]
+    assert summary(records)["time_per_epoch_seconds"] == 100.0
+    assert summary([])["time_per_epoch_seconds"] is None
+    assert summary(records, tokens_per_epoch=None)["time_per_epoch_seconds"] is None
 
 
 def test_step_time_percentiles() -> None:
-    times = [99.0, *[float(t) for t in range(11)]]
-    assert metrics.step_time_percentiles(times) == {"median": 5.0, "p10": 1.0, "p90": 9.0}
-    assert metrics.step_time_percentiles([2.0]) == {"median": 2.0, "p10": 2.0, "p90": 2.0}
-    assert metrics.step_time_percentiles([]) == {"median": None, "p10": None, "p90": None}
+    def of(times: list[float]) -> Any:
+        return summary([record(step, seconds, 1.0) for step, seconds in enumerate(times, 1)])["step_time_seconds"]
+
+    assert of([99.0, *[float(t) for t in range(11)]]) == {"median": 5.0, "p10": 1.0, "p90": 9.0}
+    assert of([2.0]) == {"median": 2.0, "p10": 2.0, "p90": 2.0}
+    assert of([]) == {"median": None, "p10": None, "p90": None}
 
 
 def test_steps_under_the_profiler_are_in_the_training_time_alone() -> None:
@@ -74,8 +77,8 @@ def test_data_share() -> None:
 
 
 def test_latency_percentiles_by_hand() -> None:
-    assert metrics.latency_percentiles([float(value) for value in range(101)]) == {"p50": 50.0, "p95": 95.0}
-    assert metrics.latency_percentiles([0.25]) == {"p50": 0.25, "p95": 0.25}
+    assert metrics.percentiles([float(value) for value in range(101)], p50=50, p95=95) == {"p50": 50.0, "p95": 95.0}
+    assert metrics.percentiles([0.25], p50=50, p95=95) == {"p50": 0.25, "p95": 0.25}
 
 
 def test_perplexity_and_what_json_cannot_hold() -> None:

@@ -76,7 +76,7 @@ def test_the_peak_of_a_cpu_is_taken_before_the_profiler_fills_its_memory(
     run = SimpleNamespace(config=config, model=SimpleNamespace(config=GPT2FlashConfig()))
     nothing = {"named_modules": lambda: iter(()), "held_tensors": lambda: iter(())}
     engine = SimpleNamespace(is_main=True, rank=0, device=torch.device("cpu"), **nothing)
-    monkeypatch.setattr(profiling, "run_facts", lambda *_: None)
+    monkeypatch.setattr(profiling, "profile_facts", lambda *_: None)
     monkeypatch.setattr(profiling, "trace_metadata", lambda *_: "{}")
     taken = []
     with Profiler(cast(Any, run), cast(Any, engine), 0) as profiler:

@@ -123,10 +123,19 @@ class Scopes:
             self._phases.append(phase)
 
 
+def _names(name: str, event: Event | None) -> list[str]:
+    return [name, *(above.name for above in ancestors(event) if above.kind == "op")]
+
+
+def communicates(name: str, event: Event | None) -> bool:
+    """Whether an operator or kernel is part of a collective; arguments as of `categorize`."""
+    return any(map(COMMUNICATION.search, _names(name, event)))
+
+
 def categorize(name: str, scope: Scope, event: Event | None) -> str:
     """Return the category of the operator or kernel `name`; `event` is the operator, or what launched the kernel."""
-    names = [name, *(above.name for above in ancestors(event) if above.kind == "op")]
-    if scope.phase == "communication" or any(map(COMMUNICATION.search, names)):
+    names = _names(name, event)
+    if scope.phase == "communication" or communicates(name, event):
         return "communication"
     if scope.phase == "optimizer":
         return "optimizer"

@@ -57,6 +57,9 @@ class Breakdown:
     def seconds(self) -> float:
         return sum(self.steps) / len(self.steps)
 
+    def of(self, scope: Scope, category: str, operator: str) -> Costs:
+        return self.costs[RowNames(scope.module, scope.phase, category, operator, kernel="")]
+
 
 def summarize(recording: Recording) -> RunSummary:
     """Break the steps of a run down and sum them up as `kernels.json` has them."""
@@ -121,19 +124,14 @@ def _break_down_cpu(trace: Trace) -> Breakdown:
                 if scope.phase == "communication":
                     waited = own
                 if waited:
-                    found.costs[RowNames(scope.module, scope.phase, "communication", WAITING, "")].seconds += waited
-                if own <= waited:
-                    continue
-                if scope == NO_SCOPE:
+                    found.of(scope, "communication", WAITING).seconds += waited
+                if own > waited and scope == NO_SCOPE:
+                    found.of(scope, "other", OUTSIDE).seconds += own - waited
                     found.unattributed += own - waited
-                    key = RowNames("", "", "other", OUTSIDE, "")
-                else:
-                    key = RowNames(scope.module, scope.phase, IDLE, BETWEEN_OPERATORS, "")
-                found.costs[key].seconds += own - waited
+                elif own > waited:
+                    found.of(scope, IDLE, BETWEEN_OPERATORS).seconds += own - waited
                 continue
-            costs = found.costs[
-                RowNames(scope.module, scope.phase, categorize(event.name, scope, event), event.name, "")
-            ]
+            costs = found.of(scope, categorize(event.name, scope, event), event.name)
             costs.seconds += own
             costs.busy_seconds += own
             costs.launches += 1
@@ -144,37 +142,34 @@ def _break_down_cpu(trace: Trace) -> Breakdown:
 
 def _break_down_gpu(trace: Trace) -> Breakdown:
     found, scopes = Breakdown(), Scopes(trace)
-    steps = [(step.start, step.end) for step in trace.steps]
     with_costs = {event for own in trace.threads.values() for event in _operators_with_costs(own)}
-    keys = [_kernel_key(kernel, scopes) for kernel in trace.kernels]
-    longest: dict[Event, int] = {}  # the kernel of each operator that takes its FLOPs and bytes
-    for index, kernel in enumerate(trace.kernels):
-        if not any(start <= kernel.start < end for start, end in steps):
+    names = {kernel: _kernel_names(kernel, scopes) for kernel in trace.kernels}
+    longest: dict[Event, Kernel] = {}  # the kernel of each operator that takes its FLOPs and bytes
+    for kernel in trace.kernels:
+        if not any(step.start <= kernel.start < step.end for step in trace.steps):
             continue
-        costs = found.costs[keys[index]]
+        costs = found.costs[names[kernel]]
         costs.busy_seconds += kernel.seconds
         costs.launches += 1
         operator = next((event for event in ancestors(kernel.launch) if event in with_costs), None)
         if operator is not None:
-            other = longest.get(operator)
-            if other is None or trace.kernels[other].seconds < kernel.seconds:
-                longest[operator] = index
-    for operator, index in longest.items():
-        _add_work(found.costs[keys[index]], operator, trace.kernels[index].seconds)
-    for start, end in steps:
-        for begin, stop, running in _exclusive(trace.kernels, [key.category for key in keys], start, end):
+            longest[operator] = max(longest.get(operator, kernel), kernel, key=lambda each: each.seconds)
+    for operator, kernel in longest.items():
+        _add_work(found.costs[names[kernel]], operator, kernel.seconds)
+    for step in trace.steps:
+        for start, end, running in _exclusive(names, step):
             if running is not None:
-                found.costs[keys[running]].seconds += (stop - begin) * MICROSECOND
-                if not keys[running].phase:
-                    found.unattributed += (stop - begin) * MICROSECOND
+                found.costs[names[running]].seconds += (end - start) * MICROSECOND
+                if not names[running].phase:
+                    found.unattributed += (end - start) * MICROSECOND
                 continue
-            for left, right in pairwise([begin, *scopes.phase_changes(begin, stop), stop]):
-                key = RowNames("", scopes.phase_at(left), IDLE, BETWEEN_KERNELS, "")
-                found.costs[key].seconds += (right - left) * MICROSECOND
+            for left, right in pairwise([start, *scopes.phase_changes(start, end), end]):
+                idle = found.of(Scope(scopes.phase_at(left), ""), IDLE, BETWEEN_KERNELS)
+                idle.seconds += (right - left) * MICROSECOND
     return found
 
 
-def _kernel_key(kernel: Kernel, scopes: Scopes) -> RowNames:
+def _kernel_names(kernel: Kernel, scopes: Scopes) -> RowNames:
     launch = kernel.launch
     if launch is None:
         scope = Scope(scopes.phase_at(kernel.start), "")
@@ -191,21 +186,21 @@ def _kernel_key(kernel: Kernel, scopes: Scopes) -> RowNames:
     return RowNames(scope.module, scope.phase, category, name, kernel.name)
 
 
-def _exclusive(
-    kernels: list[Kernel], categories: list[str], start: float, end: float
-) -> Iterator[tuple[float, float, int | None]]:
-    """Yield the intervals from `start` to `end`, each with the index of the one kernel that it belongs to, or None."""
+def _exclusive(names: dict[Kernel, RowNames], step: Event) -> Iterator[tuple[float, float, Kernel | None]]:
+    """Yield the intervals of a step, each with the one kernel that it belongs to. `names` has the kernels by start."""
     ranks = {"communication": 1, "copies": 2}
-    edges = sorted({start, end, *(t for k in kernels for t in (k.start, k.end) if start < t < end)})
-    running: list[tuple[int, int]] = []  # kernels are in the order of their starts
-    begun = 0
-    for left, right in pairwise(edges):
-        while begun < len(kernels) and kernels[begun].start <= left:
-            heapq.heappush(running, (ranks.get(categories[begun], 0), begun))
-            begun += 1
-        while running and kernels[running[0][1]].end <= left:
+    kernels = list(names)
+    times = (time for kernel in kernels for time in (kernel.start, kernel.end))
+    edges = sorted({step.start, step.end, *(time for time in times if step.start < time < step.end)})
+    running: list[tuple[int, int]] = []
+    started = 0
+    for start, end in pairwise(edges):
+        while started < len(kernels) and kernels[started].start <= start:
+            heapq.heappush(running, (ranks.get(names[kernels[started]].category, 0), started))
+            started += 1
+        while running and kernels[running[0][1]].end <= start:
             heapq.heappop(running)
-        yield left, right, running[0][1] if running else None
+        yield start, end, kernels[running[0][1]] if running else None
 
 
 def _inside(step: Event) -> Iterator[Event]:

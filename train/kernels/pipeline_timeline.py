@@ -10,9 +10,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
-from train.kernels.attribution import COMMUNICATION
+from train.kernels.attribution import communicates
 from train.kernels.summary import PipelineTimeline, ProcessTimeline, Span
-from train.kernels.traces import MICROSECOND, Event, Kernel, Recording, Trace, ancestors
+from train.kernels.traces import MICROSECOND, Event, Kernel, Recording, Trace
 from train.metrics.annotations import PHASES, stage_of
 
 AT_WORK = ("forward", "backward")
@@ -96,15 +96,11 @@ def _extent(event: Event, launched: Sequence[tuple[Event, Kernel]]) -> tuple[flo
     kernels = [
         kernel
         for launch, kernel in launched[first:last]
-        if event.name not in AT_WORK or not _communicates(kernel.name, launch)
+        if event.name not in AT_WORK or not communicates(kernel.name, launch)
     ]
     if not kernels:
         return None
     return min(kernel.start for kernel in kernels), max(kernel.end for kernel in kernels)
-
-
-def _communicates(kernel: str, launch: Event) -> bool:
-    return any(map(COMMUNICATION.search, [kernel, *(above.name for above in ancestors(launch) if above.kind == "op")]))
 
 
 def _work(processes: Sequence[Sequence[Span]]) -> tuple[float, float]:
@@ -125,7 +121,7 @@ def _work(processes: Sequence[Sequence[Span]]) -> tuple[float, float]:
 def _shifted(traces: Sequence[Trace], index: int, processes: Sequence[Sequence[Span]]) -> list[list[Span]]:
     """Move the spans of a step to the machine's clock, from when the step begins in the first process."""
     # In integer nanoseconds, of which a float would lose some hundreds.
-    begins = [trace.began + round(trace.steps[index].start * 1000) for trace in traces]
+    begins = [trace.base_time + round(trace.steps[index].start * 1000) for trace in traces]
     shifts = [(begin - min(begins)) * 1e-9 for begin in begins]
     return [
         [replace(span, start=span.start + shift, end=span.end + shift) for span in spans]

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from train.kernels.traces import RunFacts
+from train.kernels.traces import ProfileFacts
 from train.utils.errors import UserError
 from train.utils.files import write_json
 from train.utils.json_files import from_json, json_safe, read_json
@@ -123,7 +123,7 @@ class RunSummary:
     label: str
     path: str
     processes: int
-    facts: RunFacts
+    facts: ProfileFacts
     step_seconds: float
     step_seconds_min: float
     step_seconds_max: float

@@ -33,7 +33,7 @@ Thread = tuple[Any, Any]
 
 
 @dataclass(frozen=True)
-class RunFacts:
+class ProfileFacts:
     """What a reader of a trace needs to know of its run. Peaks are those of one device, None where unknown."""
 
     run_type: str
@@ -58,7 +58,7 @@ class RunFacts:
     pipeline_schedule: str | None
 
 
-def trace_metadata(facts: RunFacts, rank: int) -> str:
+def trace_metadata(facts: ProfileFacts, rank: int) -> str:
     """Return the JSON that a trace has under `METADATA_KEY`."""
     return json.dumps({"schema": SCHEMA, "rank": rank, **asdict(facts)})
 
@@ -96,13 +96,13 @@ class Kernel(Timed):
 
 @dataclass
 class Trace:
-    """The trace of one process. `began`: when its own clock was 0, in nanoseconds of the machine's clock."""
+    """The trace of one process. `base_time`: when its own clock was 0, in nanoseconds of the machine's clock."""
 
     file: Path
     rank: int
-    facts: RunFacts
+    facts: ProfileFacts
     host: str
-    began: int
+    base_time: int
     threads: dict[Thread, list[Event]]  # by start, outer events first
     kernels: list[Kernel]
     links: dict[tuple[Thread, float], tuple[Thread, float]]  # start of a backward node -> of its operator
@@ -122,7 +122,7 @@ class Recording:
     traces: list[Trace]
 
     @property
-    def facts(self) -> RunFacts:
+    def facts(self) -> ProfileFacts:
         return self.traces[0].facts
 
 
@@ -182,10 +182,10 @@ def read_trace(file: Path) -> Trace:
             f"{file}: has facts of version {facts.get('schema')!r} and rank {facts.get('rank')!r}; this version reads "
             f"version {SCHEMA}: {HINT}"
         )
-    host, began = content.get("host_name", ""), content.get("baseTimeNanoseconds", 0)
-    if not isinstance(host, str) or not isinstance(began, int):
-        raise UserError(f"{file}: has {host!r} for host_name and {began!r} for baseTimeNanoseconds; {HINT}")
-    run = from_json(RunFacts, facts, file, "python -m train --profile")
+    host, base_time = content.get("host_name", ""), content.get("baseTimeNanoseconds", 0)
+    if not isinstance(host, str) or not isinstance(base_time, int):
+        raise UserError(f"{file}: has {host!r} for host_name and {base_time!r} for baseTimeNanoseconds; {HINT}")
+    run = from_json(ProfileFacts, facts, file, "python -m train --profile")
     try:
         threads, kernels = _sort_events(events)
         links = _links(events)
@@ -195,7 +195,7 @@ def read_trace(file: Path) -> Trace:
     steps = [event for event in every if event.name.startswith(STEP) and event.kind == "annotation"]
     if not steps:
         raise UserError(f"{file}: holds no complete step; {HINT}")
-    return Trace(file, facts["rank"], run, host, began, threads, kernels, links, steps)
+    return Trace(file, facts["rank"], run, host, base_time, threads, kernels, links, steps)
 
 
 def _read_json(file: Path) -> Any:

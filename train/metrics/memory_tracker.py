@@ -69,20 +69,19 @@ class MemoryTracker(TorchDispatchMode):
         self.storages: list[Storage] = []
         self.finalizers: list[weakref.finalize] = []
         self.phases: list[tuple[int, str]] = [(0, "step")]
-        self.open_phases: list[str] = []  # of each annotation that is open, the phase that it is in
+        self.open_phases = ["step"]  # and of each annotation that is open, the phase that it is in
         self.forward_start = 0
         self.recomputed: list[Storage] = []
 
     def __enter__(self) -> "MemoryTracker":
-        self._resize = torch.UntypedStorage.resize_
-        tracker = self
+        resize = self._resize = torch.UntypedStorage.resize_
 
-        @wraps(self._resize)
+        @wraps(resize)
         def resize_(storage: torch.UntypedStorage, size: int) -> Any:  # how FSDP2 frees gathered parameters
-            result = tracker._resize(storage, size)
-            if (tracked := tracker.tracked.get(storage)) is not None:
-                tracker._release(tracked)
-                tracked.spans.append((tracker.event, None, size))
+            result = resize(storage, size)
+            if (tracked := self.tracked.get(storage)) is not None:
+                self._release(tracked)
+                tracked.spans.append((self.event, None, size))
             return result
 
         torch.UntypedStorage.resize_ = resize_  # type: ignore[method-assign, assignment]
@@ -105,7 +104,7 @@ class MemoryTracker(TorchDispatchMode):
         for tensor in tree_leaves((args, kwargs)):
             if isinstance(tensor, Tensor) and (storage := self._track(tensor, 0)):
                 storage.first_seen = self.event
-        recomputing = self.open_phases[-1:] == ["backward"] and torch.is_grad_enabled()
+        recomputing = self.open_phases[-1] == "backward" and torch.is_grad_enabled()
         if self.recomputed and not recomputing:
             self._mark_activations(self.recomputed)
             self.recomputed = []
@@ -150,24 +149,22 @@ class MemoryTracker(TorchDispatchMode):
                 storage.category = "activations"
 
     def _enter_annotation(self, name: str) -> None:
-        self.open_phases.append(name if name in PHASES else (self.open_phases or ["step"])[-1])
+        self.open_phases.append(name if name in PHASES else self.open_phases[-1])
         if name in PHASES:
             self.phases.append((self.event, name))
         if name == "forward":
             self.forward_start = self.event
 
     def _exit_annotation(self) -> None:
-        if not self.open_phases:
+        if len(self.open_phases) == 1:
             return  # it was entered before the tracker
         ended = self.open_phases.pop()
-        now = (self.open_phases or ["step"])[-1]
-        if now != ended:
-            if ended == "forward":
-                self._mark_activations(
-                    storage for storage in self.storages if storage.spans[0][0] >= self.forward_start
-                )
-            self._categorize_named_tensors()
-            self.phases.append((self.event, now))
+        if ended == self.open_phases[-1]:
+            return
+        if ended == "forward":
+            self._mark_activations(storage for storage in self.storages if storage.spans[0][0] >= self.forward_start)
+        self._categorize_named_tensors()
+        self.phases.append((self.event, self.open_phases[-1]))
 
     def curves(self) -> np.ndarray:
         """Return the bytes allocated in each category after each event, of shape (events, categories)."""
@@ -189,12 +186,9 @@ class MemoryTracker(TorchDispatchMode):
         for first, last in pairwise(np.linspace(0, len(curves), min(POINTS, len(curves)) + 1).astype(int)):
             highest = int(first + total[first:last].argmax())
             phase = self.phases[int(np.searchsorted(starts, highest, side="right")) - 1][1]
-            points.append(Point(**_by_category(curves[highest]), phase=phase, event=highest))
-        return MemoryProfile(SCHEMA, int(total[peak]), CategoryBytes(**_by_category(curves[peak])), points)
-
-
-def _by_category(allocated: np.ndarray) -> dict[str, int]:
-    return dict(zip(CATEGORIES, map(int, allocated), strict=True))
+            allocated = dict(zip(CATEGORIES, curves[highest].tolist(), strict=True))
+            points.append(Point(**allocated, phase=phase, event=highest))
+        return MemoryProfile(SCHEMA, int(total[peak]), CategoryBytes(*curves[peak].tolist()), points)
 
 
 def _local(tensor: Tensor) -> Tensor:

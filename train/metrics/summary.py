@@ -1,4 +1,4 @@
-"""What a run is worth, in figures: pure functions from what was measured, and the schema of `metrics.json`.
+"""The metrics of a finished run: pure functions from what was measured, and the schema of `metrics.json`.
 
 Units are SI base units throughout (seconds, bytes, FLOP/s); `metrics.units` picks the readable ones. No figure is NaN
 or infinite in a file: JSON has neither, so both become null.
@@ -42,24 +42,11 @@ def throughput(tokens_per_step: int, step_times: Sequence[float]) -> float | Non
     return tokens_per_step * len(times) / seconds if seconds > 0 else None
 
 
-def time_per_epoch(tokens_per_second: float | None, tokens_per_epoch: int | None) -> float | None:
-    """Seconds that one pass over the training data takes at this throughput; None where either is unknown."""
-    return tokens_per_epoch / tokens_per_second if tokens_per_second and tokens_per_epoch else None
-
-
-def step_time_percentiles(step_times: Sequence[float]) -> dict[str, float | None]:
-    """Median, 10th and 90th percentile in seconds of the steps after the first, interpolated linearly."""
-    times = after_warmup(step_times)
-    if not times:
-        return {"median": None, "p10": None, "p90": None}
-    median, p10, p90 = (float(value) for value in np.percentile(times, [50, 10, 90]))
-    return {"median": median, "p10": p10, "p90": p90}
-
-
-def latency_percentiles(seconds: Sequence[float]) -> dict[str, float]:
-    """Median and 95th percentile in seconds of some latencies, interpolated linearly."""
-    p50, p95 = (float(value) for value in np.percentile(seconds, [50, 95]))
-    return {"p50": p50, "p95": p95}
+def percentiles(values: Sequence[float], **percents: float) -> dict[str, float | None]:
+    """Percentiles under the names of `percents`, interpolated linearly; None without values."""
+    if not values:
+        return dict.fromkeys(percents)
+    return dict(zip(percents, np.percentile(values, list(percents.values())).tolist(), strict=True))
 
 
 def data_share(data_times: Sequence[float], step_times: Sequence[float]) -> float | None:
@@ -141,9 +128,11 @@ def summarize(
         "steps": len(records),
         "tokens": records[-1]["tokens"] if records else 0,
         "training_time_seconds": math.fsum(float(record["step_time_seconds"]) for record in records),
-        "time_per_epoch_seconds": time_per_epoch(tokens_per_second, tokens_per_epoch),
+        "time_per_epoch_seconds": (
+            tokens_per_epoch / tokens_per_second if tokens_per_second and tokens_per_epoch else None
+        ),
         "tokens_per_second": tokens_per_second,
-        "step_time_seconds": step_time_percentiles(times),
+        "step_time_seconds": percentiles(after_warmup(times), median=50, p10=10, p90=90),
         "data_share": data_share(waits, times),
         "train_loss": over_steps(records, "loss", "mean"),
         "val_tokens": next((r["val_tokens"] for r in reversed(records) if r.get("val_tokens")), None),

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from modeling_gpt2flash import GPT2FlashForCausalLM
 from train.engines.base import Engine
-from train.kernels.traces import METADATA_KEY, RunFacts, trace_metadata
+from train.kernels.traces import METADATA_KEY, ProfileFacts, trace_metadata
 from train.metrics.annotations import LOSS, module_annotation
 from train.metrics.flops import peak_bandwidth, peak_flops
 from train.metrics.hardware import versions
@@ -51,7 +51,7 @@ class Profiler(AbstractContextManager):
                 tqdm.write(f"--profile_steps {run.config.profile_steps}: nothing is recorded after step {done}")
             return
         self.folder = run.config.run_folder / "profile"
-        self.facts = trace_metadata(run_facts(run, engine, self.recorded), engine.rank)
+        self.facts = trace_metadata(profile_facts(run, engine, self.recorded), engine.rank)
         if engine.is_main:
             shutil.rmtree(self.folder, ignore_errors=True)  # an earlier attempt may have had more processes
         self.profile = profile(
@@ -158,11 +158,11 @@ def _annotate(owner: nn.Module, attribute: str, annotation: str) -> Callable[[],
     return functools.partial(setattr, owner, attribute, call) if own else functools.partial(delattr, owner, attribute)
 
 
-def run_facts(run: ResolvedRun, engine: Engine, recorded: range) -> RunFacts:
+def profile_facts(run: ResolvedRun, engine: Engine, recorded: range) -> ProfileFacts:
     config = run.config
     precision = devices.matmul_precision(config.mixed_precision, config.optimized)
     device_name = devices.device_name(engine.device)
-    return RunFacts(
+    return ProfileFacts(
         run_type=config.run_type,
         world_size=engine.world_size,
         first_step=recorded.start,

@@ -15,7 +15,7 @@ from train.generate.latency import measure_latency
 from train.generate.texts import generate_text
 from train.metrics.flops import count_flops, peak_flops
 from train.metrics.hardware import hardware, versions
-from train.metrics.summary import RunFacts, latency_percentiles, summarize
+from train.metrics.summary import RunFacts, percentiles, summarize
 from train.run.setup import ResolvedRun
 from train.utils.devices import device_name, matmul_precision
 from train.utils.files import write_json
@@ -92,7 +92,7 @@ def measure_inference(run: ResolvedRun, model: PreTrainedModel) -> dict[str, Any
         "inference_seconds_per_token": per_token,
         "inference_tokens_per_second": 1 / per_token if per_token else None,
         "inference_percentiles": {
-            "first_token": latency_percentiles(latencies.first_tokens),
-            "per_token": latency_percentiles(latencies.further_tokens),
+            "first_token": percentiles(latencies.first_tokens, p50=50, p95=95),
+            "per_token": percentiles(latencies.further_tokens, p50=50, p95=95),
         },
     }
