@@ -1,12 +1,12 @@
 """The engine of every layout without a pipeline, through Accelerate: a single process, DDP, FSDP2 or ZeRO."""
 
 from collections.abc import Iterable, Iterator
-from socket import gethostname
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from modeling_gpt2flash import GPT2FlashForCausalLM
@@ -15,8 +15,6 @@ from train.config import launcher_env as launcher
 from train.data.batches import IGNORED_LABEL
 from train.engines import zero
 from train.engines.base import Engine, StepResult
-from train.engines.gradient_clipping import as_number, clip_gradients
-from train.engines.placement import RankPlacement
 from train.engines.transforms import checkpoint_arguments, checkpoint_blocks
 from train.metrics.annotations import annotate
 
@@ -51,7 +49,7 @@ class AcceleratedEngine(Engine):
             return zero.requested_name(self.deepspeed)
         return "plain" if self.world_size == 1 else "FSDP2" if launcher.asks("FSDP") else "DDP"
 
-    def _placement(self) -> RankPlacement:
+    def _placement(self) -> tuple[str, int, int]:
         model: Any = self.model
         if isinstance(model, FSDPModule):
             wrapping = "FSDP2"
@@ -61,14 +59,15 @@ class AcceleratedEngine(Engine):
             wrapping = zero.name(model.zero_optimization_stage(), model.zero_use_cpu_optimizer())
         else:
             wrapping = "plain"
-        return RankPlacement(self.rank, gethostname(), self.device.type, wrapping, stage=0, data_rank=self.rank)
+        return wrapping, 0, self.rank
 
     def train_step(
         self, step: int, micro_batches: Iterable[dict[str, torch.Tensor]], learning_rate: float
     ) -> StepResult:
         self.model.train()
         self._begin_step(step, learning_rate)
-        losses, grad_norm = [], None
+        losses: list[torch.Tensor] = []
+        grad_norm: torch.Tensor | None = None
         for micro_batch in micro_batches:
             with self.accelerator.accumulate(self.model):
                 with annotate("data"):
@@ -80,13 +79,16 @@ class AcceleratedEngine(Engine):
                     self.accelerator.backward(loss)
                 with annotate("optimizer"):
                     if self.accelerator.sync_gradients:
-                        parameters = self.model.parameters()
-                        grad_norm = clip_gradients(self.accelerator, parameters, self.config.max_grad_norm)
+                        # DeepSpeed clips within its step, by the flag in its JSON, and only reports the norm here.
+                        limit = self.config.max_grad_norm or float("inf")
+                        grad_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
                     self.optimizer.step()
                     self.optimizer.zero_grad()
         with annotate("communication"):
             mean = self.accelerator.reduce(torch.stack(losses).mean(), "mean").item()
-            return StepResult(mean, as_number(grad_norm))
+            if isinstance(grad_norm, DTensor):  # FSDP2
+                grad_norm = grad_norm.full_tensor()
+            return StepResult(mean, None if grad_norm is None else float(grad_norm))
 
     @torch.no_grad()
     def eval_step(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -36,10 +36,8 @@ def plain_accelerator(config: RunConfig) -> Accelerator:
         PartialState(cpu=True).distributed_type = DistributedType.MULTI_GPU
     return Accelerator(
         cpu=on_cpu and not fsdp,
-        mixed_precision=config.mixed_precision,
-        gradient_accumulation_steps=config.gradient_accumulation_steps or 1,
         fsdp_plugin=fsdp,
-        **_tracking(config),
+        **_common_arguments(config),
     )
 
 
@@ -63,11 +61,9 @@ def deepspeed_accelerator(config: RunConfig, deepspeed: dict[str, Any]) -> Accel
         os.environ.update(single)
     accelerator = Accelerator(
         deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=deepspeed),
-        mixed_precision=config.mixed_precision,
-        gradient_accumulation_steps=config.gradient_accumulation_steps or 1,
         step_scheduler_with_optimizer=False,
         kwargs_handlers=handlers,
-        **_tracking(config),
+        **_common_arguments(config),
     )
     # transformers would build every model under ZeRO-3's `zero.Init` otherwise, which initializes weights differently
     # from other layouts, and would also shard the model that generates the sample.
@@ -95,8 +91,10 @@ def _fsdp_plugin(config: RunConfig) -> FullyShardedDataParallelPlugin:
     )
 
 
-def _tracking(config: RunConfig) -> dict[str, Any]:
+def _common_arguments(config: RunConfig) -> dict[str, Any]:
     return {
+        "mixed_precision": config.mixed_precision,
+        "gradient_accumulation_steps": config.gradient_accumulation_steps or 1,
         "log_with": None if config.report_to == "none" else [name.strip() for name in config.report_to.split(",")],
         "project_config": ProjectConfiguration(
             project_dir=str(config.run_folder), logging_dir=str(config.run_folder / "tensorboard")

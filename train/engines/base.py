@@ -91,19 +91,18 @@ class Engine(ABC):
         self.model, self.optimizer = self.accelerator.prepare(module, optimizer)
         assert torch_optimizer(self.optimizer) is optimizer, "DeepSpeed has replaced the optimizer by its own"
         create_moments(self.optimizer, config.optimized)
-        wrapping = self._requested_wrapping()
-        requested = RankPlacement(
-            processes.rank(), gethostname(), device_type(), wrapping, self.pipeline_rank, self.data_rank
-        )
-        self.layout = check_placements(gather_object([(self._placement(), requested)]))
+        host, wrapping = gethostname(), self._requested_wrapping()
+        actual = RankPlacement(self.rank, host, self.device.type, *self._placement())
+        requested = RankPlacement(processes.rank(), host, device_type(), wrapping, self.pipeline_rank, self.data_rank)
+        self.layout = check_placements(gather_object([(actual, requested)]))
 
     @abstractmethod
     def _requested_wrapping(self) -> str:
         """The wrapping of the model that flags, DeepSpeed JSON and launcher ask for."""
 
     @abstractmethod
-    def _placement(self) -> RankPlacement:
-        """The placement of this process, read from the wrapped model."""
+    def _placement(self) -> tuple[str, int, int]:
+        """The wrapping, the pipeline stage and the data-parallel rank of this process, read from the wrapped model."""
 
     @abstractmethod
     def _build_module(self, model: GPT2FlashForCausalLM) -> nn.Module:

@@ -16,6 +16,7 @@ from accelerate.commands.config.config_args import default_config_file, load_con
 from accelerate.commands.launch import launch_command_parser
 
 from train.utils.errors import UserError
+from train.utils.tables import markdown_table
 
 TASKS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # of srun, Open MPI, MPICH
 NODES = "SLURM_STEP_NUM_NODES"
@@ -112,15 +113,14 @@ def check_placements(ranks: Sequence[tuple[RankPlacement, RankPlacement]]) -> st
             f"{NODES} is {os.environ[NODES]}, but the processes of this job are on {hosts}: each machine would train "
             "alone; give the launcher the number of machines and the first one's address"
         )
-    rows = [("host", "device", "stage", "ranks", "data-parallel ranks")]
+    rows = []
     groups = sorted({(place.stage, place.host, place.device) for place in found})
     for stage, host, device in groups:
         here = [place for place in found if (place.stage, place.host, place.device) == (stage, host, device)]
         ranks, data_ranks = ([getattr(place, name) for place in here] for name in ("rank", "data_rank"))
         rows.append((host, device, str(stage), _span(ranks), _span(data_ranks)))
-    widths = [max(len(row[column]) for row in rows) for column in range(5)]
-    lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([f"{found[0].wrapping} on {len(found)} process{'es' * (len(found) > 1)}", *lines])
+    table = markdown_table(["host", "device", "stage", "ranks", "data-parallel ranks"], rows)
+    return f"{found[0].wrapping} on {len(found)} process{'es' * (len(found) > 1)}\n{table}"
 
 
 def _span(numbers: list[int]) -> str:

@@ -10,7 +10,6 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import chain
-from socket import gethostname
 from typing import Any
 
 import torch
@@ -26,11 +25,8 @@ from train.config.run_config import RunConfig
 from train.data.batches import IGNORED_LABEL
 from train.engines import zero
 from train.engines.base import Engine, StepResult
-from train.engines.gradient_clipping import as_number
 from train.engines.pipeline.partition import Partition
-from train.engines.pipeline.stage_module import DualPipeVStageModule, StageModule
-from train.engines.pipeline.tied_weights import name_in_checkpoint
-from train.engines.placement import RankPlacement
+from train.engines.pipeline.stage_module import EMBEDDINGS, HEAD, DualPipeVStageModule, StageModule
 from train.engines.transforms import checkpoint_arguments
 from train.metrics.annotations import Phase, annotate, stage_annotation
 from train.optim.parameter_groups import moments_of
@@ -103,13 +99,12 @@ class PipelinedEngine(Engine):
     def _requested_wrapping(self) -> str:
         return f"{self.config.pipeline_schedule} pipeline of {self.pipeline_size} with {zero.name(1, offload=False)}"
 
-    def _placement(self) -> RankPlacement:
+    def _placement(self) -> tuple[str, int, int]:
         engine: Any = self.model
         schedule = "dualpipev" if isinstance(engine.module, DualPipeVModule) else "1f1b"
         inner = zero.name(engine.zero_optimization_stage(), offload=False)
         wrapping = f"{schedule} pipeline of {engine.num_stages} with {inner}"
-        data_rank = engine.grid.data_parallel_id
-        return RankPlacement(self.rank, gethostname(), self.device.type, wrapping, engine.stage_id, data_rank)
+        return wrapping, engine.stage_id, engine.grid.data_parallel_id
 
     def prepare(self, model: GPT2FlashForCausalLM) -> None:
         super().prepare(model)
@@ -140,7 +135,8 @@ class PipelinedEngine(Engine):
         found = {}  # DualPipeV's first rank has both layers of a tied weight
         for index, layer in self.layers.items():
             for local, parameter in layer.named_parameters():
-                found[name_in_checkpoint(full_name(index, local, self.n_layer), self.tied)] = parameter
+                name = full_name(index, local, self.n_layer)
+                found[EMBEDDINGS if self.tied and name == HEAD else name] = parameter
         yield from found.items()
 
     def train_step(
@@ -153,7 +149,7 @@ class PipelinedEngine(Engine):
         loss = self.model.train_batch(map(_inputs_and_labels, chain([first], micro_batches)))
         grad_norm = self.model.get_global_grad_norm()
         with annotate("communication"):
-            return StepResult(float(loss), as_number(grad_norm))
+            return StepResult(float(loss), None if grad_norm is None else float(grad_norm))
 
     def eval_step(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         # DualPipeV needs two micro-batches per pipeline rank; the others are fillers without labels.

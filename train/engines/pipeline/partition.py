@@ -1,12 +1,16 @@
 """The partition of a model's layers into the stages of a pipeline."""
 
+import functools
+import itertools
 import math
+from operator import itemgetter
 from typing import NamedTuple
 
 from transformers.configuration_utils import PreTrainedConfig
 
 from modeling_gpt2flash.pipeline import layer_names
 from train.metrics.flops import forward_flops
+from train.utils.tables import markdown_table
 
 PARTITION_METHODS = ("uniform", "parameters", "cost")
 
@@ -51,7 +55,7 @@ class Partition(NamedTuple):
 
     def table(self) -> str:
         """A table with a line for each stage: its layers, its parameters, and its fraction of the FLOPs."""
-        rows = [("stage", "layers", "parameters", "FLOPs")]
+        rows = []
         for stage in range(self.stages):
             own = self.layers(stage)
             first, last = self.names[own[0]], self.names[own[-1]]
@@ -61,9 +65,8 @@ class Partition(NamedTuple):
                 f"{sum(self.parameters[layer] for layer in own):,}",
                 f"{sum(self.flops[layer] for layer in own) / sum(self.flops):.1%}",
             ))  # fmt: skip
-        widths = [max(len(row[column]) for row in rows) for column in range(4)]
-        lines = [f"{a:>{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}  {d:>{widths[3]}}" for a, b, c, d in rows]
-        return "\n".join([f"pipeline of {self.stages} stages, partition {self.method}", *lines])
+        table = markdown_table(["stage", "layers", "parameters", "FLOPs"], rows)
+        return f"pipeline of {self.stages} stages, partition {self.method}\n{table}"
 
 
 def partition(
@@ -108,7 +111,7 @@ def _explicit_bounds(counts: list[int], stages: int, layers: int) -> tuple[int, 
     if len(counts) != stages:
         raise ValueError(f"The partition {counts} lists {len(counts)} stages, but there are {stages}: list each once.")
     if any(type(count) is not int or count < 1 for count in counts):
-        raise ValueError(f"The partition {counts} has to give every stage a whole number of layers, at least 1.")
+        raise ValueError(f"The partition {counts} needs a whole number of layers for every stage, at least 1.")
     if sum(counts) != layers:
         raise ValueError(
             f"The partition {counts} sums to {sum(counts)}, but there are {layers} layers: embeddings, "
@@ -122,28 +125,30 @@ def balance(sizes: list[int], parts: int) -> tuple[int, ...]:
 
     Of several such splits, the most even one: that with the smallest sum of squares.
     """
-    sums = [0]
-    for size in sizes:
-        sums.append(sums[-1] + size)
-
-    def solve(limit: float) -> tuple[float, tuple[int, ...]]:
-        """The best objective and its bounds: the maximum if `limit` is infinite, else the sum of squares within it."""
-        # best[stop]: of the splits of sizes[:stop] into as many parts as rounds so far.
-        best: list[tuple[float, tuple[int, ...]]] = [(0, (0,))] + [(math.inf, ())] * len(sizes)
-        for _ in range(parts):
-            grown: list[tuple[float, tuple[int, ...]]] = [(math.inf, ())] * (len(sizes) + 1)
-            for stop in range(1, len(sizes) + 1):
-                for start in range(stop):
-                    objective, bounds = best[start]
-                    part = sums[stop] - sums[start]
-                    if objective == math.inf or part > limit:
-                        continue
-                    objective = max(objective, part) if limit == math.inf else objective + part**2
-                    if objective < grown[stop][0]:
-                        grown[stop] = objective, (*bounds, stop)
-            best = grown
-        return best[-1]
-
     assert 1 <= parts <= len(sizes)
-    smallest_maximum, _ = solve(math.inf)
-    return solve(smallest_maximum)[1]
+    sums = [0, *itertools.accumulate(sizes)]
+
+    @functools.cache
+    def smallest_maximum(stop: int, parts: int) -> int:
+        """Of the splits of sizes[:stop]."""
+        if parts == 1:
+            return sums[stop]
+        return min(
+            max(smallest_maximum(start, parts - 1), sums[stop] - sums[start]) for start in range(parts - 1, stop)
+        )
+
+    limit = smallest_maximum(len(sizes), parts)
+
+    @functools.cache
+    def most_even(stop: int, parts: int) -> tuple[float, tuple[int, ...]]:
+        """The smallest sum of squares with all parts of sizes[:stop] within the limit, and its bounds."""
+        if parts == 1:
+            return (sums[stop] ** 2 if sums[stop] <= limit else math.inf), (0, stop)
+        splits = []
+        for start in range(parts - 1, stop):
+            squares, bounds = most_even(start, parts - 1)
+            part = sums[stop] - sums[start]
+            splits.append((squares + part**2 if part <= limit else math.inf, (*bounds, stop)))
+        return min(splits, key=itemgetter(0))
+
+    return most_even(len(sizes), parts)[1]

@@ -1,15 +1,22 @@
-"""The layers of one pipeline rank as the module that DeepSpeed's pipeline engine runs."""
+"""The layers of one pipeline rank as the module that DeepSpeed's pipeline engine runs.
+
+GPT-2's tied weight: the token embeddings of the first stage are also the head of the last. Each of the two stages has
+a copy. DeepSpeed sums their gradients, so the copies stay equal; with one stage on both ends (DualPipeV) both layers
+share the copy. Checkpoints have the weight once, under the name of the embeddings.
+"""
 
 from collections.abc import Callable, Container, Sequence
+from typing import Any
 
 import torch
-from deepspeed.pipe import DualPipeVModule, LayerSpec, PipelineModule
+from deepspeed.pipe import DualPipeVModule, PipelineModule, TiedLayerSpec
 from torch import nn
 from torch.profiler import record_function
 
 from modeling_gpt2flash.pipeline import HeadLayer
-from train.engines.pipeline.tied_weights import first_and_last_layer
 from train.metrics.annotations import LOSS
+
+EMBEDDINGS, HEAD = "transformer.wte.weight", "lm_head.weight"
 
 
 class StageModule(PipelineModule):
@@ -35,8 +42,7 @@ class StageModule(PipelineModule):
     ) -> None:
         self.bounds = bounds
         held = [layer if index in own else None for index, layer in enumerate(layers)]
-        first, last = first_and_last_layer(held[0], held[-1], tied)
-        head = held[-1]
+        embeddings, *blocks_and_norm, head = held
 
         def loss(hidden_states: torch.Tensor, shift_labels: torch.Tensor) -> torch.Tensor:
             """The mean over a micro-batch while training, the sum while evaluating."""
@@ -44,7 +50,13 @@ class StageModule(PipelineModule):
             with record_function(LOSS):
                 return head.loss(hidden_states, shift_labels, num_items_in_batch=None if self.training else 1)
 
-        specs = [first, *map(_PrebuiltLayer, held[1:-1]), last]
+        keys = ("wte", "wte") if tied else ("embeddings", "head")
+        specs = [
+            _PrebuiltTiedLayer(embeddings, keys[0], "wte.weight"),
+            *blocks_and_norm,
+            # Its matmul is part of the loss, which never holds all logits.
+            _PrebuiltTiedLayer(head, keys[1], HEAD, lambda _, hidden_states: hidden_states),
+        ]
         super().__init__(specs, num_stages=size, loss_fn=loss, activation_checkpoint_func=checkpoint)
         # DeepSpeed computes the norm of the gradient with one collective for each parameter group: a rank with fewer
         # groups would make the others wait forever. Embeddings or head alone have no vector, the final norm no matrix.
@@ -62,11 +74,16 @@ class DualPipeVStageModule(DualPipeVModule, StageModule):
     """The same for DualPipeV, which takes the bounds of the first chunk from `StageModule` and adds the second's."""
 
 
-class _PrebuiltLayer(LayerSpec):
-    """DeepSpeed's description of a layer; None where another process has it."""
+class _PrebuiltTiedLayer(TiedLayerSpec):
+    """DeepSpeed's description of a layer whose `weight` is shared by all layers of the same key.
 
-    def __init__(self, layer: nn.Module | None) -> None:
-        super().__init__(nn.Module)
+    `layer` is None where another process has it.
+    """
+
+    def __init__(
+        self, layer: nn.Module | None, key: str, weight: str, forward_fn: Callable[..., Any] | None = None
+    ) -> None:
+        super().__init__(key, nn.Module, tied_weight_attr=weight, forward_fn=forward_fn)
         self.layer = layer
 
     def build(self, log: bool = False) -> nn.Module | None:
