@@ -60,7 +60,7 @@ def _run_case(case: Case, problem: Path, out: Path, reference: Reference) -> Res
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    names = [layout.name for layout in LAYOUTS]
+    names = list(LAYOUTS)
     parser = ArgumentParser(
         prog="python -m train.parity",
         description=f"Train {STEPS} steps on every layout, with and without activation checkpointing and clipping, "
@@ -85,7 +85,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
-    layouts = [layout for layout in LAYOUTS if layout.name in arguments.layouts]
+    layouts = [name for name in LAYOUTS if name in arguments.layouts]
     if arguments.out is not None:  # fail now rather than after the runs
         if arguments.out.exists() and not arguments.out.is_dir():
             raise UserError(f"--out {arguments.out} is a file: give a folder")

@@ -38,7 +38,7 @@ class Result:
 
     def as_json(self) -> dict[str, Any]:
         return {
-            "layout": self.case.layout.name,
+            "layout": self.case.layout_name,
             "accumulation": self.case.accumulation,
             "activation_checkpointing": self.case.activation_checkpointing,
             "max_grad_norm": self.case.max_grad_norm,
@@ -55,13 +55,13 @@ class Result:
 def table(results: Sequence[Result]) -> str:
     """A line for each layout with the largest difference of its runs in each column, under the tolerances."""
     lines = [["tolerance", "", *(f"{tolerance:.0e}" for tolerance in TOLERANCES.values()), ""]]
-    for layout in dict.fromkeys(result.case.layout for result in results):
-        own = [result for result in results if result.case.layout == layout]
+    for layout in dict.fromkeys(result.case.layout_name for result in results):
+        own = [result for result in results if result.case.layout_name == layout]
         compared = [result.found for result in own if result.found is not None]
         values = [max((found[kind].value for found in compared), default=None) for kind in TOLERANCES]
         red = sum(not result.green for result in own)
         cells = ["-" if value is None else f"{value:.1e}" for value in values]
-        lines.append([layout.name, str(len(own)), *cells, f"{red} RED" if red else "green"])
+        lines.append([layout, str(len(own)), *cells, f"{red} RED" if red else "green"])
     return markdown_table(["layout", "runs", *(kind.replace("_", " ") for kind in TOLERANCES), "verdict"], lines)
 
 

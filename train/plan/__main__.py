@@ -14,9 +14,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import get_args
 
-from train.checkpoints.loading import model_config
-from train.config import packaged
-from train.engines.pipeline.partition import Partition, partition
+from train.checkpoints.loading import load_config
+from train.engines.pipeline.partition import partition
 from train.plan.memory import Memory, predict
 from train.plan.shapes import ActivationCheckpointing, Layout, Shape
 from train.plan.speed import DEVICES, Device, Speed, predict_speed
@@ -27,9 +26,7 @@ from train.utils.tables import markdown_table
 from train.utils.third_party_warnings import silence_third_party_warnings
 
 USABLE = 0.9  # of the device's memory; the rest is for the driver, libraries and an allocator's gaps
-LOSS_CHUNK_SIZE = 512
-GIB = 2**30
-UNITS = {"": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": GIB, "TIB": 2**40}
+UNITS = {"": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
 @dataclass(frozen=True)
@@ -56,29 +53,23 @@ def plans(
     Raises:
         UserError: if the model is unknown, or no layout can have these numbers.
     """
-    config = model_config(model, dropout=0.0, loss_chunk_size=LOSS_CHUNK_SIZE)
+    config = load_config(model)
     block_size = block_size or config.n_positions
     if block_size > config.n_positions:
         raise UserError(f"--block_size {block_size}: {model} has {config.n_positions} positions; ask for fewer")
     shape = Shape.of(config, block_size)
-    bf16 = device.has_bf16
     found = []
-    for base in _layouts(world_size, shape.n_layer + 3, device):
-        stages = partition(config, base.stages, block_size=block_size) if base.stages > 1 else None
-        for micro_batch in _micro_batches(sequences, base.data_parallel):
-            accumulation = sequences // base.data_parallel // micro_batch
+    for layout in _layouts(world_size, len(shape.layers), device):
+        bounds = partition(config, layout.stages, block_size=block_size).bounds if layout.stages > 1 else ()
+        layout = replace(layout, bf16=device.has_bf16, device=device.kind, bounds=bounds)
+        for micro_batch in _micro_batches(sequences, layout.data_parallel):
+            accumulation = sequences // layout.data_parallel // micro_batch
             for mode in get_args(ActivationCheckpointing):
-                layout = replace(
-                    base,
-                    micro_batch=micro_batch,
-                    accumulation=accumulation,
-                    activation_checkpointing=mode,
-                    bf16=bf16,
-                    device=device.kind,
-                    loss_chunk_size=LOSS_CHUNK_SIZE,
-                    bounds=stages.bounds if stages else (),
+                variant = replace(
+                    layout, micro_batch=micro_batch, accumulation=accumulation, activation_checkpointing=mode
                 )
-                found.append(_plan(shape, layout, device, efficiency, stages))
+                speed = predict_speed(shape, variant, device, efficiency)
+                found.append(Plan(shape, variant, predict(shape, variant), speed))
     if not found:
         raise UserError(
             f"--sequences_per_step {sequences}: cannot be divided among {world_size} processes; give a multiple of it"
@@ -87,25 +78,21 @@ def plans(
     return sorted(found, key=lambda plan: (-plan.speed.tokens_per_second, plan.memory.peak))
 
 
-def _plan(shape: Shape, layout: Layout, device: Device, efficiency: float, stages: Partition | None) -> Plan:
-    return Plan(shape, layout, predict(shape, layout), predict_speed(shape, layout, device, efficiency, stages))
-
-
 def _layouts(world_size: int, layers: int, device: Device) -> Iterator[Layout]:
     """`layers`: those that a pipeline can be split into: embeddings, blocks, final norm, head."""
     if world_size == 1:
-        yield Layout("single", 1, 1)
+        yield Layout("single", 1)
     else:
-        yield Layout("ddp", world_size, 1)
-        yield Layout("fsdp2", world_size, 1)
+        yield Layout("ddp", world_size)
+        yield Layout("fsdp2", world_size)
     for stage in (1, 2, 3):
         for offload in (False, True):
             # A single process has nothing to shard, and a CPU is its own host.
             if (not offload or device.kind == "gpu") and (offload or world_size > 1):
-                yield Layout("zero", world_size, 1, zero_stage=stage, offload=offload)
+                yield Layout("zero", world_size, zero_stage=stage, offload=offload)
     for stages in range(2, min(world_size, layers) + 1):
         if world_size % stages == 0:
-            yield Layout("zero", world_size, 1, zero_stage=1, stages=stages)
+            yield Layout("zero", world_size, zero_stage=1, stages=stages)
 
 
 def _micro_batches(sequences: int, data_parallel: int) -> list[int]:
@@ -117,32 +104,12 @@ def _micro_batches(sequences: int, data_parallel: int) -> list[int]:
 def command(plan: Plan, model: str) -> str:
     """The command that starts the plan here, with a shipped configuration and the default data and folders."""
     layout = plan.layout
-    files = {"ddp": "ddp", "fsdp2": "fsdp2", "zero": "deepspeed"}
-    arguments = ["python -m train"]
-    if layout.kind != "single":
-        file = packaged.accelerate_file(f"{files[layout.kind]}.yaml")
-        arguments = [f"accelerate launch --config_file {shlex.quote(str(file))}"]
-        arguments += [f"--num_processes {layout.world_size} -m train"]
-    arguments += [f"--run_type {'optimized' if layout.kind == 'zero' else 'baseline'}"]
-    if layout.kind == "zero":
-        name = "pipeline" if layout.stages > 1 else f"zero{layout.zero_stage}{'_offload' * layout.offload}"
-        arguments += [f"--deepspeed_config ds_configs/{name}.json"]
-    if layout.stages > 1:
-        arguments += [f"--pipeline_stages {layout.stages}"]
-    arguments += [f"--model {shlex.quote(model)} --block_size {plan.shape.block_size}"]
-    arguments += [f"--train_micro_batch_size_per_gpu {layout.micro_batch}"]
-    arguments += [f"--gradient_accumulation_steps {layout.accumulation}"]
-    if layout.activation_checkpointing != "none":
-        arguments += [f"--activation_checkpointing {layout.activation_checkpointing}"]
-    arguments += [f"--attn_implementation {'sdpa' if layout.activation_checkpointing == 'selective' else 'auto'}"]
-    arguments += [f"--loss_chunk_size {layout.loss_chunk_size} --mixed_precision {'bf16' if layout.bf16 else 'no'}"]
-    lines = [""]
-    for argument in arguments:
-        if len(lines[-1]) + len(argument) > 100:
-            lines[-1] += " \\"
-            lines.append("   ")
-        lines[-1] += " " * bool(lines[-1]) + argument
-    return "\n".join(lines)
+    launcher = ["accelerate", "launch", *layout.launcher_flags] if layout.launcher_flags else ["python"]
+    attention = "sdpa" if layout.activation_checkpointing == "selective" else "auto"
+    words = [*launcher, "-m", "train", *layout.flags, "--model", model, "--block_size", str(plan.shape.block_size)]
+    words += ["--attn_implementation", attention, "--loss_chunk_size", str(layout.loss_chunk_size)]
+    words += ["--mixed_precision", "bf16" if layout.bf16 else "no"]
+    return shlex.join(words).replace(" --", " \\\n    --")
 
 
 def best_of_each(found: Sequence[Plan], limit: float) -> list[Plan]:
@@ -173,13 +140,13 @@ def table(chosen: Sequence[Plan]) -> str:
     return markdown_table(columns.split(", "), rows)
 
 
-def assumptions(device: Device, efficiency: float, limit: float, bf16: bool) -> str:
+def assumptions(device: Device, efficiency: float, limit: float, layout: Layout) -> str:
     return "\n".join([
-        f"- {'bf16' if bf16 else 'fp32'}, fused attention, loss in chunks of {LOSS_CHUNK_SIZE} rows, not compiled, "
-        "no dropout, AdamW",
+        f"- {'bf16' if layout.bf16 else 'fp32'}, fused attention, loss in chunks of {layout.loss_chunk_size} rows, "
+        "not compiled, no dropout, AdamW",
         f"- memory: tensors up to {limit / 1e9:.1f} GB, {USABLE:.0%} of a device's; in buckets of the sizes that "
         "ds_configs has",
-        f"- arithmetic: {efficiency:.0%} of {device.flops(bf16) / 1e12:g} TFLOP/s ({device.name}), and what is "
+        f"- arithmetic: {efficiency:.0%} of {device.flops(layout.bf16) / 1e12:g} TFLOP/s ({device.name}), and what is "
         "recomputed",
         "- offloaded state needs 16 to 18 bytes a parameter of the hosts' memory, which is not checked",
         f"- links: {device.link / 1e9:g} GB/s between processes, {device.host_link / 1e9:g} GB/s to the host",
@@ -233,7 +200,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(
         "\nat the peak of the first: " + ", ".join(f"{k} {v / 1e9:.2f}" for k, v in best.memory.at_peak.items()), "GB"
     )
-    print(f"\nassumed:\n{assumptions(device, args.efficiency, limit, best.layout.bf16)}")
+    print(f"\nassumed:\n{assumptions(device, args.efficiency, limit, best.layout)}")
     print(f"\n{command(best, args.model)}")
 
 

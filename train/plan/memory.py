@@ -10,7 +10,7 @@ Shapes: see `train.plan.sizes`.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from modeling_gpt2flash.loss import ALIGNMENT, CPU_PIECE_ROWS
+from modeling_gpt2flash.loss import CPU_PIECE_ROWS
 from train.metrics.memory_profile import CATEGORIES
 from train.plan.shapes import Layout, Shape
 from train.plan.sizes import BF16, FP32, INT64, StageSizes
@@ -134,14 +134,13 @@ def _chunked_loss(sizes: StageSizes, ledger: Ledger) -> None:
     The head's is summed in fp32 and saved in the precision of the weight.
     """
     shape, layout = sizes.shape, sizes.layout
-    columns = -(-shape.vocab_size // ALIGNMENT) * ALIGNMENT
-    rows = min(layout.loss_chunk_size, sizes.tokens)
-    on_cpu = layout.device == "cpu"
-    head = (shape.vocab_size if on_cpu else columns) * shape.n_embd
-    logits = sizes.compute * rows * columns
+    rows, head = min(layout.loss_chunk_size, sizes.tokens), sizes.head_gradient
+    logits = sizes.compute * rows * sizes.padded_vocabulary
     temporary = sizes.residual + sizes.compute * rows * shape.n_embd  # the final norm's output, a chunk's gradient
     if layout.bf16:
-        logits += FP32 * shape.vocab_size * (min(CPU_PIECE_ROWS, rows) if on_cpu else rows)  # the softmax in fp32
+        logits += (
+            FP32 * shape.vocab_size * (min(CPU_PIECE_ROWS, rows) if layout.device == "cpu" else rows)
+        )  # the softmax in fp32
         temporary += BF16 * head  # a chunk's gradient of the head
         if sizes.weight == BF16:
             temporary += FP32 * head  # the sum, before it is rounded
@@ -180,7 +179,7 @@ def _backward(sizes: StageSizes, ledger: Ledger, has_gradients: bool) -> None:
     if sizes.has_embeddings:
         # The gradient of the embeddings, the head's, and their sum.
         ledger.pass_through(workspace=vocabulary * (2 if sizes.has_head else 1))
-        _gradients(sizes, ledger, shape.embeddings, bytes_each)
+        _gradients(sizes, ledger, shape.layers[0], bytes_each)
     _gradients(sizes, ledger, 2 * shape.n_embd * sizes.has_norm, bytes_each)
     ledger.free(workspace=sizes.residual, activations=sizes.residual)
     if sizes.has_head and sizes.has_embeddings:
@@ -204,10 +203,7 @@ def _gradients(sizes: StageSizes, ledger: Ledger, count: int, bytes_each: float)
 def _backward_of_loss(sizes: StageSizes, ledger: Ledger) -> None:
     shape, layout = sizes.shape, sizes.layout
     if layout.loss_chunk_size:  # the gradients exist already, and are scaled in place
-        vocabulary = shape.vocabulary
-        if layout.device != "cpu":
-            vocabulary = -(-shape.vocab_size // ALIGNMENT) * ALIGNMENT * shape.n_embd
-        ledger.free(activations=sizes.residual + sizes.weight * vocabulary)
+        ledger.free(activations=sizes.residual + sizes.weight * sizes.head_gradient)
         return
     logits = shape.vocab_size * sizes.tokens
     ledger.pass_through(logits=2 * FP32 * logits)  # of the log-softmax, and of the logits

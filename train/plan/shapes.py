@@ -1,9 +1,12 @@
-"""The input of a prediction: the shape of a model, and a layout of its training. Sizes are in elements."""
+"""The shape of a model, and a layout of its training with the flags that start it. Sizes are in elements."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 from modeling_gpt2flash import GPT2FlashConfig
+from train.config import packaged
+from train.engines.pipeline.partition import parameter_counts
 
 ActivationCheckpointing = Literal["none", "selective", "full"]
 DeviceKind = Literal["gpu", "cpu"]
@@ -33,23 +36,23 @@ class Shape:
         """Elements of a block's matrices: c_attn 3 D², c_proj D², the MLP's two D · I."""
         return 4 * self.n_embd**2 + 2 * self.n_embd * self.n_inner
 
+    @cached_property
+    def layers(self) -> list[int]:
+        """Parameters of each layer; those of a tied head are counted in the embeddings and in the head."""
+        return parameter_counts(self.n_layer, self.n_embd, self.n_inner, self.vocab_size, self.n_positions)
+
     @property
     def block(self) -> int:
-        """Parameters of a block: its matrices, biases 3 D + D + I + D, and two norms of 2 D."""
-        return self.matrices + 9 * self.n_embd + self.n_inner
+        return self.layers[1]
 
     @property
     def vocabulary(self) -> int:
-        return self.vocab_size * self.n_embd
-
-    @property
-    def embeddings(self) -> int:
-        return self.vocabulary + self.n_positions * self.n_embd
+        return self.layers[-1]
 
     @property
     def parameters(self) -> int:
         """Parameters of the model, with the tied head counted once."""
-        return self.embeddings + self.n_layer * self.block + 2 * self.n_embd
+        return sum(self.layers[:-1])
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ class Layout:
 
     kind: Literal["single", "ddp", "fsdp2", "zero"]
     world_size: int
-    micro_batch: int
+    micro_batch: int = 1
     accumulation: int = 1
     zero_stage: int = 0
     offload: bool = False
@@ -88,3 +91,35 @@ class Layout:
     def autocast(self) -> bool:
         """Whether fp32 weights are cast to bf16 when they are used. ZeRO and FSDP2 compute with bf16 weights."""
         return self.bf16 and self.kind in ("single", "ddp")
+
+    @property
+    def compute(self) -> int:
+        """Bytes of an element that matmuls read and write."""
+        return 2 if self.bf16 else 4
+
+    @property
+    def run_type(self) -> str:
+        return "optimized" if self.kind == "zero" else "baseline"
+
+    @property
+    def launcher_flags(self) -> list[str]:
+        """The flags of `accelerate launch`; none where `python` starts a single process."""
+        if self.kind == "single":
+            return []
+        file = packaged.accelerate_file("deepspeed.yaml" if self.kind == "zero" else f"{self.kind}.yaml")
+        return ["--config_file", str(file), "--num_processes", str(self.world_size)]
+
+    @property
+    def flags(self) -> list[str]:
+        """The flags of `python -m train`, with shipped DeepSpeed JSONs."""
+        flags = ["--run_type", self.run_type]
+        if self.kind == "zero":
+            name = "pipeline" if self.stages > 1 else f"zero{self.zero_stage}{'_offload' * self.offload}"
+            flags += ["--deepspeed_config", f"ds_configs/{name}.json"]
+        if self.stages > 1:
+            flags += ["--pipeline_stages", str(self.stages)]
+        flags += ["--train_micro_batch_size_per_gpu", str(self.micro_batch)]
+        flags += ["--gradient_accumulation_steps", str(self.accumulation)]
+        if self.activation_checkpointing != "none":
+            flags += ["--activation_checkpointing", self.activation_checkpointing]
+        return flags

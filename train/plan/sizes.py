@@ -4,6 +4,7 @@ Shapes: B sequences of a micro-batch, T positions, D hidden width, I width of th
 data-parallel processes.
 """
 
+from modeling_gpt2flash.loss import ALIGNMENT
 from train.plan.shapes import Layout, Shape
 
 FP32, BF16, INT64 = 4, 2, 8
@@ -16,13 +17,13 @@ class StageSizes:
         self.shape, self.layout, self.stage = shape, layout, stage
         last_layer = shape.n_layer + 2
         bounds = layout.bounds or (0, last_layer + 1)
-        own = range(bounds[stage], bounds[stage + 1])
+        self.own = own = range(bounds[stage], bounds[stage + 1])  # its layers
         self.blocks = sum(1 <= layer <= shape.n_layer for layer in own)
         self.has_embeddings, self.has_norm, self.has_head = 0 in own, last_layer - 1 in own, last_layer in own
 
         self.tokens = layout.micro_batch * shape.block_size  # B T
         pure_bf16 = layout.bf16 and not layout.autocast
-        self.compute = BF16 if layout.bf16 else FP32  # of an element that matmuls read and write
+        self.compute = layout.compute
         self.weight = BF16 if pure_bf16 else FP32  # of an element of the model's own parameters and their gradients
         self.residual = self.weight * self.tokens * shape.n_embd  # of the residual stream
         self.hidden = self.compute * self.tokens * shape.n_embd
@@ -34,10 +35,8 @@ class StageSizes:
     @property
     def parameter_count(self) -> int:
         """Of this stage, before sharding; the first and the last stage have a copy each of a tied head."""
-        shape = self.shape
-        head = shape.vocabulary if self.has_head and not self.has_embeddings else 0
-        embeddings = self.has_embeddings * shape.embeddings
-        return embeddings + self.blocks * shape.block + self.has_norm * 2 * shape.n_embd + head
+        tied = self.shape.vocabulary if self.has_embeddings and self.has_head else 0
+        return sum(self.shape.layers[layer] for layer in self.own) - tied
 
     @property
     def shard(self) -> int:
@@ -64,7 +63,7 @@ class StageSizes:
         """
         shape, layout = self.shape, self.layout
         if layout.kind == "fsdp2":
-            return self.compute * shape.embeddings
+            return self.compute * shape.layers[0]
         if layout.kind == "zero" and layout.zero_stage == 3:
             buckets = layout.buckets
             return self.compute * min(shape.parameters, buckets.reuse // 2 + buckets.prefetch + shape.vocabulary)
@@ -87,6 +86,15 @@ class StageSizes:
             case "zero", 3:
                 return 0
         return self.weight
+
+    @property
+    def head_gradient(self) -> int:
+        """Elements of the head's gradient in a chunked loss, which a GPU computes for a padded vocabulary."""
+        return (self.shape.vocab_size if self.layout.device == "cpu" else self.padded_vocabulary) * self.shape.n_embd
+
+    @property
+    def padded_vocabulary(self) -> int:
+        return -(-self.shape.vocab_size // ALIGNMENT) * ALIGNMENT
 
     # Activations
 

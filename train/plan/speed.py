@@ -5,8 +5,9 @@ links are assumptions, each a constant here or a flag of `train.plan`, and print
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
-from train.engines.pipeline.partition import Partition
+from train.engines.pipeline.partition import layer_flops
 from train.metrics.flops import count_flops, peak_bandwidth, peak_flops
 from train.plan.shapes import DeviceKind, Layout, Shape
 
@@ -73,29 +74,23 @@ class Speed:
     tokens_per_second: float
 
 
-def predict_speed(
-    shape: Shape, layout: Layout, device: Device, efficiency: float, partition: Partition | None = None
-) -> Speed:
+def predict_speed(shape: Shape, layout: Layout, device: Device, efficiency: float) -> Speed:
     """The speed of a step with `layout.accumulation` micro-batches in each data-parallel process.
 
-    Args:
-        efficiency: the fraction of the device's peak that matmuls reach.
-        partition: of a pipeline; all stages wait for the one with the most FLOPs.
+    `efficiency` is the fraction of the device's peak that matmuls reach.
     """
+    sizes = (shape.n_layer, shape.n_embd, shape.n_inner, shape.vocab_size, shape.block_size)
     flops = count_flops(
-        shape.n_layer,
-        shape.n_embd,
-        shape.n_inner,
-        shape.vocab_size,
-        shape.block_size,
+        *sizes,
         activation_checkpointing=layout.activation_checkpointing,
         fused_attention=layout.fused_attention,
     )
     tokens = layout.micro_batch * layout.accumulation * shape.block_size  # of a data-parallel process
     rate = efficiency * device.flops(layout.bf16)
     largest_stage = 1.0
-    if partition is not None:
-        of_stages = [sum(partition.flops[layer] for layer in partition.layers(s)) for s in range(partition.stages)]
+    if layout.bounds:  # all stages wait for the one with the most FLOPs
+        of_layers = layer_flops(*sizes)
+        of_stages = [sum(of_layers[start:stop]) for start, stop in pairwise(layout.bounds)]
         largest_stage = max(of_stages) / sum(of_stages)
     arithmetic = largest_stage * tokens * flops.hardware / rate
     checkpointing = layout.activation_checkpointing
@@ -103,8 +98,7 @@ def predict_speed(
     operators += 0 if layout.kind == "zero" else UNFUSED_GELU_OPERATORS
     arithmetic += largest_stage * layout.accumulation * shape.n_layer * operators * LAUNCH_SECONDS
     if checkpointing != "none":  # other operators than matmuls wait for memory: norms and sums 10 D, GELU 2 I a token
-        width = 2 if layout.bf16 else 4
-        moved = width * tokens * shape.n_layer * (10 * shape.n_embd + 2 * shape.n_inner)
+        moved = layout.compute * tokens * shape.n_layer * (10 * shape.n_embd + 2 * shape.n_inner)
         arithmetic += largest_stage * moved / device.bandwidth
     # (p - 1) / (m + p - 1) of the time is idle, which adds (p - 1) / m to the busy time (GPipe, 1F1B).
     bubble = arithmetic * (layout.stages - 1) / layout.accumulation
@@ -125,8 +119,7 @@ def traffic(shape: Shape, layout: Layout) -> tuple[float, float]:
     every micro-batch; ZeRO-3 reduces gradients as often, and FSDP2 once, in fp32. A pipeline sends hidden states and
     their gradients for each micro-batch, and its ends all-reduce the gradient of a tied head.
     """
-    parameters = shape.parameters // layout.stages
-    width = 2 if layout.bf16 else 4
+    parameters, width = shape.parameters // layout.stages, layout.compute
     ring = (layout.data_parallel - 1) / layout.data_parallel
     per_micro_batch = layout.accumulation
     match layout.kind, layout.zero_stage:
@@ -154,6 +147,5 @@ def _update(shape: Shape, layout: Layout, device: Device) -> float:
         parameters /= layout.data_parallel
     if not layout.offload:
         return UPDATE_BYTES * parameters / device.bandwidth
-    width = 2 if layout.bf16 else 4
     transfers = 2 if layout.zero_stage < 3 else 1 + 3 * layout.accumulation  # weights are fetched for every pass
-    return UPDATE_BYTES * parameters / HOST_MEMORY + transfers * width * parameters / device.host_link
+    return UPDATE_BYTES * parameters / HOST_MEMORY + transfers * layout.compute * parameters / device.host_link

@@ -15,23 +15,25 @@ from train.utils.tables import markdown_table
 PARTITION_METHODS = ("uniform", "parameters", "cost")
 
 
-def layer_flops(config: PreTrainedConfig, block_size: int) -> list[int]:
+def layer_flops(n_layer: int, n_embd: int, n_inner: int | None, vocab_size: int, block_size: int) -> list[int]:
     """Forward FLOPs of each layer for one token in a sequence of `block_size`.
 
     The backward pass costs twice that in every layer, so the shares are the same.
     """
-    width = config.n_embd
-    forward = forward_flops(width, config.n_inner, config.vocab_size, block_size)
-    embeddings, norm = 2 * width, 8 * width  # elementwise operations, so that no layer costs nothing
-    return [embeddings, *[forward.block_matmuls + forward.attention] * config.n_layer, norm, forward.head]
+    forward = forward_flops(n_embd, n_inner, vocab_size, block_size)
+    embeddings, norm = 2 * n_embd, 8 * n_embd  # elementwise operations, so that no layer costs nothing
+    return [embeddings, *[forward.block_matmuls + forward.attention] * n_layer, norm, forward.head]
 
 
-def parameter_counts(config: PreTrainedConfig) -> list[int]:
-    """Parameters of each layer; a tied weight is counted in both layers, since both stages have a copy."""
-    width, vocabulary = config.n_embd, config.vocab_size
-    inner = config.n_inner if config.n_inner is not None else 4 * width
-    block = 4 * width**2 + 4 * width + 2 * width * inner + inner + width + 4 * width
-    return [(vocabulary + config.n_positions) * width, *[block] * config.n_layer, 2 * width, vocabulary * width]
+def parameter_counts(n_layer: int, n_embd: int, n_inner: int | None, vocab_size: int, n_positions: int) -> list[int]:
+    """Parameters of each layer; a tied weight is counted in both layers, since both stages have a copy.
+
+    A block has the matrices c_attn 3 E², attn.c_proj E², and the MLP's two E · I; biases 3 E + E + I + E; and two
+    norms of 2 E.
+    """
+    inner = 4 * n_embd if n_inner is None else n_inner
+    block = 4 * n_embd**2 + 2 * n_embd * inner + 9 * n_embd + inner
+    return [(vocab_size + n_positions) * n_embd, *[block] * n_layer, 2 * n_embd, vocab_size * n_embd]
 
 
 class Partition(NamedTuple):
@@ -85,8 +87,9 @@ def partition(
         ValueError: naming the wrong number and the remedy.
     """
     names = layer_names(config.n_layer)
-    parameters = parameter_counts(config)
-    flops = layer_flops(config, config.n_positions if block_size is None else block_size)
+    sizes = (config.n_layer, config.n_embd, config.n_inner, config.vocab_size)
+    parameters = parameter_counts(*sizes, config.n_positions)
+    flops = layer_flops(*sizes, config.n_positions if block_size is None else block_size)
     if stages < 1:
         raise ValueError(f"{stages} pipeline stages: ask for at least 1.")
     if stages > len(names):
@@ -99,8 +102,7 @@ def partition(
             raise ValueError(
                 f"Unknown partition {method!r}: choose {', '.join(PARTITION_METHODS)}, or list each stage's layers."
             )
-        sizes = {"uniform": [1] * len(names), "parameters": parameters, "cost": flops}[method]
-        bounds = balance(sizes, stages)
+        bounds = balance({"uniform": [1] * len(names), "parameters": parameters, "cost": flops}[method], stages)
     else:
         bounds = _explicit_bounds(method, stages, len(names))
         method = str(method)
