@@ -96,8 +96,8 @@ def test_sizes(text: str, bytes_: float) -> None:
 
 @pytest.mark.parametrize("text", ["80G", "GB", "-3GB", "0GB", "much"])
 def test_what_is_no_size_is_refused(text: str) -> None:
-    with pytest.raises(UserError, match="80GB"):
-        plan.size(text)
+    with pytest.raises(UserError, match=r"--device_memory.*80GB"):
+        plan.main([f"--device_memory={text}"])
 
 
 def test_impossible_plans_are_refused_in_a_sentence() -> None:

@@ -8,6 +8,7 @@ computed by arithmetic that the tests compare with measured steps; speed is an e
 are printed.
 """
 
+import argparse
 import re
 import shlex
 from collections.abc import Iterator, Sequence
@@ -19,7 +20,7 @@ from train.engines.pipeline.partition import partition
 from train.plan.memory import Memory, predict
 from train.plan.shapes import ActivationCheckpointing, Layout, Shape
 from train.plan.speed import DEVICES, Device, Speed, predict_speed
-from train.utils.arguments import ArgumentParser
+from train.utils.arguments import ArgumentParser, number
 from train.utils.command import run_command
 from train.utils.errors import UserError
 from train.utils.tables import markdown_table
@@ -157,49 +158,46 @@ def size(text: str) -> float:
     """ "80GB" -> 80e9 bytes; "40GiB", "512MB" and plain numbers as well."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     if match is None or match[2].upper() not in UNITS or float(match[1]) == 0:
-        raise UserError(f"{text!r} is no amount of bytes; write, for example, 80GB or 24GiB")
+        raise argparse.ArgumentTypeError(f"{text!r} is no amount of bytes; write, for example, 80GB or 24GiB")
     return float(match[1]) * UNITS[match[2].upper()]
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = ArgumentParser(prog="python -m train.plan", description=__doc__)
-    parser.add_argument("--model", default="gpt2", help="gpt2, gpt2-medium, ...; or a folder (default: gpt2)")
-    parser.add_argument("--block_size", type=int, help="tokens in a sequence (default: the model's positions)")
-    parser.add_argument("--world_size", type=int, default=1, help="processes, one a device (default: 1)")
-    parser.add_argument("--device", choices=DEVICES, default="H100", help="default: H100")
-    parser.add_argument("--device_memory", default="80GB", help="of one device, for example 24GB (default: 80GB)")
-    parser.add_argument(
-        "--sequences_per_step", type=int, default=512, help="of all processes together (default: 512, as GPT-2's)"
-    )
-    parser.add_argument(
-        "--efficiency", type=float, default=0.4, help="share of its peak that a device reaches (default: 0.4)"
-    )
-    parser.add_argument("--link", help="bytes/s between processes, for example 25GB (default: the device's own links)")
-    args = parser.parse_args(argv)
+    add, count = parser.add_argument, number(int, at_least=1)
+    add("--model", default="gpt2", help="gpt2, gpt2-medium, ...; or a folder")
+    add("--block_size", type=count, help="tokens in a sequence (default: the model's positions)")
+    add("--world_size", type=count, default=1, help="processes, one a device")
+    add("--device", choices=DEVICES, default="H100", help="of each process")
+    add("--device_memory", type=size, default="80GB", help="of one device, for example 24GB")
+    add("--sequences_per_step", type=count, default=512, help="of all processes together; GPT-2 had 512")
+    share = number(float, above=0, at_most=1)
+    add("--efficiency", type=share, default=0.4, help="fraction of its peak that a device reaches")
+    add("--link", type=size, help="bytes/s between processes, for example 25GB (default: the device's own links)")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_arguments(argv)
     silence_third_party_warnings()
-    for key in ("block_size", "world_size", "sequences_per_step"):
-        if (value := getattr(args, key)) is not None and value < 1:
-            raise UserError(f"--{key} {value}: must be at least 1")
-    if not 0 < args.efficiency <= 1:
-        raise UserError(f"--efficiency {args.efficiency}: is a share of the peak; write a number up to 1, such as 0.4")
     device = DEVICES[args.device]
     if args.link:
-        device = replace(device, link=size(args.link))
-    limit = USABLE * size(args.device_memory)
+        device = replace(device, link=args.link)
+    limit = USABLE * args.device_memory
     found = plans(args.model, args.block_size, args.world_size, args.sequences_per_step, device, args.efficiency)
     chosen = best_of_each(found, limit)
     if not chosen:
         nearest = min(found, key=lambda plan: plan.memory.peak)
+        layout = nearest.layout
         raise UserError(
-            f"nothing fits into {args.device_memory} x {USABLE:.0%}; nearest comes {nearest.name} with micro-batches "
-            f"of {nearest.layout.micro_batch}, {nearest.layout.activation_checkpointing} activation checkpointing and "
+            f"nothing fits into {args.device_memory / 1e9:g}GB x {USABLE:.0%}; nearest comes {nearest.name} with "
+            f"micro-batches of {layout.micro_batch}, {layout.activation_checkpointing} activation checkpointing and "
             f"{nearest.memory.peak / 1e9:.3g} GB; take more processes, a smaller model or a smaller --block_size"
         )
     print(table(chosen))
     best = chosen[0]
-    print(
-        "\nat the peak of the first: " + ", ".join(f"{k} {v / 1e9:.2f}" for k, v in best.memory.at_peak.items()), "GB"
-    )
+    at_peak = ", ".join(f"{category} {amount / 1e9:.2f}" for category, amount in best.memory.at_peak.items())
+    print(f"\nat the peak of the first: {at_peak} GB")
     print(f"\nassumed:\n{assumptions(device, args.efficiency, limit, best.layout)}")
     print(f"\n{command(best, args.model)}")
 
