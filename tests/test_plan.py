@@ -125,10 +125,10 @@ def test_the_printed_command_runs_and_takes_what_was_planned(
     world_size: int, flags: list[str], small_model: Path, finished: Path, tmp_path: Path
 ) -> None:
     asked = ["--block_size=32", f"--world_size={world_size}", "--sequences_per_step=4", "--device=cpu"]
-    told = python("-m", "train.plan", f"--model={small_model}", *asked, cwd=tmp_path).stdout
-    assert "| DDP" in told or world_size == 1
+    printed = python("-m", "train.plan", f"--model={small_model}", *asked, cwd=tmp_path).stdout
+    assert "| DDP" in printed or world_size == 1
     # In this folder there are no configurations; the shipped ones are named.
-    words = shlex.split(told.split("\n\n")[-1].replace("\\\n", " "))
+    words = shlex.split(printed.split("\n\n")[-1].replace("\\\n", " "))
     if words[0] == "accelerate":
         words[2:2] = ["--main_process_port", "0"]
     # Eight steps as in `finished`, whose losses it must have; the second is the one that is tracked.

@@ -178,5 +178,5 @@ def test_two_processes(name: str, tmp_path: Path) -> None:
     for stage, steps in enumerate(said):
         measured, predicted = steps[-1], predict_stage(shape, layout, stage)
         assert set(measured["at_peak"]) == set(CATEGORIES)
-        told = f"stage {stage}\n{measured['at_peak']}\n{dict(predicted.at_peak)}"
-        assert predicted.peak == pytest.approx(measured["peak_bytes"], rel=WITHIN), told
+        message = f"stage {stage}\n{measured['at_peak']}\n{dict(predicted.at_peak)}"
+        assert predicted.peak == pytest.approx(measured["peak_bytes"], rel=WITHIN), message

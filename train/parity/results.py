@@ -1,7 +1,7 @@
 """The result of each run of the parity test, and its table, report and JSON."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from train.metrics.hardware import hardware, versions
@@ -45,10 +45,7 @@ class Result:
             "green": self.green,
             "error": self.error,
             "seconds": self.seconds,
-            "differences": {
-                kind: {"value": json_safe(difference.value), "where": difference.where}
-                for kind, difference in (self.found or {}).items()
-            },
+            "differences": json_safe({kind: asdict(difference) for kind, difference in (self.found or {}).items()}),
         }
 
 
