@@ -38,15 +38,13 @@ class EmbeddingLayer(nn.Module):
     def forward(self, tokens: Passed) -> Passed:
         """(B, T) tokens, or these and (B, T) positions -> `Passed`."""
         input_ids, position_ids = _unpack(tokens)
-        if position_ids is None:
+        positions = position_ids
+        if positions is None:
             check_length(0, input_ids.shape[1], self.wpe.num_embeddings)
-            hidden_states = self.wte(input_ids) + self.wpe(
-                count_positions(input_ids.shape[1], 0, None, input_ids.device)
-            )
+            positions = count_positions(input_ids.shape[1], 0, None, input_ids.device)
         else:
-            check_positions(position_ids, self.wpe.num_embeddings)
-            hidden_states = self.wte(input_ids) + self.wpe(position_ids)
-        return _pack(self.drop(hidden_states), position_ids)
+            check_positions(positions, self.wpe.num_embeddings)
+        return _pack(self.drop(self.wte(input_ids) + self.wpe(positions)), position_ids)
 
 
 class BlockLayer(nn.Module):

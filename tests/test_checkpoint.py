@@ -1,4 +1,4 @@
-"""What is left in a run folder when things go wrong, and what is made of it."""
+"""Run folders after failures, and resuming from them."""
 
 import json
 import os
@@ -88,7 +88,7 @@ def test_only_the_newest_are_kept(tmp_path: Path, model: GPT2FlashForCausalLM) -
     assert sorted(path.name for path in tmp_path.glob("*step*")) == ["step-10", "step-9"]
 
 
-def test_going_on_from_an_earlier_step_drops_the_later_ones(tmp_path: Path, model: GPT2FlashForCausalLM) -> None:
+def test_resuming_from_an_earlier_step_deletes_the_later_ones(tmp_path: Path, model: GPT2FlashForCausalLM) -> None:
     for step in (4, 8):
         save(tmp_path, model, step)
     (tmp_path / "step-8-copy").mkdir()
@@ -125,7 +125,7 @@ def test_saving_the_same_step_again_replaces_it(tmp_path: Path, model: GPT2Flash
     assert not (tmp_path / "step-1" / "foreign").exists()
 
 
-def test_an_unfinished_folder_is_never_taken_for_a_checkpoint(tmp_path: Path, model: GPT2FlashForCausalLM) -> None:
+def test_an_unfinished_folder_is_never_read_as_a_checkpoint(tmp_path: Path, model: GPT2FlashForCausalLM) -> None:
     save(tmp_path, model, 1)
     shutil.copytree(tmp_path / "step-1", tmp_path / ".step-2.tmp")
     assert checkpoints.find("latest", tmp_path).step == 1
@@ -158,11 +158,11 @@ def test_overwrite_spares_a_folder_that_holds_no_run(tmp_path: Path) -> None:
         checkpoints.check_free(tmp_path, resuming=False, overwrite=True)
 
 
-def test_a_killed_run_goes_on_where_its_last_checkpoint_is(flags: list[str], finished: Path, tmp_path: Path) -> None:
-    words = [sys.executable, "-m", "train", *flags, "--save_interval=1", f"--checkpoint_path={tmp_path}"]
+def test_a_killed_run_resumes_from_its_last_checkpoint(flags: list[str], finished: Path, tmp_path: Path) -> None:
+    argv = [sys.executable, "-m", "train", *flags, "--save_interval=1", f"--checkpoint_path={tmp_path}"]
     latest = tmp_path / "baseline" / "latest"
     process = subprocess.Popen(
-        words, cwd=tmp_path, env=os.environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        argv, cwd=tmp_path, env=os.environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     try:
         deadline = time.monotonic() + 120
@@ -176,6 +176,6 @@ def test_a_killed_run_goes_on_where_its_last_checkpoint_is(flags: list[str], fin
     assert not (tmp_path / "baseline" / "metrics.json").exists()
     step = checkpoints.find("latest", tmp_path / "baseline").step
     assert 2 <= step < 8
-    subprocess.run([*words, "--resume_from_checkpoint"], cwd=tmp_path, check=True, capture_output=True)
+    subprocess.run([*argv, "--resume_from_checkpoint"], cwd=tmp_path, check=True, capture_output=True)
     assert losses(tmp_path / "baseline") == losses(finished)
     assert json.loads((tmp_path / "baseline" / "metrics.json").read_text())["steps"] == 8

@@ -20,7 +20,7 @@ E = END_OF_TEXT
 BLOCK = 32
 
 
-def test_positions_restart_behind_each_end_of_text() -> None:
+def test_positions_restart_after_each_end_of_text() -> None:
     input_ids = np.array([[7, 8, E, 9, E, E, 5, 6], [E, 1, 2, 3, 4, 5, 6, E], [1, 2, 3, 4, 5, 6, 7, 8]])
     expected = [[0, 1, 2, 0, 1, 0, 0, 1], [0, 0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 3, 4, 5, 6, 7]]
     found = document_positions(input_ids.astype(np.uint16))

@@ -1,4 +1,4 @@
-"""Checkpoints as plain GPT-2 and as ONNX, opened as people open them."""
+"""Checkpoints as plain GPT-2 and as ONNX."""
 
 import json
 from pathlib import Path
@@ -23,8 +23,8 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_transformers_own_gpt2_opens_it(finished: Path, tmp_path: Path, dtype: str, capsys) -> None:
     export.main([str(finished), str(tmp_path / "out"), "--dtype", dtype])
-    said = capsys.readouterr().out
-    assert ("rounding to" in said) == (dtype != "float32")
+    printed = capsys.readouterr().out
+    assert ("rounding to" in printed) == (dtype != "float32")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
@@ -49,14 +49,14 @@ def test_every_setting_of_the_model_is_kept(tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "tokenizer.json").exists(), "its 61 tokens are not GPT-2's"
 
 
-def test_a_tokenizer_of_its_own_goes_along(tuned_from: Path, tmp_path: Path) -> None:
+def test_the_models_own_tokenizer_is_exported(tuned_from: Path, tmp_path: Path) -> None:
     export.main([str(tuned_from), str(tmp_path / "out")])
     text = "import os\n"
     there, here = (AutoTokenizer.from_pretrained(folder) for folder in (tmp_path / "out", tuned_from))
     assert there(text).input_ids == here(text).input_ids
 
 
-def test_what_computes_something_else_is_never_left(finished: Path, tmp_path: Path, monkeypatch) -> None:
+def test_an_export_that_computes_something_else_is_deleted(finished: Path, tmp_path: Path, monkeypatch) -> None:
     save = GPT2LMHeadModel.save_pretrained
 
     def damaged(self: GPT2LMHeadModel, folder: Path, **options) -> None:
@@ -92,12 +92,12 @@ def test_what_a_dtype_cannot_hold_is_refused(finished: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("checkpoint", "says"),
+    ("checkpoint", "message"),
     [("nothing", "there is no such folder"), (".", r"has no config\.json"), ("gpt3.pt", "there is no such file")],
 )
-def test_what_is_no_checkpoint_is_a_sentence(tmp_path: Path, monkeypatch, checkpoint: str, says: str) -> None:
+def test_a_path_that_is_no_checkpoint_is_refused(tmp_path: Path, monkeypatch, checkpoint: str, message: str) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(UserError, match=message):
         export.main([checkpoint, "out"])
     assert list(tmp_path.iterdir()) == []
 

@@ -228,7 +228,7 @@ def test_no_rows_at_all() -> None:
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_behind_checkpointed_layers(reentrant: bool) -> None:
+def test_after_checkpointed_layers(reentrant: bool) -> None:
     hidden, weight, labels = make()
     layer = torch.nn.Linear(WIDTH, WIDTH, dtype=torch.float64)
     ours = causal_lm_loss(checkpoint(layer, hidden, use_reentrant=reentrant), weight, labels, chunk_size=4)
@@ -246,7 +246,7 @@ def test_large_logits_stay_finite(scale: float) -> None:
     assert all(gradient.isfinite().all() for gradient in grads(loss, hidden, weight))
 
 
-def test_the_logits_are_never_whole(multiple: int) -> None:
+def test_the_logits_are_never_all_in_memory(multiple: int) -> None:
     hidden, weight, labels = make()
     largest, columns = 0, max(WORDS, multiple)
 

@@ -127,7 +127,7 @@ def test_the_matrices_are_the_four_of_each_block() -> None:
     assert {moments_of("adamw", name) for name in names} == {("exp_avg", "exp_avg_sq")}
 
 
-# ---- whole runs ----
+# Complete runs
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +161,7 @@ def test_it_learns_and_resumes_bit_for_bit(muon: list[str], alone: Path, finishe
 
 @SLOW
 @pytest.mark.parametrize("layout", ["ddp", "fsdp2"])
-def test_two_processes_compute_what_one_does_and_each_goes_on_from_the_other(
+def test_two_processes_compute_what_one_does_and_each_resumes_from_the_other(
     muon: list[str], alone: Path, tmp_path: Path, layout: str
 ) -> None:
     two = [*muon, "--train_micro_batch_size_per_gpu=2"]
@@ -177,7 +177,7 @@ def test_two_processes_compute_what_one_does_and_each_goes_on_from_the_other(
 
 
 @SLOW
-def test_a_step_on_shards_is_bit_for_bit_that_of_the_whole_matrix(tmp_path: Path) -> None:
+def test_a_step_on_shards_is_bit_for_bit_that_of_the_full_matrix(tmp_path: Path) -> None:
     torchrun("-m", "tests.test_muon", cwd=tmp_path)
 
 
@@ -188,18 +188,18 @@ def compare_shards() -> None:
     generator = torch.Generator().manual_seed(0)
     for shape in ((64, 192), (256, 64), (64, 64), (65, 3)):
         start, *gradients = (torch.randn(shape, generator=generator) for _ in range(4))
-        whole = torch.nn.Parameter(start.clone())
+        full = torch.nn.Parameter(start.clone())
         sharded = torch.nn.Parameter(distribute_tensor(start, mesh, [Shard(0)]))
-        ours, theirs = Muon([sharded]), torch.optim.Muon([whole])
+        ours, theirs = Muon([sharded]), torch.optim.Muon([full])
         ours.state[sharded]["momentum_buffer"] = torch.zeros_like(sharded)
         for gradient in gradients:
-            whole.grad, sharded.grad = gradient, distribute_tensor(gradient, mesh, [Shard(0)])
+            full.grad, sharded.grad = gradient, distribute_tensor(gradient, mesh, [Shard(0)])
             theirs.step()
             ours.step()
         momentum = ours.state[sharded]["momentum_buffer"]
         assert momentum.placements == sharded.placements
-        assert torch.equal(sharded.full_tensor(), whole)
-        assert torch.equal(momentum.full_tensor(), theirs.state[whole]["momentum_buffer"])
+        assert torch.equal(sharded.full_tensor(), full)
+        assert torch.equal(momentum.full_tensor(), theirs.state[full]["momentum_buffer"])
     dist.destroy_process_group()
 
 

@@ -71,7 +71,7 @@ def test_a_checkpoint_is_as_nanogpt_writes_it(exported: Path, finished: Path, st
         torch.testing.assert_close(logits, ours(ids).logits, rtol=0, atol=1e-5)
 
 
-def test_the_optimizer_goes_on_where_ours_would(exported: Path, finished: Path, stand_in: dict) -> None:
+def test_the_optimizer_resumes_as_ours_would(exported: Path, finished: Path, stand_in: dict) -> None:
     from safetensors.torch import load_file
 
     _, model, optimizer = open_as_nanogpt(exported, stand_in)
@@ -119,7 +119,7 @@ def test_training_starts_from_a_checkpoint(exported: Path, flags: list[str], sta
 
 
 @pytest.mark.parametrize(
-    ("damage", "says"),
+    ("damage", "message"),
     [
         (lambda file, content: file.unlink(), "there is no such file"),
         (lambda file, content: file.write_bytes(b"123"), "is not a checkpoint of nanoGPT that can be read"),
@@ -134,7 +134,7 @@ def test_training_starts_from_a_checkpoint(exported: Path, flags: list[str], sta
         (lambda file, content: content["model"].update({"lm_head.weight": torch.ones(50257, 16)}), "not tied"),
     ],
 )  # fmt: skip
-def test_what_is_no_checkpoint_is_a_sentence(exported: Path, tmp_path: Path, damage, says: str) -> None:
+def test_a_file_that_is_no_checkpoint_is_refused(exported: Path, tmp_path: Path, damage, message: str) -> None:
     content = torch.load(exported, weights_only=True)
     file = tmp_path / "ckpt.pt"
     torch.save(content, file)
@@ -142,11 +142,11 @@ def test_what_is_no_checkpoint_is_a_sentence(exported: Path, tmp_path: Path, dam
     damage(file, content)
     if file.exists() and file.stat().st_mtime_ns == before:
         torch.save(content, file)
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(UserError, match=message):
         load_for_inference(file, "float32", device="cpu")
 
 
-def test_what_nanogpt_would_compute_otherwise_is_refused(finished: Path) -> None:
+def test_a_model_that_nanogpt_would_compute_differently_is_refused(finished: Path) -> None:
     config = load_for_inference(finished, "float32", device="cpu").config
     nanogpt.check_writable(config)
     config.n_inner = 48
@@ -157,7 +157,9 @@ def test_what_nanogpt_would_compute_otherwise_is_refused(finished: Path) -> None
         nanogpt.check_writable(config)
 
 
-def test_without_a_training_state_the_optimizer_begins_anew(small_model: Path, stand_in: dict, tmp_path: Path) -> None:
+def test_without_a_training_state_the_optimizer_has_no_state(
+    small_model: Path, stand_in: dict, tmp_path: Path
+) -> None:
     export.main([str(small_model), str(tmp_path / "out"), "--format", "nanogpt", "--dtype", "bfloat16"])
     content, model, optimizer = open_as_nanogpt(tmp_path / "out" / "ckpt.pt", stand_in)
     assert (content["iter_num"], content["best_val_loss"], len(optimizer.state)) == (0, 1e9, 0)
@@ -196,7 +198,7 @@ def test_a_real_checkout_resumes_and_samples(exported: Path, corpus: Path, tmp_p
     }
     for name, text in texts.items():
         (place / hashlib.sha1(f"{address}{name}".encode()).hexdigest()).write_text(text)
-    words = [sys.executable, "sample.py", *settings, "--num_samples=1", "--max_new_tokens=5", "--start=def "]
+    argv = [sys.executable, "sample.py", *settings, "--num_samples=1", "--max_new_tokens=5", "--start=def "]
     environment = {**os.environ, "TIKTOKEN_CACHE_DIR": str(place)}
-    done = subprocess.run(words, cwd=place, env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(argv, cwd=place, env=environment, capture_output=True, text=True, check=True)
     assert "def " in done.stdout

@@ -23,14 +23,14 @@ def test_padding_changes_nothing(attention: str, side: str) -> None:
 def test_left_padding_with_a_cache() -> None:
     ours = make_ours()
     ids, mask = pad(tokens(2, 14), [0, 5], "left")
-    whole = ours(ids, attention_mask=mask).logits
+    full = ours(ids, attention_mask=mask).logits
     for static in (False, True):
         cache = StaticCache(config=ours.config, max_cache_len=20) if static else DynamicCache(config=ours.config)
         parts = [
             ours(ids[:, a:b], attention_mask=mask[:, :b], past_key_values=cache, use_cache=True).logits
             for a, b in ((0, 8), (8, 13), (13, 14))  # a prefill, a second piece of it, a single token
         ]
-        torch.testing.assert_close(torch.cat(parts, 1)[mask == 1], whole[mask == 1], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(torch.cat(parts, 1)[mask == 1], full[mask == 1], rtol=1e-4, atol=1e-5)
     cache = ours(ids, attention_mask=mask, use_cache=True).past_key_values
     with pytest.raises(ValueError, match="attention_mask covers 1 positions, but there are 15: 14 cached and 1 new"):
         ours(ids[:, :1], attention_mask=mask[:, :1], past_key_values=cache)
@@ -64,7 +64,7 @@ def test_generating_beyond_the_positions_is_refused_up_front(monkeypatch: pytest
             ours.generate(ids, **length, **settings)
 
 
-def test_a_padded_batch_compiles_whole() -> None:
+def test_a_padded_batch_compiles_into_one_graph() -> None:
     ours = make_ours()
     ids, mask = pad(tokens(2), [0, 5], "left")
     torch._dynamo.reset()

@@ -21,7 +21,7 @@ SOURCES = sorted(
 )
 CONFIG = {"dropout": 0.0, "loss_chunk_size": 0}
 
-# What runs what it reads, or writes where it is told to.
+# Calls that run what they read, or write to a path that the data names.
 MODULES = {"pickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "tarfile", "zipfile"}
 CALLS = {"eval", "exec", "os.system", "os.popen", "yaml.load", "yaml.unsafe_load", "yaml.full_load", "torch.jit.load",
          "shutil.unpack_archive"}  # fmt: skip

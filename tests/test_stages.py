@@ -1,4 +1,4 @@
-"""Stages put together are the whole model, names lead to layers and back, and layers are shared out evenly."""
+"""The stages together are the full model, names map to layers and back, and layers are partitioned evenly."""
 
 import copy
 import itertools
@@ -66,7 +66,7 @@ def staged_step(
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("bounds", [(0, 5), (0, 1, 5), (0, 2, 4, 5), (0, 1, 2, 3, 4, 5)])
 @pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 2e-7), (torch.float64, 1e-15)])
-def test_stages_compute_the_whole_models_loss_and_gradients(
+def test_stages_compute_the_full_models_loss_and_gradients(
     bounds: tuple[int, ...], packed: bool, attention: str, dtype: torch.dtype, atol: float
 ) -> None:
     model = make_ours(loss_chunk_size=5).to(dtype)
@@ -75,12 +75,12 @@ def test_stages_compute_the_whole_models_loss_and_gradients(
     shift_labels[0, 3:6] = -100
     positions = packed_positions(*input_ids.shape) if packed else None
 
-    whole = model(input_ids, position_ids=positions, shift_labels=shift_labels, use_cache=False, skip_logits=True)
-    whole.loss.backward()
+    full = model(input_ids, position_ids=positions, shift_labels=shift_labels, use_cache=False, skip_logits=True)
+    full.loss.backward()
     inputs = (input_ids, positions) if packed else input_ids
     loss, staged = staged_step(model, bounds, inputs, shift_labels)
 
-    torch.testing.assert_close(loss, whole.loss.detach(), rtol=0, atol=atol)
+    torch.testing.assert_close(loss, full.loss.detach(), rtol=0, atol=atol)
     expected = gradients(model)
     assert staged.keys() == expected.keys()
     for name, gradient in expected.items():
@@ -119,7 +119,7 @@ def test_checkpointed_blocks_are_computed_twice_and_nothing_else() -> None:
     assert calls == {"wte": 1, "attn": 2 * model.config.n_layer, "ln_f": 1}
 
 
-def test_logits_are_the_whole_models() -> None:
+def test_logits_are_the_full_models() -> None:
     model, passed = make_ours(), tokens()
     expected = model(passed).logits
     for layer in pp.model_layers(model):
@@ -231,7 +231,7 @@ def test_an_explicit_list_is_taken_as_it_is() -> None:
 
 
 @pytest.mark.parametrize(
-    ("stages", "method", "words"),
+    ("stages", "method", "names"),
     [
         (16, "cost", ["16 pipeline stages", "15 layers", "12 blocks", "15 stages or fewer"]),
         (0, "cost", ["0 pipeline stages", "at least 1"]),
@@ -242,10 +242,10 @@ def test_an_explicit_list_is_taken_as_it_is() -> None:
         (2, [7.5, 7.5], ["whole number"]),
     ],
 )
-def test_what_cannot_be_shared_out_is_refused_with_numbers(stages: int, method: str | list, words: list[str]) -> None:
-    with pytest.raises(ValueError) as error:  # noqa: PT011  # the words are checked below
+def test_an_impossible_partition_is_refused_with_numbers(stages: int, method: str | list, names: list[str]) -> None:
+    with pytest.raises(ValueError) as error:  # noqa: PT011  # the message is checked below
         partitioning.partition(GPT2, stages, method)
-    assert all(word in str(error.value) for word in words), str(error.value)
+    assert all(name in str(error.value) for name in names), str(error.value)
 
 
 def test_the_table_has_a_line_a_stage() -> None:

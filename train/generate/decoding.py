@@ -25,16 +25,11 @@ class Decoding:
     static_cache: bool = False
     compiled: bool = False  # compile the step of a static cache
 
-    @property
-    def samples(self) -> bool:
-        return self.temperature > 0
-
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments for one call of `generate()`, which fills the cache among them."""
-        arguments: dict[str, Any] = {"do_sample": self.samples}
-        for each in flags_of(Decoding):
-            if self.samples or each.name not in SAMPLING:
-                arguments[each.name] = getattr(self, each.name)
+        samples = self.temperature > 0
+        names = [each.name for each in flags_of(Decoding) if samples or each.name not in SAMPLING]
+        arguments: dict[str, Any] = {"do_sample": samples} | {name: getattr(self, name) for name in names}
         if self.static_cache:
             arguments |= {"cache_implementation": "static", "disable_compile": not self.compiled}
         elif self.growing_cache:
