@@ -27,8 +27,7 @@ from train.engines.pipeline.engine import PipelinedEngine
 from train.generate.decoding import Decoding
 from train.generate.texts import generate_text
 from train.metrics.memory_tracker import MemoryTracker
-from train.run.build import build
-from train.run.loop import save
+from train.run.loop import build, save
 from train.run.setup import ResolvedRun, resolve
 from train.run.validate import validate
 

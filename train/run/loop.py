@@ -1,23 +1,67 @@
-"""The training loop: the same for every engine, layout and run type."""
+"""The training loop: the same for every engine, layout and run type; and the engine that it drives, built."""
 
 import dataclasses
+import os
 import time
 from contextlib import closing
 
+from accelerate.utils import gather_object, set_seed
+
 from train.checkpoints import step_folder as checkpoints
+from train.checkpoints.loading import load_model
 from train.data.prefetch import Batch, read_ahead
+from train.engines import rendezvous
+from train.engines.accelerated import AcceleratedEngine
 from train.engines.base import Engine
 from train.hub.upload import push
 from train.metrics.annotations import annotate
 from train.metrics.energy import EnergyMeter, energy_reader
 from train.optim.schedule import learning_rate
-from train.run.build import build
 from train.run.log import RunLog
 from train.run.profiling import Profiler
 from train.run.setup import ResolvedRun
 from train.run.summary import write_summary
 from train.run.validate import validate
-from train.utils.devices import matmul_precision
+from train.utils import processes
+from train.utils.errors import UserError
+
+
+def build(run: ResolvedRun) -> Engine:
+    """The engine with the model in it, at the step of the run's checkpoint. From here the run folder is this run's."""
+    rendezvous.join()
+    engine = _create_engine(run)
+    processes.watch_peer(gather_object([os.getpid()]))
+    checkpoint = run.start.checkpoint
+    states = gather_object([run.state(checkpoint.step if checkpoint else 0)])
+    if any(state != states[0] for state in states):
+        raise UserError(
+            "the processes do not see the same flags, data or checkpoint; "
+            "give all machines the same command and the same folders"
+        )
+    set_seed(run.config.seed)
+    model = load_model(run.config.model, run.model.config, attn_implementation=run.model.attention[0])
+    tensors = checkpoints.read_tensors(checkpoint, model) if checkpoint else None
+    engine.wait()  # until all processes have read their files, because a claimed folder may be emptied
+    if engine.is_main:
+        checkpoints.prepare_run_folder(run.config.run_folder, checkpoint, run.config.overwrite)
+        rendezvous.claim(run.config.run_folder)
+        if run.start.restarted:
+            start = f"resumes from {checkpoint.folder}" if checkpoint else "starts again: there was no checkpoint"
+            print(f"restarted by the launcher: the run {start}", flush=True)
+    engine.wait()
+    engine.prepare(model)
+    if checkpoint is not None and tensors is not None:
+        engine.load_state(*tensors, checkpoint.step)
+    return engine
+
+
+def _create_engine(run: ResolvedRun) -> Engine:
+    if run.model.partition is None:
+        return AcceleratedEngine(run.config, run.deepspeed)
+    assert run.deepspeed is not None
+    from train.engines.pipeline.engine import PipelinedEngine  # imports DeepSpeed, which takes seconds
+
+    return PipelinedEngine(run.config, run.deepspeed, run.model.partition)
 
 
 def due(step: int, interval: int, last: int) -> bool:
@@ -51,8 +95,7 @@ def train(run: ResolvedRun) -> None:
     log.message(engine.layout)
     if run.model.partition is not None:
         log.message(f"{run.model.partition.table()}\nschedule {config.pipeline_schedule}")
-    precision = matmul_precision(config.mixed_precision, config.optimized)
-    log.message(f"attention: {run.model.attention[0]} ({run.model.attention[1]}); precision: {precision}")
+    log.message(f"attention: {run.model.attention[0]} ({run.model.attention[1]}); precision: {run.precision}")
 
     def micro_batches(step: int) -> list[Batch]:
         return [

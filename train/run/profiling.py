@@ -160,7 +160,6 @@ def _annotate(owner: nn.Module, attribute: str, annotation: str) -> Callable[[],
 
 def profile_facts(run: ResolvedRun, engine: Engine, recorded: range) -> ProfileFacts:
     config = run.config
-    precision = devices.matmul_precision(config.mixed_precision, config.optimized)
     device_name = devices.device_name(engine.device)
     return ProfileFacts(
         run_type=config.run_type,
@@ -175,10 +174,10 @@ def profile_facts(run: ResolvedRun, engine: Engine, recorded: range) -> ProfileF
         attn_implementation=run.model.attention[0],
         activation_checkpointing=config.activation_checkpointing,
         torch_compile=config.torch_compile,
-        precision=precision,
+        precision=run.precision,
         device=engine.device.type,
         device_name=device_name,
-        peak_flops=peak_flops(device_name, precision),
+        peak_flops=peak_flops(device_name, run.precision),
         peak_bytes_per_second=peak_bandwidth(device_name),
         torch=versions()["torch"],
         pipeline_stages=config.pipeline_stages,

@@ -27,7 +27,7 @@ from train.hub import upload
 from train.run import trackers
 from train.utils import processes
 from train.utils.compilers import check_cpp_compiler
-from train.utils.devices import device_type, has_fast_bf16, has_memory_history
+from train.utils.devices import device_type, has_fast_bf16, has_memory_history, matmul_precision
 from train.utils.errors import UserError
 
 PROBE = (
@@ -68,6 +68,11 @@ class ResolvedRun:
     total_steps: int
     warmup_steps: int
     start: Start
+
+    @property
+    def precision(self) -> str:
+        """What matmuls run in: "bf16", "tf32" or "fp32"."""
+        return matmul_precision(self.config.mixed_precision, self.config.optimized)
 
     @property
     def tokens_per_step(self) -> int:

@@ -17,7 +17,7 @@ from train.metrics.flops import count_flops, peak_flops
 from train.metrics.hardware import hardware, versions
 from train.metrics.summary import RunFacts, percentiles, summarize
 from train.run.setup import ResolvedRun
-from train.utils.devices import device_name, matmul_precision
+from train.utils.devices import device_name
 from train.utils.files import write_json
 
 LATENCY_TOKENS = 32  # generated for each timing, after a prompt of as many
@@ -29,14 +29,13 @@ def write_summary(run: ResolvedRun, records: list[dict[str, Any]], world_size: i
     `measured`: the metrics of memory and energy.
     """
     config = run.config
-    precision = matmul_precision(config.mixed_precision, config.optimized)
     folder = config.run_folder / f"step-{run.total_steps}"
-    model = load_for_inference(folder, dtype="bfloat16" if precision == "bf16" else "float32")
+    model = load_for_inference(folder, dtype="bfloat16" if run.precision == "bf16" else "float32")
     facts = RunFacts(
         run_type=config.run_type,
         tokens_per_step=run.tokens_per_step,
         block_size=run.train.block_size,
-        precision=precision,
+        precision=run.precision,
         world_size=world_size,
         parameters=model.num_parameters(),
         attn_implementation=run.model.attention[0],
@@ -62,7 +61,7 @@ def write_summary(run: ResolvedRun, records: list[dict[str, Any]], world_size: i
         measured | measure_inference(run, model),
         flops,
         tokens_per_epoch=run.train.blocks * run.train.block_size,
-        device_peak_flops=peak_flops(device_name(model.device), precision),
+        device_peak_flops=peak_flops(device_name(model.device), run.precision),
     )
     write_json(config.run_folder / "metrics.json", summary)
 
