@@ -56,7 +56,7 @@ def given(step: int) -> dict[str, Any]:
     ("how", "kernel", "documents"),
     [
         ("all kept", "sdpa", none),
-        ("attention kept", "sdpa", given),
+        ("recomputed selectively", "sdpa", given),
         pytest.param("all kept", "sdpa", given, marks=pytest.mark.slow),
         pytest.param("all kept", "sdpa", looked_for, marks=pytest.mark.slow),
         pytest.param("recomputed", "sdpa", none, marks=pytest.mark.slow),

@@ -49,9 +49,11 @@ class Chart:
         return to_svg(self.figure, self.title, self.tooltips)
 
     def png(self) -> bytes:
+        from matplotlib import rc_context
         from matplotlib.transforms import Bbox
 
-        header = self._add_header()
+        with rc_context({"text.parse_math": False}):
+            header = self._add_header()
         width, height = self.figure.get_size_inches()
         file = io.BytesIO()
         box = Bbox([[-MARGIN / 72, -MARGIN / 72], [width + MARGIN / 72, height + header]])
@@ -66,12 +68,11 @@ class Chart:
         columns = 3
         rows = -(-len(self.keys) // columns) if len(self.keys) > 1 else 0
         lines = textwrap.wrap(self.note, 100)
-        units = [10 + 16 * rows]
-        units += [units[0] + 13 * len(lines), units[0] + 13 * len(lines) + 24]
+        note_bottom = 10 + 16 * rows
+        title_bottom = note_bottom + 13 * len(lines) + 4
         height = 72 * self.figure.get_size_inches()[1]
-        for text, bottom, size in (("\n".join(lines), units[0], FONT_SIZE), (self.title, units[1] + 4, 12.0)):
-            self.figure.text(0, 1 + bottom / height, clean(text), size=size, color=INK, va="bottom",
-                             gid=HEADER, parse_math=False)  # fmt: skip
+        for text, bottom, size in (("\n".join(lines), note_bottom, FONT_SIZE), (self.title, title_bottom, 12.0)):
+            self.figure.text(0, 1 + bottom / height, clean(text), size=size, color=INK, va="bottom", gid=HEADER)
         if rows:
             handles = [
                 Line2D([], [], **stroke(color)) if isinstance(color, int) and self.kind == "line"
@@ -82,13 +83,11 @@ class Chart:
             legend = self.figure.legend(handles, names, loc="lower left", bbox_to_anchor=(0, 1 + 4 / height),
                                         ncols=columns, frameon=False, fontsize=FONT_SIZE, borderaxespad=0)  # fmt: skip
             legend.set_gid(HEADER)
-            for label in legend.get_texts():
-                label.set_parse_math(False)
-        return units[2] / 72
+        return (title_bottom + 20) / 72
 
 
 @dataclass(frozen=True)
-class Row:
+class ChartRow:
     """A name and a figure written above a bar for each of `values`, or above a dot for each of `dots`."""
 
     label: str
@@ -146,7 +145,7 @@ def nothing() -> "Figure":
     return figure
 
 
-def row_figure(rows: Sequence[Row]) -> "Figure":
+def row_figure(rows: Sequence[ChartRow]) -> "Figure":
     """Rows on a common scale from 0: a bar for each value, or dots with a stroke at their median."""
     largest = max((value for row in rows for value in (*(v for _, v in row.values), *row.dots[1])), default=0.0) or 1.0
     thickness = [18 if len(row.values) < 2 else 11 for row in rows]

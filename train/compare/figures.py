@@ -149,7 +149,7 @@ def verdict_on(first: FinishedRun, run: FinishedRun, same_validation: bool) -> s
 
 
 @dataclass(frozen=True)
-class Row:
+class TableRow:
     """A row as it is written: a cell for each run, and for each run but the first its change and whether that is good.
 
     `good` is None where there is no better or worse, or no change. `values` are the exact numbers of the cells.
@@ -162,7 +162,7 @@ class Row:
     values: list[Any]
 
 
-def figure_rows(runs: Sequence[FinishedRun]) -> list[Row]:
+def figure_rows(runs: Sequence[FinishedRun]) -> list[TableRow]:
     rows = []
     of_intervals = [spreads(run) for run in runs]
     for metric in METRICS:
@@ -178,12 +178,12 @@ def figure_rows(runs: Sequence[FinishedRun]) -> list[Row]:
 
 def row(
     metric: Metric, title: str, cells: list[str], found: Sequence[Mapping[str, float] | None], values: list[Any]
-) -> Row:
+) -> TableRow:
     changes, good = [written_change(metric, each) for each in found], [is_good(metric, each) for each in found]
-    return Row(title, cells, changes, good, values)
+    return TableRow(title, cells, changes, good, values)
 
 
-def intervals_row(metric: Metric, found: Sequence[Spread | None]) -> Row:
+def intervals_row(metric: Metric, found: Sequence[Spread | None]) -> TableRow:
     """The same metric over intervals, as `intervals_note` explains."""
     divisor, unit, decimals = unit_of(metric.kind, max(spread.high for spread in found if spread))
     cells = [UNKNOWN] * len(found)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from train.checkpoints.run_folder import FinishedRun
-from train.compare.charts import HEIGHT, Chart, Row, canvas, color_of, nothing, row_figure, stroke
+from train.compare.charts import HEIGHT, Chart, ChartRow, canvas, color_of, nothing, row_figure, stroke
 from train.compare.figures import change
 from train.compare.intervals import spreads
 from train.metrics.table import METRICS, Metric
@@ -171,7 +171,7 @@ def intervals_charts(runs: Sequence[FinishedRun]) -> list[Chart]:
     for index, run in enumerate(runs):
         if spread := spreads(run).get("tokens_per_second"):
             figure = f"{spread.median:,.0f} ({spread.low:,.0f} … {spread.high:,.0f}) tokens/s"
-            rows.append(Row(run.label, figure, dots=(index, spread.values)))
+            rows.append(ChartRow(run.label, figure, dots=(index, spread.values)))
     note = "a dot for each interval of steps, a stroke at their median"
     return [Chart("Throughput over intervals", note, row_figure(rows), ())] if rows else []
 
@@ -185,7 +185,7 @@ def metric_chart(runs: Sequence[FinishedRun], metric: Metric) -> Chart:
         figure = "not measured" if value is None else in_unit(metric.kind, value, largest)
         changed = change(metric, runs[0], run) if index else None
         figure += f" ({times(changed['ratio'])})" if changed else ""
-        rows.append(Row(run.label, figure, () if value is None else ((index, float(value)),)))
+        rows.append(ChartRow(run.label, figure, () if value is None else ((index, float(value)),)))
     note = {1: "higher is better", -1: "lower is better", 0: ""}[metric.better]
     if metric.same == "peak_memory_kind":
         kinds = dict.fromkeys(run.get(metric.same) for run in runs)

@@ -118,23 +118,26 @@ def resolve(config: RunConfig) -> ResolvedRun:
     config, deepspeed = resolve_engine(config)
     start = resolve_start(config, restarted)
     model = resolve_model(config, deepspeed)
-    train, val = resolve_data(config, model)
+    micro_batch_size, accumulation = config.train_micro_batch_size_per_gpu, config.gradient_accumulation_steps
+    assert micro_batch_size is not None
+    assert accumulation is not None
+    assert config.pipeline_stages is not None
+    data_parallel = processes.world_size() // config.pipeline_stages
+    train, val = resolve_data(config, model, micro_batch_size * accumulation * data_parallel)
     total_steps = config.max_steps or train.updates(config.epochs)
     if config.profiled is not None and config.profiled.stop - 1 > total_steps:
         raise UserError(
             f"--profile_steps {config.profile_steps}: the run has {total_steps} steps; name earlier ones, or give "
             "more with --max_steps or --epochs"
         )
-    assert config.train_micro_batch_size_per_gpu is not None
-    assert config.gradient_accumulation_steps is not None
     run = ResolvedRun(
         config=replace(config, block_size=model.block_size),
         deepspeed=deepspeed,
         model=model,
         train=train,
         val=val,
-        micro_batch_size=config.train_micro_batch_size_per_gpu,
-        accumulation=config.gradient_accumulation_steps,
+        micro_batch_size=micro_batch_size,
+        accumulation=accumulation,
         total_steps=total_steps,
         warmup_steps=min(2000, total_steps // 20) if config.warmup_steps is None else config.warmup_steps,
         start=start,
@@ -260,15 +263,10 @@ def resolve_partition(
         raise UserError(f"{asked}: {error}") from None
 
 
-def resolve_data(config: RunConfig, model: ResolvedModel) -> tuple[TrainBatches, EvalBatches]:
+def resolve_data(config: RunConfig, model: ResolvedModel, sequences_per_step: int) -> tuple[TrainBatches, EvalBatches]:
     """The batches of training and validation, whose token ids the model's vocabulary contains."""
-    assert config.train_micro_batch_size_per_gpu is not None
-    assert config.gradient_accumulation_steps is not None
-    assert config.pipeline_stages is not None
-    data_parallel = processes.world_size() // config.pipeline_stages
-    sequences = config.train_micro_batch_size_per_gpu * config.gradient_accumulation_steps * data_parallel
     tokens = open_tokens(config.train_data_path, model.config.vocab_size)
-    train = TrainBatches(tokens, model.block_size, sequences, config.seed, config.document_mask)
+    train = TrainBatches(tokens, model.block_size, sequences_per_step, config.seed, config.document_mask)
     gpt2s = tokens.sidecar is not None and tokens.sidecar.tokenizer == TOKENIZER_NAME
     if gpt2s and model.own_tokenizer is not None:
         ids = model.own_tokenizer.encode(PROBE, add_special_tokens=False)

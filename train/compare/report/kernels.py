@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from train.checkpoints.run_folder import FinishedRun
-from train.compare.charts import HEIGHT, Chart, Keys, Row, canvas, color_of, nothing, row_figure
+from train.compare.charts import HEIGHT, Chart, ChartRow, Keys, canvas, color_of, nothing, row_figure
 from train.compare.figures import UNKNOWN
 from train.compare.report.pipeline import pipeline_chart
 from train.compare.svg import INK
@@ -74,7 +74,7 @@ def categories_chart(kernels: Sequence[tuple[int, RunSummary]]) -> Chart:
     for change in sorted(found, key=lambda change: -max(each or 0.0 for each in change.seconds)):
         values = [seconds or 0.0 for seconds in change.seconds]
         bars = [(index, value) for (index, _), value in zip(kernels, values, strict=True)]
-        rows.append(Row(change.category, " · ".join(map(milliseconds, values)) + " ms", bars))
+        rows.append(ChartRow(change.category, " · ".join(map(milliseconds, values)) + " ms", bars))
     note = "by kind of work, lower is better"
     return Chart("Where a step's time goes", note, row_figure(rows) if rows else nothing(), legend(kernels), "bar")
 

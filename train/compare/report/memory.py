@@ -7,7 +7,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from train.checkpoints.run_folder import FinishedRun
-from train.compare.charts import HEIGHT, LEFT, RIGHT, WIDTH, Chart, Row, canvas, color_of, nothing, row_figure, write
+from train.compare.charts import (
+    HEIGHT,
+    LEFT,
+    RIGHT,
+    WIDTH,
+    Chart,
+    ChartRow,
+    canvas,
+    color_of,
+    nothing,
+    row_figure,
+    write,
+)
 from train.compare.svg import AXIS
 from train.metrics.memory_profile import CATEGORIES, MemoryProfile, Point
 from train.metrics.units import in_unit, short_count, unit_of
@@ -29,7 +41,7 @@ def memory_charts(runs: Sequence[FinishedRun], memories: Sequence[MemoryProfile 
     for name in CATEGORIES:
         values = [getattr(memory.at_peak, name) for *_, memory in found]
         figure = " · ".join(in_unit("bytes", value, largest) for value in values)
-        rows.append(Row(name, figure, [(index, value) for (index, *_), value in zip(found, values, strict=True)]))
+        rows.append(ChartRow(name, figure, [(index, value) for (index, *_), value in zip(found, values, strict=True)]))
     peaks = ", ".join(f"{label} {in_unit('bytes', memory.peak_bytes, largest)}" for _, label, memory in found)
     note = f"tensors at the peak of a profiled step: {peaks}"
     keys = [(index, label) for index, label, _ in found]
