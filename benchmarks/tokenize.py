@@ -39,7 +39,7 @@ from benchmarks.arguments import make_parser
 from benchmarks.processes import Peaks, measure, sample
 from benchmarks.rounds import Round, speed_up, spread, take_turns
 from train.data.tokenizer import END_OF_TEXT
-from train.preprocess_data.convert import available_cores
+from train.utils.processes import usable_cores
 from train.utils.tables import markdown_table
 
 MB = 1_000_000
@@ -194,7 +194,7 @@ def main() -> None:
                         "(default: made of the texts of this Python and its packages)")  # fmt: skip
     args = parser.parse_args()
 
-    print(f"{platform.machine()}, {available_cores()} cores, Python {platform.python_version()}, "
+    print(f"{platform.machine()}, {usable_cores()} cores, Python {platform.python_version()}, "
           f"{', '.join(f'{name} {version(name)}' for name in PACKAGES if find_spec(name))}")  # fmt: skip
     ours = [side for side in OURS if "gigatoken" not in side or find_spec("gigatoken")]
     with tempfile.TemporaryDirectory() as name:
@@ -213,7 +213,7 @@ def main() -> None:
         best = min(nanogpts, key=lambda variant: results[variant].seconds)
         print(f"\n{markdown_table(HEADER, rows(results, best, middle))}", flush=True)
 
-        variants = [best, Variant(ONE_BY_ONE), *(Variant(side, available_cores()) for side in ours)]
+        variants = [best, Variant(ONE_BY_ONE), *(Variant(side, usable_cores()) for side in ours)]
         table = [cells for size in args.sizes for cells in rows(measured(variants, size), best, size)]
         print(f"\n{markdown_table(HEADER, table)}")
 

@@ -111,7 +111,7 @@ def test_bf16_follows_flag_then_hardware(tmp_path: Path, asked: str | None, fast
         ({}, {"pipeline_stages": 4}, ["4 pipeline stages", "4, 8, 12", "there are 2"]),
         ({"zero_optimization": {"stage": 0}}, {"pipeline_stages": 2}, ["ZeRO stage 0", "first stage", '"stage": 1']),
         ({"zero_optimization": {"stage": 2}}, {"pipeline_stages": 2}, ["ZeRO stage 2", "micro-batches"]),
-        ({"zero_optimization": {"stage": 3}}, {"pipeline_stages": 2}, ["ZeRO stage 3", "whole"]),
+        ({"zero_optimization": {"stage": 3}}, {"pipeline_stages": 2}, ["ZeRO stage 3", "full layers"]),
         ({"wall_clock_breakdown": True}, {"pipeline_stages": 2}, ["wall_clock_breakdown", "remove it"]),
         ({"flops_profiler": {"enabled": True}}, {"pipeline_stages": 2}, ["flops_profiler", "remove it"]),
         ({"train_batch_size": 8, "pipeline": {"stages": 2}}, {}, ["8", "1 data-parallel", "= 4"]),

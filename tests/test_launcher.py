@@ -1,4 +1,4 @@
-"""Accelerate's fields for DeepSpeed are obeyed or refused; the variables are those that `accelerate launch` sets."""
+"""Accelerate's fields for DeepSpeed are honored or refused; the variables are those that `accelerate launch` sets."""
 
 import dataclasses
 import json
@@ -59,7 +59,7 @@ def test_what_the_fields_leave_open_the_flags_decide(monkeypatch: pytest.MonkeyP
         ({}, {}, ["name its JSON", "ds_configs/zero2.json"]),
     ],
 )
-def test_what_cannot_be_obeyed_is_refused(
+def test_what_cannot_be_honored_is_refused(
     monkeypatch: pytest.MonkeyPatch, fields: dict[str, str], flags: dict[str, object], words: list[str]
 ) -> None:
     asked(monkeypatch, **fields)

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from train.config import launcher_env as launcher
-from train.config import packaged as shipped
+from train.config import packaged
 from train.config.run_config import ENGINE_DEFAULTS, RunConfig
 from train.utils.errors import UserError
+from train.utils.json_files import read_text
 
 # The blocks that DeepSpeed 0.19 reads at the top level and that this trainer leaves to it.
 ENGINE_KEYS = frozenset({
@@ -28,6 +29,19 @@ UNCHECKED_BLOCKS = {  # DeepSpeed reads these key by key and does not see the ot
             "use_gds"},
 }  # fmt: skip
 PIPELINE_KEYS = ("stages", "partition", "activation_checkpoint_interval")
+BLOCKS = {  # that are read here, and what to write for one that is not an object
+    "bf16": '{"enabled": "auto"}',
+    "fp16": '{"enabled": false}',
+    "pipeline": '{"stages": "auto", "partition": "cost"}',
+    "zero_optimization": '{"stage": 2}',
+    "flops_profiler": '{"enabled": true}',
+    "aio": "an object",
+}
+NOT_WITH_STAGES = {  # stage of ZeRO: why not in a pipeline
+    0: "without ZeRO, DeepSpeed clips by the norm of the first stage's gradients alone",
+    2: "a stage adds up the gradients of many micro-batches, and ZeRO-2 would shard them at each",
+    3: "a stage holds its full layers, and ZeRO-3 would shard them again",
+}
 ELSEWHERE = {
     "optimizer": "the optimizer is set by --optimizer, --learning_rate, --weight_decay, --adam_beta1 and --adam_beta2",
     "scheduler": "the schedule is set by --learning_rate, --lr_schedule and --warmup_steps",
@@ -118,7 +132,7 @@ def _agree(file: str, key: str, written: Any, kind: str, given: Any, flag: str) 
 def _settings(name: str | None) -> tuple[str, dict[str, Any]]:
     """The name of the settings' source, for messages, and the settings."""
     if name is not None:
-        file = shipped.deepspeed_json(name)
+        file = packaged.here_or_shipped(name, packaged.DEEPSPEED)
         return str(file), read(file)
     fields = launcher.deepspeed_fields()
     if fields is None:
@@ -131,14 +145,12 @@ def _settings(name: str | None) -> tuple[str, dict[str, Any]]:
 
 def read(file: Path) -> dict[str, Any]:
     """The JSON's top level, whose keys are all supported."""
+    if not file.exists():
+        raise UserError(f"--deepspeed_config {file}: there is no such file")
     try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"--deepspeed_config {file}: there is no such file") from None
+        settings = json.loads(read_text(file))
     except json.JSONDecodeError as error:
         raise UserError(f"{file}: line {error.lineno} is not JSON: {error.msg}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--deepspeed_config {file}: cannot be read: {error}") from None
     if not isinstance(settings, dict):
         raise UserError(f"{file}: holds a {type(settings).__name__}; a DeepSpeed configuration is an object")
     for key in settings:
@@ -146,6 +158,13 @@ def read(file: Path) -> dict[str, Any]:
             raise UserError(f'{file}: "{key}" is not supported; {ELSEWHERE[key]}, and remove the block')
         if key not in ENGINE_KEYS:
             raise UserError(f'{file}: nothing reads the key "{key}"; correct its spelling or remove it')
+    for block, example in BLOCKS.items():
+        if not isinstance(settings.get(block, {}), dict):
+            raise UserError(f'{file}: "{block}" is {settings[block]!r}; write {example}')
+    for block, keys in UNCHECKED_BLOCKS.items():
+        for key in settings.get(block, {}):
+            if key not in keys:
+                raise UserError(f'{file}: nothing reads the key "{block}.{key}"; correct its spelling or remove it')
     return settings
 
 
@@ -154,9 +173,10 @@ def _pipeline(config: RunConfig, settings: dict[str, Any], file: str, world_size
 
     With more than one stage, the block is filled in and ZeRO is at the stage that goes with it.
     """
-    block = settings.pop("pipeline", None)
-    stages = _stages(config.pipeline_stages, block, file)
-    mode, interval = _activation_checkpointing(config, block or {}, file)
+    has_block = "pipeline" in settings
+    block = settings.pop("pipeline", {})
+    stages = _stages(config.pipeline_stages, block, file) if has_block else config.pipeline_stages or 1
+    mode, interval = _activation_checkpointing(config, block, file)
     if stages == 1:
         return 1, mode, interval
     if world_size % stages != 0:
@@ -164,41 +184,29 @@ def _pipeline(config: RunConfig, settings: dict[str, Any], file: str, world_size
             f"{stages} pipeline stages need {stages}, {2 * stages}, {3 * stages}, ... processes, but there are "
             f"{world_size}; start so many, or ask for a number of stages that divides {world_size}"
         )
-    method = (block or {}).get("partition", "auto")
+    method = block.get("partition", "auto")
     settings["pipeline"] = {
         "stages": stages,
         "partition": "cost" if method == "auto" else method,
         "activation_checkpoint_interval": interval,
     }
-
-    def written(block: str, key: str) -> Any:
-        return settings[block].get(key) if isinstance(settings.get(block), dict) else None
-
-    for key, asked_for in (
+    for key, is_on in (
         ("wall_clock_breakdown", settings.get("wall_clock_breakdown")),
-        ("flops_profiler", written("flops_profiler", "enabled")),
+        ("flops_profiler", settings.get("flops_profiler", {}).get("enabled")),
     ):
-        if asked_for:
+        if is_on:
             raise UserError(f'{file}: "{key}" crashes DeepSpeed\'s pipeline of several stages; remove it')
-    settings.setdefault("zero_optimization", {})
-    if written("zero_optimization", "stage") in (None, "auto") and isinstance(settings["zero_optimization"], dict):
-        settings["zero_optimization"]["stage"] = 1
-    for stage, reason in (
-        (0, "without ZeRO, DeepSpeed clips by the norm of the first stage's gradients alone"),
-        (2, "a stage adds up the gradients of many micro-batches, and ZeRO-2 would shard them at each"),
-        (3, "a stage holds its layers whole, and ZeRO-3 would shard them again"),
-    ):
-        if written("zero_optimization", "stage") == stage:
+    zero = settings.setdefault("zero_optimization", {})
+    if zero.get("stage") in (None, "auto"):
+        zero["stage"] = 1
+    for stage, reason in NOT_WITH_STAGES.items():
+        if zero["stage"] == stage:
             raise UserError(f'{file}: ZeRO stage {stage} with {stages} pipeline stages: {reason}; write "stage": 1')
     return stages, mode, interval
 
 
-def _stages(given: int | None, block: Any, file: str) -> int:
+def _stages(given: int | None, block: dict[str, Any], file: str) -> int:
     """From --pipeline_stages or the JSON's "pipeline" block, whose keys are checked."""
-    if block is None:
-        return given or 1
-    if not isinstance(block, dict):
-        raise UserError(f'{file}: "pipeline" is {block!r}; write {{"stages": "auto", "partition": "cost"}}')
     for key in block:
         if key not in PIPELINE_KEYS:
             raise UserError(
@@ -233,9 +241,6 @@ def _activation_checkpointing(config: RunConfig, block: dict[str, Any], file: st
 
 
 def _bf16(config: RunConfig, settings: dict[str, Any], file: str, bf16_is_fast: bool) -> bool:
-    for block in ("bf16", "fp16"):
-        if not isinstance(settings.get(block, {}), dict):
-            raise UserError(f'{file}: "{block}" is {settings[block]!r}; write {{"enabled": "auto"}}')
     if settings.get("fp16", {}).get("enabled", False) not in (False, "auto"):
         raise UserError(f'{file}: "fp16" is not supported, its loss scale would break exact resuming; use "bf16"')
     given = {"bf16": True, "no": False}.get(config.mixed_precision or "auto")
@@ -247,7 +252,7 @@ def _bf16(config: RunConfig, settings: dict[str, Any], file: str, bf16_is_fast: 
 
 def _check_zero(settings: dict[str, Any], file: str, bf16: bool) -> None:
     zero = settings.setdefault("zero_optimization", {"stage": 0})
-    if not isinstance(zero, dict) or zero.get("stage", 0) not in (0, 1, 2, 3):
+    if zero.get("stage", 0) not in (0, 1, 2, 3):
         raise UserError(f'{file}: "zero_optimization" needs a "stage" of 0, 1, 2 or 3')
     if zero.get("stage", 0) == 0 and bf16:
         raise UserError(f"{file}: ZeRO stage 0 with bf16 starts with a false AdamW step in DeepSpeed; use stage 1")
@@ -259,15 +264,7 @@ def _check_zero(settings: dict[str, Any], file: str, bf16: bool) -> None:
 
 def _check_with_deepspeed(settings: dict[str, Any], file: str) -> None:
     """Let DeepSpeed judge what is inside its blocks, now instead of when the engine is built."""
-    for block, keys in UNCHECKED_BLOCKS.items():
-        found = settings.get(block, {})
-        if not isinstance(found, dict):
-            raise UserError(f'{file}: "{block}" is {found!r}; it is an object')
-        for key in found:
-            if key not in keys:
-                raise UserError(f'{file}: nothing reads the key "{block}.{key}"; correct its spelling or remove it')
-    # Imported here because importing it takes seconds.
-    from deepspeed.runtime.config import DeepSpeedConfig
+    from deepspeed.runtime.config import DeepSpeedConfig  # takes seconds
     from pydantic import ValidationError
 
     trial = copy.deepcopy({key: value for key, value in settings.items() if key != "pipeline"})

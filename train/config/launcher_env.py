@@ -6,12 +6,11 @@ from typing import Any
 
 import yaml
 
-from train.config import packaged as shipped
+from train.config import packaged
 from train.config.run_config import RunConfig
 from train.utils.errors import UserError
 
 FIELDS = "the launcher's deepspeed_config"  # what messages call them
-PRECISIONS = {"no": False, "bf16": True}
 
 
 def asks(kind: str) -> bool:
@@ -28,16 +27,14 @@ def deepspeed_fields() -> dict[str, Any] | None:
     """The DeepSpeed JSON that the fields of Accelerate's file (`zero_stage`, ...) stand for; None without them.
 
     It is the shipped JSON of the stage, with the numbers, devices and precision of the fields in it.
-
-    Raises:
-        UserError: for a field that is not supported.
+    A field that is not supported is a `UserError`.
     """
     if "ACCELERATE_DEEPSPEED_ZERO_STAGE" not in os.environ:
         return None
     stage = _asked("DEEPSPEED_ZERO_STAGE")
     if stage not in ("1", "2", "3"):
         raise UserError(f"{FIELDS}: zero_stage is {stage}; write 1, 2 or 3, or name a JSON with --deepspeed_config")
-    settings = json.loads((shipped.PACKAGE / shipped.DEEPSPEED / f"zero{stage}.json").read_text(encoding="utf-8"))
+    settings = json.loads(packaged.find(f"zero{stage}").read_text(encoding="utf-8"))
     for part in ("optimizer", "param"):
         key, device = f"offload_{part}", _asked(f"DEEPSPEED_OFFLOAD_{part.upper()}_DEVICE")
         if device == "cpu":
@@ -52,9 +49,9 @@ def deepspeed_fields() -> dict[str, Any] | None:
         settings[key] = yaml.safe_load(_asked(key.upper()))
     precision = _asked("MIXED_PRECISION")
     if precision != "auto":
-        if precision not in PRECISIONS:
+        if precision not in ("no", "bf16"):
             raise UserError(f"the launcher's mixed_precision is {precision}; write bf16 or no")
-        settings["bf16"] = {"enabled": PRECISIONS[precision]}
+        settings["bf16"] = {"enabled": precision == "bf16"}
     return settings
 
 

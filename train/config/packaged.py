@@ -19,33 +19,15 @@ def configurations() -> list[Path]:
     return [file for folder in (ACCELERATE, DEEPSPEED, RECIPES) for file in sorted((PACKAGE / folder).iterdir())]
 
 
-def deepspeed_json(name: str) -> Path:
+def here_or_shipped(name: str, folder: str) -> Path:
     """The file of this name, else the shipped one: `zero2.json` and `ds_configs/zero2.json` are in any folder."""
-    return _here_or_shipped(name, DEEPSPEED)
-
-
-def recipe(name: str) -> Path:
-    """The YAML file of this name for --config, else the shipped one: `recipes/demo_cpu.yaml` is in any folder."""
-    return _here_or_shipped(name, RECIPES)
-
-
-def accelerate_file(name: str) -> Path:
-    """Accelerate's file of this name (`ddp.yaml`): that in `accelerate_configs` here, else the shipped one."""
-    return _here_or_shipped(f"{ACCELERATE}/{name}", ACCELERATE)
-
-
-def _here_or_shipped(name: str, folder: str) -> Path:
     file = Path(name)
     shipped = PACKAGE / folder / file.name
     return shipped if not file.exists() and file.parent in (Path(), Path(folder)) and shipped.is_file() else file
 
 
 def find(name: str) -> Path:
-    """The shipped file of this name, with or without its ending.
-
-    Raises:
-        UserError: for a name that none has.
-    """
+    """The shipped file of this name, with or without its ending; a `UserError` if there is none."""
     for file in configurations():
         if name in (file.name, file.stem):
             return file

@@ -242,7 +242,7 @@ def parse(argv: list[str] | None = None) -> RunConfig:
         parser.add_flags(group)
     namespace = parser.parse_args(argv)
     if namespace.config is not None:
-        file = packaged.recipe(namespace.config)
+        file = packaged.here_or_shipped(namespace.config, packaged.RECIPES)
         try:
             in_file = parser.parse_args([f"--{key}={value}" for key, value in _read_yaml(file)])
         except UserError as error:

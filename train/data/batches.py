@@ -20,7 +20,6 @@ predicted, whatever the mask.
 import math
 from fractions import Fraction
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import torch
@@ -66,10 +65,6 @@ class TrainBatches:
     def steps_per_epoch(self) -> float:
         return self.blocks / self.global_batch_size
 
-    def epochs(self, steps: int) -> float:
-        """How many epochs `steps` optimizer steps are."""
-        return steps / self.steps_per_epoch
-
     def updates(self, epochs: float) -> int:
         """Optimizer steps that cover `epochs`: ⌈epochs · n / G⌉; the last one may take samples of the next epoch."""
         # Exact decimals: in floats, 0.1 · 30 blocks could round up to one step too many.
@@ -100,10 +95,6 @@ class TrainBatches:
         self.tokens.will_need(offsets, self.block_size + 1)
         rows = np.stack([self.tokens.ids[offset : offset + self.block_size + 1] for offset in offsets])
         return as_tensors(rows[:, :-1].astype(np.int64), rows[:, 1:].astype(np.int64), self.document_mask)
-
-    def identity(self) -> dict[str, Any]:
-        """What a checkpoint records of its data, and a run that resumes from it must have as well."""
-        return self.tokens.identity
 
 
 class EvalBatches:

@@ -1,11 +1,12 @@
 """Read the next step's batches, and pin them for an accelerator, while the current step runs."""
 
 from collections.abc import Callable, Generator
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 
 import torch
 
 from train.utils.devices import thread_initializer
+from train.utils.workers import in_parallel
 
 Batch = dict[str, torch.Tensor]
 
@@ -23,16 +24,7 @@ def read_ahead(read: Callable[[int], list[Batch]], steps: range, device: torch.d
             batches = [{key: value.pin_memory() for key, value in batch.items()} for batch in batches]
         return batches
 
-    if not steps:
-        return
     # On device 0, where a thread starts, pinning for another device would take memory.
-    reader = ThreadPoolExecutor(1, "read-ahead", thread_initializer(device))
-    try:
-        ahead = reader.submit(fetch, steps.start)
-        for step in steps:
-            batches = ahead.result()
-            if step + 1 in steps:
-                ahead = reader.submit(fetch, step + 1)
+    with closing(in_parallel(fetch, steps, 1, ahead=1, initializer=thread_initializer(device))) as reader:
+        for _, batches in reader:
             yield batches
-    finally:
-        reader.shutdown(cancel_futures=True)

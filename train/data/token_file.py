@@ -180,7 +180,7 @@ class TokenFile:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What distinguishes one token file from another; a bare file has no digest."""
+        """What a checkpoint records of its data, and a run that resumes must have too; a bare file has no digest."""
         return {"tokens": len(self), "sha256": self.sidecar.sha256 if self.sidecar else None}
 
     def will_need(self, offsets: np.ndarray, count: int) -> None:

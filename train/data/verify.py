@@ -15,11 +15,7 @@ COMMON = ("request", "source", "tokenizer_sha256", "split", "val_fraction", "see
 
 
 def verify(folder: Path) -> None:
-    """Check `train.bin` and `val.bin` in a folder, and print what they hold.
-
-    Raises:
-        UserError: a sentence for each fault.
-    """
+    """Check `train.bin` and `val.bin` in a folder and print what they hold, or raise a sentence for each fault."""
     faults: list[str] = []
     sidecars = {}
     for path in (folder / "train.bin", folder / "val.bin"):
@@ -36,11 +32,7 @@ def verify(folder: Path) -> None:
 
 
 def verify_file(path: Path) -> Sidecar:
-    """The sidecar of a token file, once the file was found to hold what it says.
-
-    Raises:
-        UserError: it does not.
-    """
+    """The sidecar of a token file, once the file was found to hold what it says; a `UserError` if it does not."""
     tokens = open_tokens(path, vocab_size=2**32)
     sidecar = tokens.sidecar
     if sidecar is None:

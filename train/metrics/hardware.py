@@ -1,6 +1,5 @@
 """What a run was made on: facts of the machine and versions of the packages."""
 
-import os
 import platform
 import re
 from importlib.metadata import PackageNotFoundError, version
@@ -10,6 +9,7 @@ import psutil
 import torch
 
 from train.utils.devices import accelerators, cpu_has_fast_bf16, read_or_none
+from train.utils.processes import usable_cores
 
 PACKAGES = ("gpt2flash", "transformers", "accelerate", "deepspeed", "datasets", "evaluate", "tiktoken",
             "flash-attn", "flash-attn-4", "kernels", "liger-kernel", "numpy")  # fmt: skip
@@ -26,7 +26,7 @@ def hardware() -> dict[str, Any]:
         "cpu_physical_cores": psutil.cpu_count(logical=False),
         "cpu_logical_cores": psutil.cpu_count(),
         # A container or `taskset` may allow fewer than the machine has.
-        "cpu_usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpu_usable_cores": usable_cores(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cpu_bf16": cpu_has_fast_bf16(),
         "torch_threads": torch.get_num_threads(),

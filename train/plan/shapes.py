@@ -106,7 +106,8 @@ class Layout:
         """The flags of `accelerate launch`; none where `python` starts a single process."""
         if self.kind == "single":
             return []
-        file = packaged.accelerate_file("deepspeed.yaml" if self.kind == "zero" else f"{self.kind}.yaml")
+        name = "deepspeed" if self.kind == "zero" else self.kind
+        file = packaged.here_or_shipped(f"{packaged.ACCELERATE}/{name}.yaml", packaged.ACCELERATE)
         return ["--config_file", str(file), "--num_processes", str(self.world_size)]
 
     @property

@@ -1,7 +1,6 @@
 """Documents → `train.bin` and `val.bin`: the steps of the README in this folder."""
 
 import gc
-import os
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
@@ -33,6 +32,7 @@ from train.preprocess_data.streams import (
 from train.preprocess_data.tokenization import ENCODERS, Encoder, choose_encoder
 from train.utils.arguments import flag
 from train.utils.errors import UserError
+from train.utils.processes import usable_cores
 from train.utils.workers import in_parallel
 
 if TYPE_CHECKING:
@@ -43,10 +43,6 @@ STDLIB_VAL_FRACTION = 0.05  # 0.0005 of its 670 modules would be none
 SUBSETS = "".join(f"; {known.subset} of {name}" for name, known in HUB_DATASETS.items() if known.subset)
 CHECKED_DOCUMENTS = 64  # that the encoder must agree with the reference on before anything is written
 GC_INTERVAL = 16  # batches
-
-
-def available_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(frozen=True)
@@ -111,7 +107,7 @@ class SpeedFlags:
         "else tiktoken",
         choices=ENCODERS,
     )
-    num_proc: int = flag(available_cores(), "threads that tokenize (default: the cores of this machine)", at_least=1)
+    num_proc: int = flag(usable_cores(), "threads that tokenize (default: the cores of this machine)", at_least=1)
 
 
 @dataclass(frozen=True)

@@ -24,11 +24,7 @@ class Attempts:
         self.failures = 0
 
     def failed(self, error: Exception, opening: bool = False, row: int = 0) -> None:
-        """Return when it is time to try again.
-
-        Raises:
-            UserError: it would fail again.
-        """
+        """Return when it is time to try again; raise a `UserError` if it would fail again."""
         if isinstance(error, UserError):
             raise error
         self.failures += 1

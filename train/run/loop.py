@@ -128,7 +128,7 @@ def train(run: ResolvedRun) -> None:
             done = step + 1
             record = {
                 "step": done,
-                "epoch": run.train.epochs(done),
+                "epoch": done / run.train.steps_per_epoch,
                 "tokens": done * run.tokens_per_step,
                 "loss": result.loss,
                 "learning_rate": rate,

@@ -93,7 +93,7 @@ class ResolvedRun:
             step=step,
             tokens=step * self.tokens_per_step,
             model=self.shape,
-            train_data=self.train.identity(),
+            train_data=self.train.tokens.identity,
             seed=self.config.seed,
             block_size=self.train.block_size,
             document_mask=self.config.document_mask,

@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -73,13 +72,7 @@ def from_json(schema: type[T], value: Any, path: Path, writer: str) -> T:
 
 def json_safe(value: Any) -> Any:
     """The same value with every NaN and infinity, at any depth, as None: strict JSON has neither."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: json_safe(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [json_safe(inner) for inner in value]
-    return value
+    return json.loads(json.dumps(value), parse_constant=lambda name: None)
 
 
 def _finite(text: str) -> float | None:

@@ -38,6 +38,11 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def exit_with_error(error: Exception) -> NoReturn:
     """Print `error` with this process's rank and exit with code 1. Call it while `error` is being handled."""
     if isinstance(error, RuntimeError) and LOST_PEER.search(str(error)):
@@ -73,6 +78,8 @@ def watch_peer(pids: Sequence[int]) -> None:
     """
     if len(pids) == 1 or not hasattr(os, "pidfd_open"):
         return
+    import psutil
+
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     peer = rank() - local_rank + (local_rank + 1) % local_size
@@ -81,9 +88,9 @@ def watch_peer(pids: Sequence[int]) -> None:
     try:
         if "TORCHELASTIC_RUN_ID" in os.environ or "CROSS_SIZE" in os.environ:  # otherwise the parent may be a shell
             watched[os.pidfd_open(parent)] = None
-        if local_size > 1 and _parent_of(pids[peer]) == parent:
+        if local_size > 1 and psutil.Process(pids[peer]).ppid() == parent:
             watched[os.pidfd_open(pids[peer])] = peer
-    except OSError:
+    except (OSError, psutil.Error):
         return
     threading.Thread(target=_watch, args=(watched, pids), daemon=True).start()
 
@@ -105,22 +112,12 @@ def _watch(watched: dict[int, int | None], pids: Sequence[int]) -> None:
                 _print(f"rank {ended} of {len(pids)}: ended by {signal.Signals(number).name} (process {pids[ended]})")
 
 
-def _stat(pid: int) -> list[str]:
-    """Fields of /proc/PID/stat from the third on (see proc_pid_stat(5)); empty if there is no such process."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return []
-
-
-def _parent_of(pid: int) -> int | None:
-    fields = _stat(pid)
-    return int(fields[1]) if fields else None
-
-
 def _ended_by(pid: int) -> int | None:
     """Signal that ended a process whose exit status the launcher has not read yet."""
-    fields = _stat(pid)
+    try:  # the fields from the third on, see proc_pid_stat(5)
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
     status = int(fields[49]) if len(fields) > 49 and fields[0] == "Z" else 0
     return os.WTERMSIG(status) if os.WIFSIGNALED(status) else None
 

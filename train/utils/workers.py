@@ -1,41 +1,52 @@
 """Parallel work in threads, with the results in the order of the items."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 def in_parallel(
-    function: Callable[[Item], Result], items: Iterable[Item], workers: int
-) -> Iterator[tuple[Item, Result]]:
-    """Yield each item with its result, in order. At most `workers` + 3 items are read ahead.
+    function: Callable[[Item], Result],
+    items: Iterable[Item],
+    workers: int,
+    ahead: int | None = None,
+    initializer: Callable[[], None] | None = None,
+) -> Generator[tuple[Item, Result]]:
+    """Yield each item with its result, in order.
 
     If the iterable raises, the error is raised after the results of all items before it.
+
+    Args:
+        function: called with each item in one of the threads.
+        items: read in the calling thread.
+        workers: number of threads.
+        ahead: items that are read before the result of the first one is yielded; by default `workers` + 2.
+        initializer: called at the start of each thread.
     """
+    ahead = workers + 2 if ahead is None else ahead
+    pool = ThreadPoolExecutor(workers, "read-ahead", initializer)
+
+    def submitted() -> Iterator[tuple[Any, Future[Result]]]:
+        try:
+            for item in items:
+                yield item, pool.submit(function, item)
+        except Exception as error:
+            failed: Future[Result] = Future()
+            failed.set_exception(error)
+            yield None, failed
+
     pending: deque[tuple[Item, Future[Result]]] = deque()
-    pool = ThreadPoolExecutor(workers)
-    iterator = iter(items)
-    error = None
     try:
-        while True:
-            try:
-                item = next(iterator)
-            except StopIteration:
-                break
-            except Exception as raised:
-                error = raised
-                break
-            pending.append((item, pool.submit(function, item)))
-            if len(pending) > workers + 2:
-                first, future = pending.popleft()
-                yield first, future.result()
+        for pair in submitted():
+            pending.append(pair)
+            if len(pending) > ahead:
+                item, future = pending.popleft()
+                yield item, future.result()
         for item, future in pending:
             yield item, future.result()
-        if error is not None:
-            raise error
     finally:
         pool.shutdown(cancel_futures=True)
