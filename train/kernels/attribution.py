@@ -9,7 +9,7 @@ import re
 from bisect import bisect_left, bisect_right
 from typing import NamedTuple
 
-from train.kernels.traces import Event, Thread, Trace, ancestors
+from train.kernels.traces import Event, Trace, ancestors
 from train.metrics.annotations import PHASES, module_of
 
 IDLE = "idle and launch gaps"
@@ -76,12 +76,11 @@ class Scopes:
             latest = ""
             for event in events:
                 latest = modules.get(event, latest)
-                outer = self._scopes[event.parent] if event.parent is not None else self._outermost(thread, event)
+                if event.parent is not None:
+                    outer = self._scopes[event.parent]
+                else:  # autograd runs the backward pass of a GPU in a thread of its own, which has no annotations
+                    outer = NO_SCOPE if thread == self.trace.main else Scope(self.phase_at(event.start), "")
                 self._scopes[event] = self._inner(event, outer, modules.get(event), latest)
-
-    def _outermost(self, thread: Thread, event: Event) -> Scope:
-        """Autograd runs the backward pass of a GPU in a thread of its own, which has no annotations."""
-        return NO_SCOPE if thread == self.trace.main else Scope(self.phase_at(event.start), "")
 
     @staticmethod
     def _inner(event: Event, outer: Scope, module: str | None, latest: str) -> Scope:

@@ -9,6 +9,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from operator import itemgetter
 
 from train.kernels.attribution import communicates
 from train.kernels.summary import PipelineTimeline, ProcessTimeline, Span
@@ -47,22 +48,18 @@ def timeline(recording: Recording) -> PipelineTimeline | None:
     )
 
 
-def _launched(trace: Trace) -> list[tuple[Event, Kernel]]:
-    """Return the kernels of a trace with the calls that launched them, in the order of the calls."""
-    found = [(kernel.launch, kernel) for kernel in trace.kernels if kernel.launch is not None]
-    return sorted(found, key=_launch_time)
+def _launched(trace: Trace) -> list[tuple[float, Kernel]]:
+    """Return the kernels of a trace by the times of the calls that launched them."""
+    found = ((kernel.launch.start, kernel) for kernel in trace.kernels if kernel.launch is not None)
+    return sorted(found, key=itemgetter(0))
 
 
-def _launch_time(launched: tuple[Event, Kernel]) -> float:
-    return launched[0].start
-
-
-def _spans(trace: Trace, step: Event, launched: Sequence[tuple[Event, Kernel]]) -> list[Span]:
+def _spans(trace: Trace, step: Event, launched: Sequence[tuple[float, Kernel]]) -> list[Span]:
     """Return what a process does in a step, in seconds of its own clock since the step began there."""
     counted: Counter[tuple[str, int | None]] = Counter()
     spans = []
     for event in _phases(step):
-        stages = [stage_of(child.name) for child in event.children]
+        stages = (stage_of(child.name) for child in event.children)
         stage = next((each for each in stages if each is not None), None)
         micro_batch = None
         if event.name in AT_WORK:
@@ -87,16 +84,16 @@ def _phases(step: Event) -> list[Event]:
     return found
 
 
-def _extent(event: Event, launched: Sequence[tuple[Event, Kernel]]) -> tuple[float, float] | None:
+def _extent(event: Event, launched: Sequence[tuple[float, Kernel]]) -> tuple[float, float] | None:
     """Return when the kernels of a phase begin and end, whichever thread launched them, or None if it has none.
 
     Communication that overlaps with a forward or backward pass does not prolong it.
     """
-    first, last = (bisect_left(launched, time, key=_launch_time) for time in (event.start, event.end))
+    first, last = (bisect_left(launched, time, key=itemgetter(0)) for time in (event.start, event.end))
     kernels = [
         kernel
-        for launch, kernel in launched[first:last]
-        if event.name not in AT_WORK or not communicates(kernel.name, launch)
+        for _, kernel in launched[first:last]
+        if event.name not in AT_WORK or not communicates(kernel.name, kernel.launch)
     ]
     if not kernels:
         return None
