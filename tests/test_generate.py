@@ -236,12 +236,15 @@ def test_a_mistake_ends_with_exit_code_2(finished: Path, tmp_path: Path) -> None
     assert done.stderr.startswith("error: --stream")
 
 
-def test_latency_has_both_parts(small_model: Path) -> None:
-    latencies = measure_latency(load_for_inference(small_model), torch.arange(8)[None], new_tokens=48)
-    assert (len(latencies.first_tokens), len(latencies.further_tokens)) == (3 + 20, 3 * 47)
-    assert min(latencies.first_tokens) <= latencies.median_first_token <= max(latencies.first_tokens)
-    assert min(latencies.further_tokens) <= latencies.median_per_token <= max(latencies.further_tokens)
-    assert min(latencies.first_tokens + latencies.further_tokens) > 0
+def test_latency_has_both_parts(small_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[list[float]] = []
+    monkeypatch.setattr("train.generate.latency.percentiles", lambda values, **_: measured.append(values))
+    metrics = measure_latency(load_for_inference(small_model), torch.arange(8)[None], new_tokens=48)
+    first, further = measured
+    assert (len(first), len(further)) == (3 + 20, 3 * 47)
+    assert min(first) <= metrics["inference_latency_seconds"] <= max(first)
+    assert min(further) <= metrics["inference_seconds_per_token"] <= max(further)
+    assert min(first + further) > 0
 
 
 def test_speed_is_coherent(small_model: Path) -> None:

@@ -11,17 +11,8 @@ import torch
 from transformers.generation import BaseStreamer
 
 from train.generate.decoding import Decoding
+from train.metrics.summary import percentiles
 from train.utils.devices import peak_memory, reset_peak_memory
-
-
-@dataclass(frozen=True)
-class Latencies:
-    """Seconds of every first token (prompt included) and of every further token, and their medians over the rounds."""
-
-    first_tokens: list[float]
-    further_tokens: list[float]
-    median_first_token: float
-    median_per_token: float  # of each round's mean
 
 
 @dataclass(frozen=True)
@@ -60,26 +51,32 @@ class TokenTimer(BaseStreamer):
 
 def measure_latency(
     model: Any, prompt_ids: torch.Tensor, new_tokens: int, rounds: int = 3, first_tokens: int = 20
-) -> Latencies:
-    """Time greedy generation from `prompt_ids` (B, T), `rounds` times after a warm-up.
+) -> dict[str, Any]:
+    """A run's metrics of inference: greedy generation from `prompt_ids` (B, T), `rounds` times after a warm-up.
 
-    The first token alone is timed `first_tokens` times more, enough for a 95th percentile.
+    The latency is the median of the first tokens, prompt included; the time per further token is that of each round's
+    mean. For the percentiles the first token alone is timed `first_tokens` times more, enough for the 95th.
     """
-    decoding = Decoding(new_tokens, temperature=0)
-    runs = [timed(model, prompt_ids, decoding) for _ in range(1 + rounds)][1:]
+    runs = timed_rounds(model, prompt_ids, Decoding(new_tokens, temperature=0), rounds)
     alone = [timed(model, prompt_ids, Decoding(1, temperature=0)) for _ in range(first_tokens)]
-    return Latencies(
-        first_tokens=[run.first_token_seconds for run in [*runs, *alone]],
-        further_tokens=[after - before for run in runs for before, after in pairwise(run.times[1:])],
-        median_first_token=median(run.first_token_seconds for run in runs),
-        median_per_token=median(run.seconds_per_token for run in runs),
-    )
+    per_token = median(run.seconds_per_token for run in runs)
+    first = [run.first_token_seconds for run in [*runs, *alone]]
+    further = [after - before for run in runs for before, after in pairwise(run.times[1:])]
+    return {
+        "inference_latency_seconds": median(run.first_token_seconds for run in runs),
+        "inference_seconds_per_token": per_token,
+        "inference_tokens_per_second": 1 / per_token if per_token else None,
+        "inference_percentiles": {
+            "first_token": percentiles(first, p50=50, p95=95),
+            "per_token": percentiles(further, p50=50, p95=95),
+        },
+    }
 
 
 def measure_speed(model: Any, prompt_ids: torch.Tensor, decoding: Decoding, rounds: int = 3) -> Speed:
     """Time generation from `prompt_ids` (B, T), `rounds` times after a warm-up."""
     reset_peak_memory(prompt_ids.device)
-    runs = [timed(model, prompt_ids, decoding) for _ in range(1 + rounds)][1:]
+    runs = timed_rounds(model, prompt_ids, decoding, rounds)
     peak = peak_memory(prompt_ids.device)
     tokens = len(prompt_ids) * decoding.max_new_tokens
     return Speed(
@@ -91,6 +88,10 @@ def measure_speed(model: Any, prompt_ids: torch.Tensor, decoding: Decoding, roun
         if peak["peak_memory_kind"] == "rss"
         else peak["peak_memory_bytes"],
     )
+
+
+def timed_rounds(model: Any, prompt_ids: torch.Tensor, decoding: Decoding, rounds: int) -> list[TokenTimer]:
+    return [timed(model, prompt_ids, decoding) for _ in range(1 + rounds)][1:]
 
 
 def timed(model: Any, prompt_ids: torch.Tensor, decoding: Decoding) -> TokenTimer:

@@ -15,7 +15,7 @@ from train.generate.latency import measure_latency
 from train.generate.texts import generate_text
 from train.metrics.flops import count_flops, peak_flops
 from train.metrics.hardware import hardware, versions
-from train.metrics.summary import RunFacts, percentiles, summarize
+from train.metrics.summary import RunFacts, summarize
 from train.run.setup import ResolvedRun
 from train.utils.devices import device_name
 from train.utils.files import write_json
@@ -81,17 +81,7 @@ def generate_sample(run: ResolvedRun, model: PreTrainedModel) -> dict[str, str] 
 
 
 def measure_inference(run: ResolvedRun, model: PreTrainedModel) -> dict[str, Any]:
-    """Latency of one sequence at a time: up to the first token, then of each further one; percentiles over all."""
+    """Latency of one sequence at a time, after a prompt of the validation data."""
     length = min(LATENCY_TOKENS, run.model.config.n_positions // 2)
     prompt_ids = torch.tensor(run.val.tokens.ids[None, :length].astype("int64"), device=model.device)
-    latencies = measure_latency(model, prompt_ids, length)
-    per_token = latencies.median_per_token
-    return {
-        "inference_latency_seconds": latencies.median_first_token,
-        "inference_seconds_per_token": per_token,
-        "inference_tokens_per_second": 1 / per_token if per_token else None,
-        "inference_percentiles": {
-            "first_token": percentiles(latencies.first_tokens, p50=50, p95=95),
-            "per_token": percentiles(latencies.further_tokens, p50=50, p95=95),
-        },
-    }
+    return measure_latency(model, prompt_ids, length)
