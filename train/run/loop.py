@@ -146,10 +146,10 @@ def train(run: ResolvedRun) -> None:
                 save(engine, run, done)
             profiler.step()
     log.close()
-    main, processes, measured = engine.is_main, engine.world_size, engine.peak_memory(profiler.peak_before)
+    main, world_size, measured = engine.is_main, engine.world_size, engine.peak_memory(profiler.peak_before)
     measured |= energy.metrics(engine.device, engine.sum_over_processes, run.tokens_per_step)
     engine.close()
     if main:
-        write_summary(run, log.records, processes, measured)
+        write_summary(run, log.records, world_size, measured)
         if config.push_to_hub is not None:
             print(push(config.run_folder, config.push_to_hub))
