@@ -6,7 +6,7 @@ import pytest
 
 from tests.conftest import ROOT, python
 from train.cli import TOOLS
-from train.utils.arguments import ArgumentParser
+from train.config.arguments import ArgumentParser
 from train.utils.errors import UserError, did_you_mean
 
 

@@ -61,6 +61,12 @@ def test_no_two_modules_import_each_other() -> None:
     graphlib.TopologicalSorter({name: names & set(graph) for name, names in graph.items()}).prepare()
 
 
+def test_no_folder_has_more_than_9_modules() -> None:
+    for folder in {path.parent for path in TRAIN_MODULES}:
+        modules = {path.name for path in folder.glob("*.py")} - {"__init__.py"}
+        assert len(modules) <= 9, f"{folder.relative_to(ROOT)} has {len(modules)}: {sorted(modules)}"
+
+
 @pytest.mark.parametrize("package", AFTER_TRAINING)
 def test_tools_after_training_read_files(package: str) -> None:
     assert "run" not in packages_imported(package)

@@ -3,7 +3,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from train.utils.workers import in_parallel
+from train.data.workers import in_parallel
 
 
 def test_results_keep_the_order_and_little_is_read_ahead() -> None:

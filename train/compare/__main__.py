@@ -13,9 +13,9 @@ from train.compare.report.content import Report
 from train.compare.report.kernels import kernels_section
 from train.compare.report.memory import memory_charts
 from train.compare.run_charts import draw
+from train.config.arguments import ArgumentParser
 from train.kernels.comparison import read_profile
 from train.metrics.memory_profile import read_memory
-from train.utils.arguments import ArgumentParser
 from train.utils.command import run_command
 from train.utils.errors import UserError
 from train.utils.files import atomic_write, write_json, write_text

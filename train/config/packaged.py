@@ -6,7 +6,7 @@ names; an installed package has copies in their place.
 
 from pathlib import Path
 
-from train.utils.arguments import ArgumentParser
+from train.config.arguments import ArgumentParser
 from train.utils.command import run_command
 from train.utils.errors import UserError, did_you_mean
 

@@ -13,8 +13,8 @@ from typing import Any, Literal
 import yaml
 
 from train.config import packaged
+from train.config.arguments import ArgumentParser, flag
 from train.optim.schedule import SCHEDULES
-from train.utils.arguments import ArgumentParser, flag
 from train.utils.errors import UserError, did_you_mean
 
 TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")

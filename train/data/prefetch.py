@@ -5,8 +5,8 @@ from contextlib import closing
 
 import torch
 
+from train.data.workers import in_parallel
 from train.utils.devices import thread_initializer
-from train.utils.workers import in_parallel
 
 Batch = dict[str, torch.Tensor]
 

@@ -5,7 +5,7 @@ import importlib
 from pathlib import Path
 from typing import Any
 
-from train.utils.arguments import ArgumentParser
+from train.config.arguments import ArgumentParser
 from train.utils.command import run_command
 from train.utils.errors import UserError
 from train.utils.files import atomic_folder

@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from train.config.arguments import ArgumentParser, flags_of, number
 from train.generate.decoding import Decoding
-from train.utils.arguments import ArgumentParser, flags_of, number
 from train.utils.command import run_command
 from train.utils.compilers import check_cpp_compiler
 from train.utils.errors import UserError

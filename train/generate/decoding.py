@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from train.utils.arguments import flag, flags_of
+from train.config.arguments import flag, flags_of
 
 SAMPLING = ("temperature", "top_k", "top_p")  # not passed to `generate()` at temperature 0
 

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+from train.config.arguments import ArgumentParser
 from train.hub.upload import check, push
-from train.utils.arguments import ArgumentParser
 from train.utils.command import run_command
 
 

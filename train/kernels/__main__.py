@@ -6,13 +6,13 @@ Reads only the traces that `python -m train --profile` wrote, of every process.
 from collections.abc import Sequence
 from pathlib import Path
 
+from train.config.arguments import ArgumentParser
 from train.kernels.attribution import CATEGORIES
 from train.kernels.breakdown import summarize
 from train.kernels.comparison import compare, speedup_sentence
 from train.kernels.summary import Change, Comparison, PipelineTimeline, Row, RunSummary, write_kernels
 from train.kernels.traces import read_recording
 from train.metrics.units import milliseconds
-from train.utils.arguments import ArgumentParser
 from train.utils.command import run_command
 from train.utils.errors import UserError
 from train.utils.files import write_text

@@ -16,12 +16,12 @@ from pathlib import Path
 from safetensors import SafetensorError
 from tqdm import tqdm
 
+from train.config.arguments import ArgumentParser
 from train.parity.differences import differences
 from train.parity.launch import launch
 from train.parity.layouts import LAYOUTS, Case
 from train.parity.reference import STEPS, Reference, train_reference, write_problem
 from train.parity.results import Result, as_json, report, table, verdict
-from train.utils.arguments import ArgumentParser
 from train.utils.command import run_command
 from train.utils.errors import UserError
 from train.utils.files import write_json, write_text

@@ -16,11 +16,11 @@ from dataclasses import dataclass, replace
 from typing import get_args
 
 from train.checkpoints.loading import load_config
+from train.config.arguments import ArgumentParser, number
 from train.engines.pipeline.partition import partition
 from train.plan.memory import Memory, predict
 from train.plan.shapes import ActivationCheckpointing, Layout, Shape
 from train.plan.speed import DEVICES, Device, Speed, predict_speed
-from train.utils.arguments import ArgumentParser, number
 from train.utils.command import run_command
 from train.utils.errors import UserError
 from train.utils.tables import markdown_table

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
+from train.config.arguments import ArgumentParser
 from train.data.verify import verify
 from train.preprocess_data.convert import STDLIB_VAL_FRACTION, VAL_FRACTION, PreparationConfig, prepare, summary
 from train.preprocess_data.sources import FILE_KINDS, HUB_DATASETS, STDLIB
-from train.utils.arguments import ArgumentParser
 from train.utils.command import run_command
 
 EXAMPLES = "\n".join(

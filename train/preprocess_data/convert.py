@@ -15,8 +15,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm import tqdm
 
+from train.config.arguments import flag
 from train.data.token_file import read_sidecar, sidecar_path, token_dtype
 from train.data.tokenizer import END_OF_TEXT, RANKS_SHA256, TOKENIZER_NAME, VOCABULARY_SIZE
+from train.data.workers import in_parallel
 from train.preprocess_data.preparation import PARTS, WORK_FOLDER, Chunk, Preparation, is_finished, locked
 from train.preprocess_data.sources import FILE_KINDS, HUB_DATASETS, STDLIB, Source, file_kinds, resolve_source
 from train.preprocess_data.splits import SplitRule, hash_rule, nanogpt_rows, nanogpt_rule
@@ -30,10 +32,8 @@ from train.preprocess_data.streams import (
     read_documents,
 )
 from train.preprocess_data.tokenization import ENCODERS, Encoder, choose_encoder
-from train.utils.arguments import flag
 from train.utils.errors import UserError
 from train.utils.processes import usable_cores
-from train.utils.workers import in_parallel
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
