@@ -28,7 +28,7 @@ from modeling_gpt2flash import GPT2FlashConfig, GPT2FlashForCausalLM
 from train.checkpoints.safetensors_writer import TensorFile
 from train.optim.parameter_groups import moments_of
 from train.utils.errors import UserError
-from train.utils.files import atomic_folder, write_text
+from train.utils.files import atomic_folder, delete_folder, write_text
 from train.utils.json_files import from_json, read_json
 
 STATE = "training_state.json"
@@ -87,7 +87,7 @@ def save(
     shapes = {name: parameter.shape for name, parameter in shell.named_parameters()}
     kinds = {name: moments_of(state.optimizer, name) for name in shapes}
     moment_shapes = {f"{kind}.{name}": shape for name, shape in shapes.items() for kind in kinds[name]}
-    with atomic_folder(target) as folder:
+    with atomic_folder(target, replace=True) as folder:
         shell.save_pretrained(folder, state_dict={})  # every file but the weights
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
@@ -98,23 +98,13 @@ def save(
                 for kind in kinds[name]:
                     moments.write(f"{kind}.{name}", state_of[kind])
         (folder / STATE).write_text(json.dumps(dataclasses.asdict(state), indent=2) + "\n", encoding="utf-8")
-        _delete(target)
     write_text(run_folder / LATEST, target.name + "\n")
     for name in model_files:
         _link(target / name, run_folder / name)
     if keep is not None:
         for _, old in _step_folders(run_folder)[:-keep]:
-            _delete(old)
+            delete_folder(old)
     return target
-
-
-def _delete(folder: Path) -> None:
-    """Delete a step folder if it exists; it is renamed first, so that a partial one is never read as a checkpoint."""
-    if folder.exists():
-        renamed = folder.with_name(f".{folder.name}.old")
-        shutil.rmtree(renamed, ignore_errors=True)
-        folder.rename(renamed)
-        shutil.rmtree(renamed)
 
 
 def _link(source: Path, link: Path) -> None:
@@ -238,7 +228,7 @@ def prepare_run_folder(run_folder: Path, checkpoint: Checkpoint | None, overwrit
         write_text(run_folder / LATEST, checkpoint.folder.name + "\n")
         for step, folder in _step_folders(run_folder):
             if step > checkpoint.step:
-                _delete(folder)
+                delete_folder(folder)
 
 
 def _holds_a_run(run_folder: Path) -> bool:

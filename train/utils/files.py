@@ -32,10 +32,10 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
+def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     """Yield a new temporary folder beside `path`; on success it is flushed and renamed, otherwise removed.
 
-    By then `path` must be absent, or an empty folder.
+    By then `path` must be absent, or an empty folder, unless the new folder may `replace` it.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -44,10 +44,21 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         yield temporary
         for entry in [*temporary.iterdir(), temporary]:
             fsync(entry)
+        if replace:
+            delete_folder(path)
         temporary.rename(path)
         fsync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # frees a full disk
+
+
+def delete_folder(folder: Path) -> None:
+    """Delete a step folder if it exists; it is renamed first, so that a partial one is never read as a checkpoint."""
+    if folder.exists():
+        renamed = folder.with_name(f".{folder.name}.old")
+        shutil.rmtree(renamed, ignore_errors=True)
+        folder.rename(renamed)
+        shutil.rmtree(renamed)
 
 
 def write_text(path: Path, text: str) -> None:
