@@ -14,7 +14,7 @@ import pytest
 
 from tests.conftest import ROOT, command, python
 
-SOURCES = ("modeling_gpt2flash", "train", "accelerate_configs", "ds_configs")
+SOURCES = ("modeling_gpt2flash", "train", "accelerate_configs", "ds_configs", "recipes")
 FILES = ("setup.cfg", "pyproject.toml", "README.md", "LICENSE")
 
 
