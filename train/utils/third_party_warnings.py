@@ -18,6 +18,8 @@ def silence_third_party_warnings() -> None:
     logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler logs its start and stop otherwise
     if device_type() == "cpu":
+        # torch.compile's first use of a C++ extension reports a CUDA toolkit without a GPU.
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns that it found no GPU otherwise
     # DeepSpeed 0.19 calls a function at each step that torch has deprecated since 2.13.
     warnings.filterwarnings("ignore", message=r".*torch\.distributed\.\w+` is deprecated", category=FutureWarning)
