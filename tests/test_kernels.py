@@ -15,7 +15,7 @@ from tests.tiny_gpt2 import make_ours, tokens
 from train.engines.transforms import checkpoint_arguments, checkpoint_blocks
 from train.kernels import __main__ as kernels
 from train.kernels.attribution import CATEGORIES
-from train.kernels.breakdown import OUTSIDE, break_down, summarize
+from train.kernels.breakdown import BETWEEN_OPERATORS, OUTSIDE, WAITING, summarize
 from train.kernels.op_costs import flops, moved_bytes
 from train.kernels.summary import SCHEMA, KernelsFile, group
 from train.kernels.traces import read_recording
@@ -96,12 +96,30 @@ def slowed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_microsecond_of_a_step_is_in_one_row(eager: Path) -> None:
-    found = break_down(read_recording(eager))
-    assert sum(costs.seconds for costs in found.costs.values()) == pytest.approx(found.seconds)
-    assert {key.operator: costs.seconds for key, costs in found.costs.items() if not key.phase} == {
-        OUTSIDE: pytest.approx(found.unattributed)
+    run = summarize(read_recording(eager))
+    assert sum(row.seconds for row in run.rows) == pytest.approx(run.step_seconds)
+    assert {row.operator: row.seconds for row in run.rows if not row.phase} == {
+        OUTSIDE: pytest.approx(run.unattributed_seconds)
     }
-    assert {key.category for key in found.costs} <= set(CATEGORIES)
+    assert {row.category for row in run.rows} <= set(CATEGORIES)
+
+
+def test_a_cpu_that_waits_for_another_thread_to_communicate(eager: Path, tmp_path: Path) -> None:
+    plain = read_recording(eager)
+    [trace], rows = plain.traces, summarize(plain).rows
+    content = json.loads(gzip.decompress(trace.file.read_bytes()))
+    for step in trace.steps:  # from the middle of the step on, in two operators that overlap
+        middle = (step.start + step.end) / 2
+        for start, end in ((middle, step.end - 1), (middle + 1, step.end)):
+            event = {"ph": "X", "cat": "cpu_op", "name": "gloo:all_reduce", "pid": 1, "tid": "gloo", "args": {}}
+            content["traceEvents"].append({**event, "ts": start, "dur": end - start})
+    write_trace(tmp_path / "run", content)
+    waiting = summarize(read_recording(tmp_path / "run"))
+    assert sum(row.seconds for row in waiting.rows) == pytest.approx(waiting.step_seconds)
+    seconds = {row.operator: row.seconds for row in group(waiting.rows, "operator").values()}
+    idle = sum(row.seconds for row in rows if row.operator in (BETWEEN_OPERATORS, OUTSIDE))
+    assert 0 < seconds[WAITING] < idle
+    assert seconds[WAITING] + seconds[BETWEEN_OPERATORS] + seconds.get(OUTSIDE, 0) == pytest.approx(idle)
 
 
 def test_operators_belong_to_their_module_forward_and_backward(eager: Path) -> None:
@@ -258,17 +276,15 @@ def gpu_trace() -> dict[str, Any]:
 
 def test_a_gpu_trace_to_the_microsecond(tmp_path: Path) -> None:
     write_trace(tmp_path / "run", gpu_trace())
-    recording = read_recording(tmp_path / "run")
-    found = break_down(recording)
+    run = summarize(read_recording(tmp_path / "run"))
     microseconds = {
-        (key.module, key.phase, key.category, key.operator): round(costs.seconds * 1e6, 3)
-        for key, costs in found.costs.items()
+        (row.module, row.phase, row.category, row.operator): round(row.seconds * 1e6, 3) for row in run.rows
     }
     idle = ("idle and launch gaps", "no kernel runs")
     assert microseconds == {
-        ("transformer.h.0.attn", "forward", "attention", "aten::_scaled_dot_product_flash_attention"): 100,
-        ("transformer.h.0.attn.c_proj", "forward", "matmul", "aten::addmm"): 100,
-        ("transformer.h.0.attn.c_proj", "backward", "matmul", "aten::mm"): 100,
+        ("transformer.h.*.attn", "forward", "attention", "aten::_scaled_dot_product_flash_attention"): 100,
+        ("transformer.h.*.attn.c_proj", "forward", "matmul", "aten::addmm"): 100,
+        ("transformer.h.*.attn.c_proj", "backward", "matmul", "aten::mm"): 100,
         ("", "backward", "communication", "c10d::allreduce_"): 100,  # of its 140, those not beside the matmul
         ("", "optimizer", "optimizer", "aten::_fused_adamw_"): 150,
         ("", "data", "copies", "aten::copy_"): 10,  # of its 40, those not beside the attention
@@ -283,10 +299,9 @@ def test_a_gpu_trace_to_the_microsecond(tmp_path: Path) -> None:
         ("", "communication", *idle): 180,
     }
     assert sum(microseconds.values()) == pytest.approx(1000)
-    assert found.unattributed == pytest.approx(10e-6)
-    [allreduce] = [costs for key, costs in found.costs.items() if key.operator == "c10d::allreduce_"]
+    assert run.unattributed_seconds == pytest.approx(10e-6)
+    [allreduce] = [row for row in run.rows if row.operator == "c10d::allreduce_"]
     assert allreduce.busy_seconds == pytest.approx(140e-6)
-    run = summarize(recording)
     rates = {point.operator: point.flops_per_second for point in run.roofline_points}
     assert rates["aten::addmm"] == pytest.approx(2 * 16 * 64 * 64 / 100e-6)
     assert rates["aten::_scaled_dot_product_flash_attention"] == pytest.approx(4 * 2 * 4 * 8 * 8 * 16 / 100e-6)

@@ -16,8 +16,9 @@ from tests.conftest import ROOT, accelerate, losses, python, records, torchrun
 from tests.tiny_gpt2 import make_ours, tokens
 from train.config.run_config import parse
 from train.engines.transforms import compile_blocks
-from train.kernels.breakdown import OUTSIDE, WAITING, Breakdown, break_down
+from train.kernels.breakdown import OUTSIDE, WAITING, summarize
 from train.kernels.pipeline_timeline import timeline
+from train.kernels.summary import RunSummary
 from train.kernels.traces import Recording, read_recording
 from train.metrics.annotations import PHASES, module_of
 from train.metrics.flops import count_flops
@@ -99,11 +100,11 @@ def test_the_memory_of_the_step_before_is_what_is_planned(profiled: Path) -> Non
 
 def test_the_breakdown_is_complete_and_its_flops_are_those_of_the_formula(profiled: Path) -> None:
     recording = read_recording(profiled)
-    found = break_down(recording)
+    run = summarize(recording)
     assert recording.facts.first_step == 3
-    assert recording.facts.steps == len(found.steps) == 2
-    assert_closed(found)
-    trained = sum(costs.flops for key, costs in found.costs.items() if key.phase in ("forward", "backward"))
+    assert recording.facts.steps == len(recording.traces[0].steps) == 2
+    assert_closed(run)
+    trained = sum(row.flops for row in run.rows if row.phase in ("forward", "backward"))
     assert trained == pytest.approx(count_flops(2, 16, None, 50257, 64).model * 8 * 64, rel=0.01)
 
 
@@ -203,9 +204,9 @@ def test_every_process_of_every_layout_leaves_a_trace(layout: str, flags: list[s
         assert all("attention: transformer.h.1.attn" in own and "loss: loss" in own for own in found)
     if layout in ("pipeline", "dualpipev"):
         check_timeline(recording, layout)
-    total = break_down(recording)
+    total = summarize(recording)
     assert_closed(total)
-    assert any(key.category == "communication" for key in total.costs)
+    assert any(row.category == "communication" for row in total.rows)
 
 
 def check_timeline(recording: Recording, layout: str) -> None:
@@ -237,19 +238,19 @@ def test_compiled_blocks_and_resumed_runs(flags: list[str], tmp_path: Path) -> N
     python("-m", "train", *words, *PROFILE, cwd=tmp_path)
     trace = tmp_path / "baseline" / "profile" / "rank-0.json.gz"
     assert "module: transformer.h.0" in names(trace)
-    assert_closed(break_down(read_recording(tmp_path / "baseline")))
+    assert_closed(summarize(read_recording(tmp_path / "baseline")))
     resumed = ["--resume_from_checkpoint", f"--checkpoint_path={tmp_path}", "--max_steps=8", "--max_new_tokens=0"]
     done = python("-m", "train", *flags, *resumed, *PROFILE, cwd=tmp_path)
     assert "nothing is recorded after step 6" in done.stdout + done.stderr
 
 
-def assert_closed(found: Breakdown) -> None:
-    """Every microsecond belongs to a key, and no operator runs outside of the annotated phases.
+def assert_closed(run: RunSummary) -> None:
+    """Every microsecond belongs to a row, and no operator runs outside of the annotated phases.
 
     How large a share is left outside says more of the machine than of the code, in steps of milliseconds.
     """
-    assert sum(costs.seconds for costs in found.costs.values()) == pytest.approx(found.seconds)
-    assert {key.operator for key in found.costs if not key.phase} <= {OUTSIDE, WAITING}
+    assert sum(row.seconds for row in run.rows) == pytest.approx(run.step_seconds)
+    assert {row.operator for row in run.rows if not row.phase} <= {OUTSIDE, WAITING}
 
 
 @pytest.mark.gpu
@@ -258,5 +259,5 @@ def test_a_memory_snapshot_on_cuda(flags: list[str], tmp_path: Path) -> None:
     more = ["--memory_snapshot", f"--checkpoint_path={tmp_path}"]
     python("-m", "train", *flags, *SHORT, *PROFILE, *more, cwd=tmp_path)
     assert (tmp_path / "baseline" / "profile" / "memory-0.pickle").stat().st_size > 0
-    found = break_down(read_recording(tmp_path / "baseline"))
-    assert sum(costs.seconds for costs in found.costs.values()) == pytest.approx(found.seconds)
+    found = summarize(read_recording(tmp_path / "baseline"))
+    assert sum(row.seconds for row in found.rows) == pytest.approx(found.step_seconds)

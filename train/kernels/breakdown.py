@@ -6,18 +6,15 @@ the gap between kernels. So the rows of a step add up to its wall time; the time
 is its busy time.
 """
 
-import heapq
 import re
-from bisect import bisect_left
-from collections import defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from itertools import pairwise
 
 from train.kernels.attribution import IDLE, NO_SCOPE, Scope, Scopes, categorize
 from train.kernels.op_costs import flops, moved_bytes
 from train.kernels.pipeline_timeline import timeline
-from train.kernels.summary import NAMES, Row, RowNames, RunSummary, group
+from train.kernels.summary import COSTS, NAMES, Row, RowNames, RunSummary, group
 from train.kernels.traces import MICROSECOND, Event, Kernel, Recording, Trace, ancestors
 
 BETWEEN_OPERATORS, BETWEEN_KERNELS, WAITING = "between operators", "no kernel runs", "waiting for other processes"
@@ -25,57 +22,27 @@ OUTSIDE = "outside of all annotations"
 LAYER = re.compile(r"(?<=\.h\.)\d+")
 
 
-@dataclass
-class Costs:
-    """What a key takes: wall seconds (they add up), busy seconds (they may overlap), launches, FLOPs and bytes.
-
-    `flops_seconds` are those of the launches whose FLOPs are known, `bytes_seconds` likewise.
-    """
-
-    seconds: float = 0.0
-    busy_seconds: float = 0.0
-    launches: float = 0.0
-    flops: float = 0.0
-    bytes: float = 0.0
-    flops_seconds: float = 0.0
-    bytes_seconds: float = 0.0
-
-    def add(self, other: "Costs", share: float = 1.0) -> None:
-        for name, value in vars(other).items():
-            setattr(self, name, getattr(self, name) + share * value)
-
-
-@dataclass
-class Breakdown:
-    """Means per step and process. `steps` holds the wall seconds of each recorded step, of each process in turn."""
-
-    costs: defaultdict[RowNames, Costs] = field(default_factory=lambda: defaultdict(Costs))
-    steps: list[float] = field(default_factory=list)
-    unattributed: float = 0.0
-
-    @property
-    def seconds(self) -> float:
-        return sum(self.steps) / len(self.steps)
-
-    def of(self, scope: Scope, category: str, operator: str) -> Costs:
-        return self.costs[RowNames(scope.module, scope.phase, category, operator, kernel="")]
-
-
 def summarize(recording: Recording) -> RunSummary:
-    """Break the steps of a run down and sum them up as `kernels.json` has them."""
-    found = break_down(recording)
-    every = [_row(key, costs) for key, costs in found.costs.items()]
+    """Break the steps of a run down; the rows are means over the steps of all processes."""
+    steps = [step.seconds for trace in recording.traces for step in trace.steps]
+    sums = (group(_parts(trace), *NAMES).values() for trace in recording.traces)
+    every = [
+        replace(row, **{cost: getattr(row, cost) / len(steps) for cost in COSTS})
+        for row in group((row for rows in sums for row in rows), *NAMES).values()
+    ]
     rows = list(group([replace(row, module=LAYER.sub("*", row.module)) for row in every], *NAMES).values())
+    mean = sum(steps) / len(steps)
+    unattributed = sum(row.seconds for row in rows if row.operator == OUTSIDE or (row.kernel and not row.phase))
     return RunSummary(
         label=recording.label,
         path=str(recording.path),
         processes=len(recording.traces),
         facts=recording.facts,
-        step_seconds=found.seconds,
-        step_seconds_min=min(found.steps),
-        step_seconds_max=max(found.steps),
-        attributed_share=1 - found.unattributed / found.seconds,
-        unattributed_seconds=found.unattributed,
+        step_seconds=mean,
+        step_seconds_min=min(steps),
+        step_seconds_max=max(steps),
+        attributed_share=1 - unattributed / mean,
+        unattributed_seconds=unattributed,
         rows=rows,
         categories=list(group(rows, "category").values()),
         phases=list(group(rows, "phase").values()),
@@ -85,88 +52,86 @@ def summarize(recording: Recording) -> RunSummary:
     )
 
 
-def _row(key: RowNames, costs: Costs) -> Row:
+def _parts(trace: Trace) -> Iterator[Row]:
+    """Yield what each interval and each launch of a trace's steps adds to a row."""
+    return _gpu_parts(trace) if trace.kernels else _cpu_parts(trace)
+
+
+def _part(
+    names: RowNames,
+    seconds: float = 0.0,
+    busy_seconds: float = 0.0,
+    launches: float = 0.0,
+    work: Event | None = None,
+    work_seconds: float = 0.0,
+) -> Row:
+    """Return a part of a row; `work` is an operator whose FLOPs and bytes take `work_seconds`."""
+    operations = moved = 0
+    if work is not None:
+        operations, moved = flops(work.name, work.args) or 0, moved_bytes(work.name, work.args) or 0
     return Row(
-        **vars(key),
-        seconds=costs.seconds,
-        busy_seconds=costs.busy_seconds,
-        launches=costs.launches,
-        flops=costs.flops,
-        bytes=costs.bytes,
-        flops_per_second=costs.flops / costs.flops_seconds if costs.flops_seconds else None,
-        bytes_per_second=costs.bytes / costs.bytes_seconds if costs.bytes_seconds else None,
+        **vars(names),
+        seconds=seconds,
+        busy_seconds=busy_seconds,
+        launches=launches,
+        flops=operations,
+        bytes=moved,
+        flops_per_second=operations / work_seconds if operations and work_seconds else None,
+        bytes_per_second=moved / work_seconds if moved and work_seconds else None,
     )
 
 
-def break_down(recording: Recording) -> Breakdown:
-    """Return the mean over the steps of all processes."""
-    total = Breakdown()
-    total.steps = [step.seconds for trace in recording.traces for step in trace.steps]
-    for trace in recording.traces:
-        own = _break_down_gpu(trace) if trace.kernels else _break_down_cpu(trace)
-        total.unattributed += own.unattributed / len(total.steps)
-        for key, costs in own.costs.items():
-            total.costs[key].add(costs, 1 / len(total.steps))
-    return total
-
-
-def _break_down_cpu(trace: Trace) -> Breakdown:
-    found, scopes = Breakdown(), Scopes(trace)
-    waits = _merged(_communication_elsewhere(trace))
+def _cpu_parts(trace: Trace) -> Iterator[Row]:
+    scopes = Scopes(trace)
     with_costs = _operators_with_costs(trace.threads[trace.main])
+    elsewhere = (event for thread, own in trace.threads.items() if thread != trace.main for event in own)
+    # Other threads communicate, as gloo's do, while the main one waits for them.
+    communication = sorted(
+        (event for event in elsewhere if categorize(event.name, NO_SCOPE, event) == "communication"),
+        key=lambda event: event.start,
+    )
     for step in trace.steps:
+        waits = [event for event in communication if event.start < step.end and event.end > step.start]
         for event in _inside(step):
             scope = scopes[event]
-            gaps = list(_gaps(event))
-            own = sum(end - start for start, end in gaps) * MICROSECOND
-            if event.kind == "annotation":
-                waited = sum(_overlap(waits, start, end) for start, end in gaps) * MICROSECOND
-                if scope.phase == "communication":
-                    waited = own
-                if waited:
-                    found.of(scope, "communication", WAITING).seconds += waited
-                if own > waited and scope == NO_SCOPE:
-                    found.of(scope, "other", OUTSIDE).seconds += own - waited
-                    found.unattributed += own - waited
-                elif own > waited:
-                    found.of(scope, IDLE, BETWEEN_OPERATORS).seconds += own - waited
+            gaps = list(_uncovered(event.start, event.end, event.children))
+            own = _seconds(gaps)
+            if event.kind != "annotation":
+                names = RowNames(scope.module, scope.phase, categorize(event.name, scope, event), event.name, "")
+                yield _part(names, own, own, 1, event if event in with_costs else None, event.seconds)
                 continue
-            costs = found.of(scope, categorize(event.name, scope, event), event.name)
-            costs.seconds += own
-            costs.busy_seconds += own
-            costs.launches += 1
-            if event in with_costs:
-                _add_work(costs, event, event.seconds)
-    return found
+            free = 0.0
+            if scope.phase != "communication":
+                free = _seconds(part for start, end in gaps for part in _uncovered(start, end, waits))
+            if own > free:
+                yield _part(RowNames(scope.module, scope.phase, "communication", WAITING, ""), own - free)
+            if free:
+                kind = ("other", OUTSIDE) if scope == NO_SCOPE else (IDLE, BETWEEN_OPERATORS)
+                yield _part(RowNames(scope.module, scope.phase, *kind, ""), free)
 
 
-def _break_down_gpu(trace: Trace) -> Breakdown:
-    found, scopes = Breakdown(), Scopes(trace)
+def _gpu_parts(trace: Trace) -> Iterator[Row]:
+    scopes = Scopes(trace)
     with_costs = {event for own in trace.threads.values() for event in _operators_with_costs(own)}
     names = {kernel: _kernel_names(kernel, scopes) for kernel in trace.kernels}
     longest: dict[Event, Kernel] = {}  # the kernel of each operator that takes its FLOPs and bytes
     for kernel in trace.kernels:
         if not any(step.start <= kernel.start < step.end for step in trace.steps):
             continue
-        costs = found.costs[names[kernel]]
-        costs.busy_seconds += kernel.seconds
-        costs.launches += 1
+        yield _part(names[kernel], busy_seconds=kernel.seconds, launches=1)
         operator = next((event for event in ancestors(kernel.launch) if event in with_costs), None)
         if operator is not None:
             longest[operator] = max(longest.get(operator, kernel), kernel, key=lambda each: each.seconds)
     for operator, kernel in longest.items():
-        _add_work(found.costs[names[kernel]], operator, kernel.seconds)
+        yield _part(names[kernel], work=operator, work_seconds=kernel.seconds)
     for step in trace.steps:
         for start, end, running in _exclusive(names, step):
             if running is not None:
-                found.costs[names[running]].seconds += (end - start) * MICROSECOND
-                if not names[running].phase:
-                    found.unattributed += (end - start) * MICROSECOND
+                yield _part(names[running], (end - start) * MICROSECOND)
                 continue
             for left, right in pairwise([start, *scopes.phase_changes(start, end), end]):
-                idle = found.of(Scope(scopes.phase_at(left), ""), IDLE, BETWEEN_KERNELS)
-                idle.seconds += (right - left) * MICROSECOND
-    return found
+                idle = RowNames("", scopes.phase_at(left), IDLE, BETWEEN_KERNELS, "")
+                yield _part(idle, (right - left) * MICROSECOND)
 
 
 def _kernel_names(kernel: Kernel, scopes: Scopes) -> RowNames:
@@ -189,18 +154,16 @@ def _kernel_names(kernel: Kernel, scopes: Scopes) -> RowNames:
 def _exclusive(names: dict[Kernel, RowNames], step: Event) -> Iterator[tuple[float, float, Kernel | None]]:
     """Yield the intervals of a step, each with the one kernel that it belongs to. `names` has the kernels by start."""
     ranks = {"communication": 1, "copies": 2}
-    kernels = list(names)
-    times = (time for kernel in kernels for time in (kernel.start, kernel.end))
-    edges = sorted({step.start, step.end, *(time for time in times if step.start < time < step.end)})
-    running: list[tuple[int, int]] = []
-    started = 0
-    for start, end in pairwise(edges):
-        while started < len(kernels) and kernels[started].start <= start:
-            heapq.heappush(running, (ranks.get(names[kernels[started]].category, 0), started))
-            started += 1
-        while running and kernels[running[0][1]].end <= start:
-            heapq.heappop(running)
-        yield start, end, kernels[running[0][1]] if running else None
+    edges = {step.start, step.end, *(time for kernel in names for time in (kernel.start, kernel.end))}
+    upcoming = iter(names)
+    following = next(upcoming, None)
+    running: list[Kernel] = []
+    for start, end in pairwise(sorted(time for time in edges if step.start <= time <= step.end)):
+        while following is not None and following.start <= start:
+            running.append(following)
+            following = next(upcoming, None)
+        running = [kernel for kernel in running if kernel.end > start]
+        yield start, end, min(running, key=lambda kernel: ranks.get(names[kernel].category, 0), default=None)
 
 
 def _inside(step: Event) -> Iterator[Event]:
@@ -212,71 +175,34 @@ def _inside(step: Event) -> Iterator[Event]:
         pending += event.children
 
 
-def _gaps(event: Event) -> Iterator[tuple[float, float]]:
-    """Yield the intervals of an event in which none of its children runs."""
-    cursor = event.start
-    for child in event.children:
-        if child.start > cursor:
-            yield cursor, child.start
-        cursor = child.end
-    if event.end > cursor:
-        yield cursor, event.end
+def _uncovered(start: float, end: float, events: Iterable[Event]) -> Iterator[tuple[float, float]]:
+    """Yield the parts of an interval in which none of these events, sorted by their start, runs."""
+    for event in events:
+        if event.start >= end:
+            break
+        if event.start > start:
+            yield start, event.start
+        start = max(start, event.end)
+    if start < end:
+        yield start, end
+
+
+def _seconds(intervals: Iterable[tuple[float, float]]) -> float:
+    return sum(end - start for start, end in intervals) * MICROSECOND
 
 
 def _operators_with_costs(events: list[Event]) -> set[Event]:
     """Return the innermost operators with FLOPs, and outside of them the innermost with bytes."""
-    operators = [event for event in events if event.kind == "op"]
-    innermost = _innermost({event for event in operators if flops(event.name, event.args)})
-    outer = {above for event in innermost for above in ancestors(event.parent)}
-    rest = {
-        event
-        for event in operators
-        if event not in outer
-        and not any(above in innermost for above in ancestors(event))
-        and moved_bytes(event.name, event.args)
-    }
-    return innermost | _innermost(rest)
-
-
-def _innermost(events: set[Event]) -> set[Event]:
-    return events - {above for event in events for above in ancestors(event.parent)}
-
-
-def _add_work(costs: Costs, event: Event, seconds: float) -> None:
-    """Add the FLOPs and bytes of an operator that takes some seconds."""
-    if operations := flops(event.name, event.args):
-        costs.flops += operations
-        costs.flops_seconds += seconds
-    if moved := moved_bytes(event.name, event.args):
-        costs.bytes += moved
-        costs.bytes_seconds += seconds
-
-
-def _communication_elsewhere(trace: Trace) -> list[tuple[float, float]]:
-    """Return when threads other than the main one communicate, as gloo's does."""
-    return [
-        (event.start, event.end)
-        for thread, own in trace.threads.items()
-        if thread != trace.main
-        for event in own
-        if categorize(event.name, NO_SCOPE, event) == "communication"
-    ]
-
-
-def _merged(intervals: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    merged: list[tuple[float, float]] = []
-    for start, end in sorted(intervals):
-        if merged and start <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(merged[-1][1], end))
-        else:
-            merged.append((start, end))
-    return merged
-
-
-def _overlap(merged: list[tuple[float, float]], start: float, end: float) -> float:
-    total = 0.0
-    for begin, stop in merged[max(0, bisect_left(merged, (start, start)) - 1) :]:
-        if begin >= end:
-            break
-        total += max(0.0, min(stop, end) - max(begin, start))
-    return total
+    found: set[Event] = set()
+    for count in (flops, moved_bytes):
+        outer = {above for event in found for above in ancestors(event.parent)}
+        rest = {
+            event
+            for event in events
+            if event.kind == "op"
+            and event not in outer
+            and not any(above in found for above in ancestors(event))
+            and count(event.name, event.args)
+        }
+        found |= rest - {above for event in rest for above in ancestors(event.parent)}
+    return found

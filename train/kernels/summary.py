@@ -52,6 +52,7 @@ class RowNames:
 
 
 NAMES = tuple(field.name for field in fields(RowNames))
+COSTS = ("seconds", "busy_seconds", "launches", "flops", "bytes")
 
 
 @dataclass(frozen=True)
@@ -200,16 +201,13 @@ def group(rows: Iterable[Row], *names: str) -> dict[tuple[str, ...], Row]:
 def add_up(rows: Sequence[Row], names: dict[str, str]) -> Row:
     """Sum rows into one that has these names."""
 
-    def total(name: str) -> float:
-        return math.fsum(getattr(row, name) for row in rows)
-
     def rate(name: str) -> float | None:
         known = [(getattr(row, name), getattr(row, f"{name}_per_second")) for row in rows]
         seconds = math.fsum(amount / per_second for amount, per_second in known if per_second)
         return math.fsum(amount for amount, per_second in known if per_second) / seconds if seconds else None
 
     values: dict[str, Any] = dict.fromkeys(NAMES, "") | names
-    values |= {name: total(name) for name in ("seconds", "busy_seconds", "launches", "flops", "bytes")}
+    values |= {cost: math.fsum(getattr(row, cost) for row in rows) for cost in COSTS}
     return Row(**values, flops_per_second=rate("flops"), bytes_per_second=rate("bytes"))
 
 
