@@ -36,8 +36,10 @@ LEARNING_RATE = 1e-3
 
 
 def micro_batches(engine: Engine, run: ResolvedRun, step: int) -> Iterator[Batch]:
-    for micro_step in range(run.accumulation):
-        yield run.train.micro_batch(step, micro_step, engine.data_rank, engine.data_world_size, run.micro_batch_size)
+    for micro_step in range(run.config.gradient_accumulation_steps):
+        yield run.train.micro_batch(
+            step, micro_step, engine.data_rank, engine.data_world_size, run.config.train_micro_batch_size_per_gpu
+        )
 
 
 def packed(batch: Batch) -> Batch:
@@ -67,7 +69,7 @@ def interrupted(engine: Engine, run: ResolvedRun) -> Iterator[dict[str, Any]]:
     """Between steps: validation with batches of another size than the training's, a checkpoint, text from it."""
     for step in range(run.total_steps):
         yield vars(engine.train_step(step, micro_batches(engine, run, step), LEARNING_RATE))
-        validate(engine, run.val, run.micro_batch_size + 1, max_steps=2)
+        validate(engine, run.val, run.config.train_micro_batch_size_per_gpu + 1, max_steps=2)
         save(engine, run, step + 1)
         if engine.is_main:
             model = load_for_inference(run.config.run_folder)
@@ -87,7 +89,9 @@ def watched(engine: Engine, run: ResolvedRun) -> Iterator[dict[str, Any]]:
         result = engine.train_step(step, micro_batches(engine, run, step), LEARNING_RATE)
         training = calls[:]
         calls.clear()
-        engine.eval_step(run.val.micro_batch(0, engine.data_rank, engine.data_world_size, run.micro_batch_size))
+        engine.eval_step(
+            run.val.micro_batch(0, engine.data_rank, engine.data_world_size, run.config.train_micro_batch_size_per_gpu)
+        )
         yield {**vars(result), "training": training, "evaluating": calls[:]}
         calls.clear()
 
@@ -123,7 +127,7 @@ def paged(engine: Engine, run: ResolvedRun) -> Iterator[dict[str, Any]]:
 def tracked(engine: Engine, run: ResolvedRun) -> Iterator[dict[str, Any]]:
     """Where the memory of the last step goes; in the ones before, buckets and gathered parameters find their sizes."""
     for step in range(run.total_steps):
-        tracker = MemoryTracker(engine.held_tensors, run.model.config.vocab_size, engine.device.type)
+        tracker = MemoryTracker(engine.held_tensors, run.model.vocab_size, engine.device.type)
         batches = list(micro_batches(engine, run, step))
         with tracker if step == run.total_steps - 1 else nullcontext():
             result = engine.train_step(step, batches, LEARNING_RATE)
@@ -138,7 +142,9 @@ def alternating(engine: Engine, run: ResolvedRun) -> Iterator[dict[str, Any]]:
         began = time.perf_counter()
         result = engine.train_step(step, micro_batches(engine, run, step), LEARNING_RATE)
         seconds = time.perf_counter() - began
-        batch = run.val.micro_batch(step, engine.data_rank, engine.data_world_size, run.micro_batch_size)
+        batch = run.val.micro_batch(
+            step, engine.data_rank, engine.data_world_size, run.config.train_micro_batch_size_per_gpu
+        )
         nll, tokens = engine.sum_over_processes(engine.eval_step(batch)).tolist()
         yield {
             **vars(result),

@@ -46,7 +46,6 @@ def test_an_optimized_run_is_not_overruled(
         parse(flags), run_type="optimized", deepspeed_config=f"{ROOT}/ds_configs/zero2.json", mixed_precision="no"
     )
     run = resolve(config)
-    assert run.deepspeed is not None
     monkeypatch.setenv(variable, value)
     with pytest.raises(UserError) as error:
         deepspeed_accelerator(run.config, run.deepspeed)

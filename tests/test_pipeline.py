@@ -313,7 +313,6 @@ def test_the_global_batch_counts_data_parallel_processes(
     config = parse([*flags, *layout(tmp_path, 2, 4)])
     run = resolve(dataclasses.replace(config, train_micro_batch_size_per_gpu=3))
     assert run.train.global_batch_size == 3 * 2 * 2
-    assert run.deepspeed is not None
     assert run.deepspeed["train_batch_size"] == 12
-    assert run.model.partition is not None
-    assert run.model.partition.stages == 2
+    assert run.partition is not None
+    assert run.partition.stages == 2

@@ -61,7 +61,7 @@ def test_a_recipe_resolves(recipe: Path, flags: list[str], tmp_path: Path, monke
     for name in ("lr_schedule", "min_learning_rate_ratio", "weight_decay", "adam_beta2", "dropout"):
         assert getattr(run.config, name) == getattr(written, name)
     assert run.train.global_batch_size == 2 * 2 * processes // (run.config.pipeline_stages or 1)
-    assert (run.model.partition is not None) == (run.config.pipeline_stages != 1)
+    assert (run.partition is not None) == (run.config.pipeline_stages != 1)
 
 
 @pytest.mark.slow

@@ -211,7 +211,7 @@ def test_a_checkpoint_from_the_time_of_follow(flags: list[str], finished: Path, 
     assert "follow" not in state
     resumed = [*flags, f"--resume_from_checkpoint={file.parent}", f"--checkpoint_path={tmp_path}", "--max_steps=8"]
     file.write_text(json.dumps({**state, "follow": False}))
-    assert resolve(parse(resumed)).start.checkpoint is not None
+    assert resolve(parse(resumed)).checkpoint is not None
     file.write_text(json.dumps({**state, "follow": True}))
     with pytest.raises(UserError, match=r"was trained with --follow.*--model"):
         resolve(parse(resumed))

@@ -67,6 +67,9 @@ class Checkpoint:
     def step(self) -> int:
         return self.state.step
 
+    def is_in(self, run_folder: Path) -> bool:
+        return self.folder.parent.resolve() == run_folder.resolve()
+
 
 def save(
     run_folder: Path,
@@ -224,7 +227,7 @@ def prepare_run_folder(run_folder: Path, checkpoint: Checkpoint | None, overwrit
     for leftover in [*run_folder.glob(".step-*.tmp"), *run_folder.glob(".step-*.old")]:
         shutil.rmtree(leftover)
     (run_folder / "metrics.json").unlink(missing_ok=True)  # a resumed run is not finished
-    if checkpoint is not None and checkpoint.folder.parent.resolve() == run_folder.resolve():
+    if checkpoint is not None and checkpoint.is_in(run_folder):
         write_text(run_folder / LATEST, checkpoint.folder.name + "\n")
         for step, folder in _step_folders(run_folder):
             if step > checkpoint.step:

@@ -3,6 +3,8 @@
 A value comes from the command line, else from the YAML file given by `--config`, else from the DeepSpeed JSON (batch
 sizes, clipping, precision), else from the default here. Impossible values and combinations are refused here, before
 anything is built. Sizes are in tokens, batch sizes in sequences per process, times in optimizer steps.
+
+The types are those of a resolved run (`train.run.setup`): until then, any flag whose default is None may be None.
 """
 
 import re
@@ -43,7 +45,7 @@ class Model:
         "a new gpt2, gpt2-medium, gpt2-large, gpt2-xl or tiny; or the weights to start from: a folder, a Hub id "
         "(owner/name, or owner/name@revision) or nanoGPT's ckpt.pt",
     )
-    block_size: int | None = flag(None, "tokens in a sequence (default: the model's n_positions)", at_least=1)
+    block_size: int = flag(None, "tokens in a sequence (default: the model's n_positions)", at_least=1)
     dropout: float = flag(0.0, "dropout of embeddings, attention and residuals", at_least=0, below=1)
 
 
@@ -64,16 +66,16 @@ class Optimization:
 
     epochs: float = flag(1.0, "passes over the training tokens", above=0)
     max_steps: int | None = flag(None, "optimizer steps in total (default: as many as the epochs take)", at_least=1)
-    train_micro_batch_size_per_gpu: int | None = flag(
+    train_micro_batch_size_per_gpu: int = flag(
         None, "sequences per process and forward pass (default: the DeepSpeed JSON's number, else 4)", at_least=1
     )
-    gradient_accumulation_steps: int | None = flag(
+    gradient_accumulation_steps: int = flag(
         None, "micro-batches per optimizer step (default: the DeepSpeed JSON's number, else 1)", at_least=1
     )
     optimizer: Literal["adamw", "muon"] = flag(
         "adamw", "muon: Muon for the matrices of the blocks and AdamW for the rest, in a baseline run"
     )
-    learning_rate: float | None = flag(
+    learning_rate: float = flag(
         None, "peak learning rate (default: by the size of a new model, 6e-4 for gpt2; 5e-5 from weights)", above=0
     )
     lr_schedule: str = flag(
@@ -93,7 +95,7 @@ class Optimization:
     )
     adam_beta1: float = flag(0.9, "decay rate of AdamW's first moment", at_least=0, below=1)
     adam_beta2: float = flag(0.95, "decay rate of AdamW's second moment", at_least=0, below=1)
-    max_grad_norm: float | None = flag(
+    max_grad_norm: float = flag(
         None, "clip the global gradient norm, 0: no clipping (default: the DeepSpeed JSON's number, else 1.0)",
         at_least=0,
     )  # fmt: skip
@@ -129,26 +131,26 @@ class Checkpoints:
 class Speed:
     """Precision and speed"""
 
-    attn_implementation: str | None = flag(
+    attn_implementation: str = flag(
         None,
         "auto, flash_attention_2, flash_attention_3, flash_attention_4, sdpa or eager "
         "(default: eager for baseline, auto for optimized)",
     )
-    loss_chunk_size: int | None = flag(
+    loss_chunk_size: int = flag(
         None, "rows of hidden states per chunk of the loss, 0 for full logits (default: 0 for baseline, else 512)",
         at_least=0,
     )  # fmt: skip
-    mixed_precision: Literal["auto", "no", "bf16"] | None = flag(
+    mixed_precision: Literal["auto", "no", "bf16"] = flag(
         None, "auto is bf16 where the hardware is fast at it (default: no for baseline, auto for optimized)"
     )
     torch_compile: bool = flag(False, "compile the transformer blocks (needs a C++ compiler on CPU)")
-    activation_checkpointing: Literal["none", "full", "selective"] | None = flag(
+    activation_checkpointing: Literal["none", "full", "selective"] = flag(
         None,
         "recompute the activations of each block in the backward pass: full for all of them, selective for all but "
         "the outputs of matmuls and of the attention kernel (default: full where the DeepSpeed JSON has an interval, "
         "else none)",
     )
-    activation_checkpointing_interval: int | None = flag(
+    activation_checkpointing_interval: int = flag(
         None, "layers of a pipeline stage that are recomputed together (default: the DeepSpeed JSON's number, else 1)",
         at_least=1,
     )  # fmt: skip
@@ -161,7 +163,7 @@ class Parallelism:
     deepspeed_config: str | None = flag(
         None, "DeepSpeed JSON of an optimized run, for example ds_configs/zero2.json: a file, or a shipped one's name"
     )
-    pipeline_stages: int | None = flag(
+    pipeline_stages: int = flag(
         None, "pipeline stages of an optimized run (default: the DeepSpeed JSON's number, else 1)", at_least=1
     )
     pipeline_schedule: Literal["1f1b", "dualpipev"] = flag(

@@ -22,7 +22,6 @@ from train.metrics.annotations import annotate
 class AcceleratedEngine(Engine):
     def _build_module(self, model: GPT2FlashForCausalLM) -> nn.Module:
         mode = self.config.activation_checkpointing
-        assert mode is not None
         if mode != "none" and not self.compiles_checkpointing:
             checkpoint_blocks(model, checkpoint_arguments(mode))
         if self.config.torch_compile and self.deepspeed:
@@ -32,7 +31,7 @@ class AcceleratedEngine(Engine):
 
     def prepare(self, model: GPT2FlashForCausalLM) -> None:
         super().prepare(model)
-        if self.deepspeed is not None:  # Accelerate calls it at the end of its backward
+        if self.deepspeed:  # Accelerate calls it at the end of its backward
             self.model.step = annotate("optimizer")(self.model.step)
 
     def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
@@ -45,7 +44,7 @@ class AcceleratedEngine(Engine):
         return self.module.named_parameters()
 
     def _requested_wrapping(self) -> str:
-        if self.deepspeed is not None:
+        if self.deepspeed:
             return zero.requested_name(self.deepspeed)
         return "plain" if self.world_size == 1 else "FSDP2" if launcher.asks("FSDP") else "DDP"
 
@@ -55,7 +54,7 @@ class AcceleratedEngine(Engine):
             wrapping = "FSDP2"
         elif isinstance(model, DistributedDataParallel):
             wrapping = "DDP"
-        elif self.deepspeed is not None:
+        elif self.deepspeed:
             wrapping = zero.name(model.zero_optimization_stage(), model.zero_use_cpu_optimizer())
         else:
             wrapping = "plain"

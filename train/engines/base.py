@@ -42,7 +42,7 @@ class Engine(ABC):
     `pipeline_rank` of a pipeline (0 without one).
     """
 
-    def __init__(self, config: RunConfig, deepspeed: dict[str, Any] | None) -> None:
+    def __init__(self, config: RunConfig, deepspeed: dict[str, Any]) -> None:
         self.config = config
         self.deepspeed = deepspeed
         launched = processes.world_size()
@@ -72,7 +72,6 @@ class Engine(ABC):
             UserError: on all processes, if the placement of one of them is not the requested one.
         """
         config = self.config
-        assert config.learning_rate is not None
         if config.optimized:
             fuse_gelu(model)
             if self.device.type == "cpu":

@@ -31,7 +31,7 @@ def build(run: ResolvedRun) -> Engine:
     rendezvous.join()
     engine = _create_engine(run)
     processes.watch_peer(gather_object([os.getpid()]))
-    checkpoint = run.start.checkpoint
+    checkpoint = run.checkpoint
     states = gather_object([run.state(checkpoint.step if checkpoint else 0)])
     if any(state != states[0] for state in states):
         raise UserError(
@@ -39,13 +39,13 @@ def build(run: ResolvedRun) -> Engine:
             "give all machines the same command and the same folders"
         )
     set_seed(run.config.seed)
-    model = load_model(run.config.model, run.model.config, attn_implementation=run.model.attention[0])
+    model = load_model(run.config.model, run.model, attn_implementation=run.attention[0])
     tensors = checkpoints.read_tensors(checkpoint, model) if checkpoint else None
     engine.wait()  # until all processes have read their files, because a claimed folder may be emptied
     if engine.is_main:
         checkpoints.prepare_run_folder(run.config.run_folder, checkpoint, run.config.overwrite)
         rendezvous.claim(run.config.run_folder)
-        if run.start.restarted:
+        if run.restarted:
             start = f"resumes from {checkpoint.folder}" if checkpoint else "starts again: there was no checkpoint"
             print(f"restarted by the launcher: the run {start}", flush=True)
     engine.wait()
@@ -56,12 +56,11 @@ def build(run: ResolvedRun) -> Engine:
 
 
 def _create_engine(run: ResolvedRun) -> Engine:
-    if run.model.partition is None:
+    if run.partition is None:
         return AcceleratedEngine(run.config, run.deepspeed)
-    assert run.deepspeed is not None
     from train.engines.pipeline.engine import PipelinedEngine  # imports DeepSpeed, which takes seconds
 
-    return PipelinedEngine(run.config, run.deepspeed, run.model.partition)
+    return PipelinedEngine(run.config, run.deepspeed, run.partition)
 
 
 def due(step: int, interval: int, last: int) -> bool:
@@ -76,7 +75,7 @@ def save(engine: Engine, run: ResolvedRun, step: int) -> None:
     if engine.is_main:
         config = run.config
         checkpoints.save(
-            config.run_folder, run.model.config, run.tokenizer, tensors, run.state(step), config.save_total_limit
+            config.run_folder, run.model, run.tokenizer, tensors, run.state(step), config.save_total_limit
         )
     for _ in tensors:
         pass  # the other processes only take part in gathering
@@ -86,21 +85,22 @@ def save(engine: Engine, run: ResolvedRun, step: int) -> None:
 def train(run: ResolvedRun) -> None:
     """Train from the run's checkpoint, or from step 0, to its last step, and finish the run folder."""
     config = run.config
-    assert config.learning_rate is not None
     engine = build(run)
     log = RunLog(engine.accelerator, config.run_folder, dataclasses.asdict(config), run.total_steps)
-    checkpoint = run.start.checkpoint
+    checkpoint = run.checkpoint
     first = checkpoint.step if checkpoint else 0
     log.start(first, checkpoint.folder.parent / "metrics.jsonl" if checkpoint else log.file)
     log.message(engine.layout)
-    if run.model.partition is not None:
-        log.message(f"{run.model.partition.table()}\nschedule {config.pipeline_schedule}")
-    log.message(f"attention: {run.model.attention[0]} ({run.model.attention[1]}); precision: {run.precision}")
+    if run.partition is not None:
+        log.message(f"{run.partition.table()}\nschedule {config.pipeline_schedule}")
+    log.message(f"attention: {run.attention[0]} ({run.attention[1]}); precision: {run.precision}")
 
     def micro_batches(step: int) -> list[Batch]:
         return [
-            run.train.micro_batch(step, micro_step, engine.data_rank, engine.data_world_size, run.micro_batch_size)
-            for micro_step in range(run.accumulation)
+            run.train.micro_batch(
+                step, micro_step, engine.data_rank, engine.data_world_size, config.train_micro_batch_size_per_gpu
+            )
+            for micro_step in range(config.gradient_accumulation_steps)
         ]
 
     energy = EnergyMeter(energy_reader(engine.device))
@@ -140,7 +140,7 @@ def train(run: ResolvedRun) -> None:
             if profiler.at_work:
                 record["profiled"] = True
             if due(done, config.eval_interval, run.total_steps):
-                record |= validate(engine, run.val, run.micro_batch_size, config.eval_steps)
+                record |= validate(engine, run.val, config.train_micro_batch_size_per_gpu, config.eval_steps)
             log.write(record)
             if due(done, config.save_interval, run.total_steps):
                 save(engine, run, done)

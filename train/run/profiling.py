@@ -107,7 +107,7 @@ class Profiler(AbstractContextManager):
         self.annotations = annotate_modules(self.engine.named_modules())
         # Not with compiled blocks: torch.compile falls back to eager under a TorchDispatchMode.
         if self.engine.is_main and not self.run.config.torch_compile:
-            vocabulary = self.run.model.config.vocab_size
+            vocabulary = self.run.model.vocab_size
             tracker = MemoryTracker(self.engine.held_tensors, vocabulary, self.engine.device.type)
             self.memory = self.tracking.enter_context(tracker)
 
@@ -168,10 +168,10 @@ def profile_facts(run: ResolvedRun, engine: Engine, recorded: range) -> ProfileF
         steps=len(recorded),
         tokens_per_step=run.tokens_per_step,
         block_size=run.train.block_size,
-        micro_batch_size=run.micro_batch_size,
-        accumulation=run.accumulation,
+        micro_batch_size=config.train_micro_batch_size_per_gpu,
+        accumulation=config.gradient_accumulation_steps,
         model=run.shape,
-        attn_implementation=run.model.attention[0],
+        attn_implementation=run.attention[0],
         activation_checkpointing=config.activation_checkpointing,
         torch_compile=config.torch_compile,
         precision=run.precision,

@@ -37,37 +37,21 @@ SHAPE = ("n_layer", "n_head", "n_embd", "n_inner", "n_positions", "vocab_size")
 
 
 @dataclass(frozen=True)
-class Start:
-    """Where a run starts: at a checkpoint, or at step 0 without one."""
-
-    checkpoint: checkpoints.Checkpoint | None
-    same_folder: bool  # whether the checkpoint is in this run's own folder
-    restarted: bool  # by the launcher, in the run folder of an earlier attempt of this job
-
-
-@dataclass(frozen=True)
-class ResolvedModel:
-    config: GPT2FlashConfig
-    block_size: int
-    own_tokenizer: PreTrainedTokenizerBase | None  # that of the weights from which the run starts
-    attention: tuple[str, str]  # implementation, why
-    partition: Partition | None  # None without a pipeline
-
-
-@dataclass(frozen=True)
 class ResolvedRun:
     """A run without open flags, whose files are all there and fit together."""
 
     config: RunConfig
-    deepspeed: dict[str, Any] | None
-    model: ResolvedModel
+    deepspeed: dict[str, Any]  # DeepSpeed's JSON without any "auto"; empty in a baseline
+    checkpoint: checkpoints.Checkpoint | None  # from which it resumes
+    restarted: bool  # by the launcher, in the run folder of an earlier attempt of this job
+    model: GPT2FlashConfig
+    own_tokenizer: PreTrainedTokenizerBase | None  # that of the weights from which the run starts
+    attention: tuple[str, str]  # implementation, why
+    partition: Partition | None  # None without a pipeline
     train: TrainBatches
     val: EvalBatches
-    micro_batch_size: int  # sequences per data-parallel process
-    accumulation: int  # micro-batches per step
     total_steps: int
     warmup_steps: int
-    start: Start
 
     @property
     def precision(self) -> str:
@@ -81,11 +65,11 @@ class ResolvedRun:
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The model's own, else GPT-2's if the vocabulary has room for it."""
-        return self.model.own_tokenizer or default_tokenizer(self.model.config)
+        return self.own_tokenizer or default_tokenizer(self.model)
 
     @property
     def shape(self) -> dict[str, int | None]:
-        return {key: getattr(self.model.config, key) for key in SHAPE}
+        return {key: getattr(self.model, key) for key in SHAPE}
 
     def state(self, step: int) -> checkpoints.TrainingState:
         """The state to checkpoint after `step` steps."""
@@ -116,14 +100,13 @@ def resolve(config: RunConfig) -> ResolvedRun:
         own = "latest" if (config.run_folder / checkpoints.LATEST).exists() else config.resume_from_checkpoint
         config = replace(config, overwrite=False, resume_from_checkpoint=own)
     config, deepspeed = resolve_engine(config)
-    start = resolve_start(config, restarted)
-    model = resolve_model(config, deepspeed)
-    micro_batch_size, accumulation = config.train_micro_batch_size_per_gpu, config.gradient_accumulation_steps
-    assert micro_batch_size is not None
-    assert accumulation is not None
-    assert config.pipeline_stages is not None
-    data_parallel = processes.world_size() // config.pipeline_stages
-    train, val = resolve_data(config, model, micro_batch_size * accumulation * data_parallel)
+    checkpoint = resolve_checkpoint(config, restarted)
+    model = model_config(config.model, dropout=config.dropout, loss_chunk_size=config.loss_chunk_size)
+    config = replace(config, block_size=config.block_size or model.n_positions)
+    tokenizer = resolve_tokenizer(config, model)
+    attention = resolve_attention(config, model)
+    stages = resolve_partition(config, deepspeed, model) if config.pipeline_stages > 1 else None
+    train, val = resolve_data(config, model, tokenizer)
     total_steps = config.max_steps or train.updates(config.epochs)
     if config.profiled is not None and config.profiled.stop - 1 > total_steps:
         raise UserError(
@@ -131,19 +114,21 @@ def resolve(config: RunConfig) -> ResolvedRun:
             "more with --max_steps or --epochs"
         )
     run = ResolvedRun(
-        config=replace(config, block_size=model.block_size),
+        config=config,
         deepspeed=deepspeed,
+        checkpoint=checkpoint,
+        restarted=restarted,
         model=model,
+        own_tokenizer=tokenizer,
+        attention=attention,
+        partition=stages,
         train=train,
         val=val,
-        micro_batch_size=micro_batch_size,
-        accumulation=accumulation,
         total_steps=total_steps,
         warmup_steps=min(2000, total_steps // 20) if config.warmup_steps is None else config.warmup_steps,
-        start=start,
     )
-    if start.checkpoint is not None:
-        check_checkpoint(run, start.checkpoint)
+    if checkpoint is not None:
+        check_checkpoint(run, checkpoint)
     return run
 
 
@@ -158,10 +143,10 @@ def check_environment(config: RunConfig) -> None:
         raise UserError("--memory_snapshot: the allocator keeps its history on CUDA devices only; drop the flag")
 
 
-def resolve_engine(config: RunConfig) -> tuple[RunConfig, dict[str, Any] | None]:
+def resolve_engine(config: RunConfig) -> tuple[RunConfig, dict[str, Any]]:
     """The flags that run type, launcher, hardware and DeepSpeed JSON decide, and the JSON without any "auto"."""
     bf16_is_fast = has_fast_bf16()
-    deepspeed = None
+    deepspeed: dict[str, Any] = {}
     if config.optimized:
         file = launcher.deepspeed_config_file()
         if file not in (None, config.deepspeed_config or file):
@@ -186,23 +171,21 @@ def resolve_engine(config: RunConfig) -> tuple[RunConfig, dict[str, Any] | None]
     return config, deepspeed
 
 
-def resolve_start(config: RunConfig, restarted: bool) -> Start:
+def resolve_checkpoint(config: RunConfig, restarted: bool) -> checkpoints.Checkpoint | None:
     """The checkpoint to resume from; refuses a run folder that holds another run."""
     resume = config.resume_from_checkpoint
     checkpoint = checkpoints.find(resume, config.run_folder) if resume else None
-    same_folder = checkpoint is not None and checkpoint.folder.parent.resolve() == config.run_folder.resolve()
+    same_folder = checkpoint is not None and checkpoint.is_in(config.run_folder)
     checkpoints.check_free(config.run_folder, same_folder or restarted, config.overwrite)
-    return Start(checkpoint, same_folder, restarted)
+    return checkpoint
 
 
-def resolve_model(config: RunConfig, deepspeed: dict[str, Any] | None) -> ResolvedModel:
-    """The model's configuration, tokenizer, attention and pipeline partition; its weights are not read."""
-    assert config.loss_chunk_size is not None
-    model = model_config(config.model, dropout=config.dropout, loss_chunk_size=config.loss_chunk_size)
-    block_size = config.block_size or model.n_positions
-    if block_size > model.n_positions:
+def resolve_tokenizer(config: RunConfig, model: GPT2FlashConfig) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of the weights to start from; refuses blocks and prompts for which there are no positions."""
+    if config.block_size > model.n_positions:
         raise UserError(
-            f"--block_size {block_size}: {config.model} has {model.n_positions} positions; ask for that many or fewer"
+            f"--block_size {config.block_size}: {config.model} has {model.n_positions} positions; ask for that many "
+            "or fewer"
         )
     tokenizer = own_tokenizer(config.model, model.n_positions)
     encode = gpt2_encoding().encode_ordinary if tokenizer is None else tokenizer.encode
@@ -212,14 +195,11 @@ def resolve_model(config: RunConfig, deepspeed: dict[str, Any] | None) -> Resolv
             f"--prompt: its {prompt_length} tokens leave no room in the {model.n_positions} positions of "
             f"{config.model}; shorten it"
         )
-    attention = resolve_attention(config, model)
-    stages = resolve_partition(config, deepspeed, model, block_size) if config.pipeline_stages != 1 else None
-    return ResolvedModel(model, block_size, tokenizer, attention, stages)
+    return tokenizer
 
 
 def resolve_attention(config: RunConfig, model: GPT2FlashConfig) -> tuple[str, str]:
     """The implementation of attention, and why it was chosen."""
-    assert config.attn_implementation is not None
     dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
     try:
         attention = choose_attention(
@@ -242,13 +222,8 @@ def resolve_attention(config: RunConfig, model: GPT2FlashConfig) -> tuple[str, s
     return attention
 
 
-def resolve_partition(
-    config: RunConfig, deepspeed: dict[str, Any] | None, model: GPT2FlashConfig, block_size: int
-) -> Partition:
+def resolve_partition(config: RunConfig, deepspeed: dict[str, Any], model: GPT2FlashConfig) -> Partition:
     """The layers of each pipeline stage."""
-    assert deepspeed is not None
-    assert config.pipeline_stages is not None
-    assert config.gradient_accumulation_steps is not None
     stages, asked = config.pipeline_stages, f"--pipeline_stages {config.pipeline_stages}"
     if config.pipeline_schedule == "dualpipev":
         stages, asked = 2 * stages, f"{asked} --pipeline_schedule dualpipev"
@@ -258,34 +233,38 @@ def resolve_partition(
                 f"{config.pipeline_stages}), not {config.gradient_accumulation_steps}"
             )
     try:
-        return partition(model, stages, deepspeed["pipeline"]["partition"], block_size=block_size)
+        return partition(model, stages, deepspeed["pipeline"]["partition"], block_size=config.block_size)
     except ValueError as error:
         raise UserError(f"{asked}: {error}") from None
 
 
-def resolve_data(config: RunConfig, model: ResolvedModel, sequences_per_step: int) -> tuple[TrainBatches, EvalBatches]:
+def resolve_data(
+    config: RunConfig, model: GPT2FlashConfig, tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[TrainBatches, EvalBatches]:
     """The batches of training and validation, whose token ids the model's vocabulary contains."""
-    tokens = open_tokens(config.train_data_path, model.config.vocab_size)
-    train = TrainBatches(tokens, model.block_size, sequences_per_step, config.seed, config.document_mask)
+    tokens = open_tokens(config.train_data_path, model.vocab_size)
+    data_parallel = processes.world_size() // config.pipeline_stages
+    sequences_per_step = config.train_micro_batch_size_per_gpu * config.gradient_accumulation_steps * data_parallel
+    train = TrainBatches(tokens, config.block_size, sequences_per_step, config.seed, config.document_mask)
     gpt2s = tokens.sidecar is not None and tokens.sidecar.tokenizer == TOKENIZER_NAME
-    if gpt2s and model.own_tokenizer is not None:
-        ids = model.own_tokenizer.encode(PROBE, add_special_tokens=False)
+    if gpt2s and tokenizer is not None:
+        ids = tokenizer.encode(PROBE, add_special_tokens=False)
         if ids != gpt2_encoding().encode_ordinary(PROBE):  # the model knows every id, under other meanings
             raise UserError(
                 f"--train_data_path {config.train_data_path}: holds GPT-2's tokens, and {config.model} has a "
                 "tokenizer of its own; write its ids to a .bin of uint16 without a sidecar, or start from another "
                 "model"
             )
-    val_tokens = open_tokens(config.val_data_path, model.config.vocab_size)
-    return train, EvalBatches(val_tokens, model.block_size, config.document_mask)
+    val_tokens = open_tokens(config.val_data_path, model.vocab_size)
+    return train, EvalBatches(val_tokens, config.block_size, config.document_mask)
 
 
 def check_checkpoint(run: ResolvedRun, checkpoint: checkpoints.Checkpoint) -> None:
     """Refuse to resume another run, or one that has no steps left."""
     checkpoints.check_same_run(checkpoint, run.state(checkpoint.step))
     # After a restart the summary is written again: the processes may have ended in the middle of it.
-    summarized = (run.config.run_folder / "metrics.json").exists() and not run.start.restarted
-    finished = not run.start.same_folder or summarized
+    summarized = (run.config.run_folder / "metrics.json").exists() and not run.restarted
+    finished = summarized or not checkpoint.is_in(run.config.run_folder)
     if checkpoint.step > run.total_steps or (checkpoint.step == run.total_steps and finished):
         raise UserError(
             f"{checkpoint.folder} has done all {run.total_steps} steps; ask for more with --max_steps or --epochs"

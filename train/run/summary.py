@@ -38,8 +38,8 @@ def write_summary(run: ResolvedRun, records: list[dict[str, Any]], world_size: i
         precision=run.precision,
         world_size=world_size,
         parameters=model.num_parameters(),
-        attn_implementation=run.model.attention[0],
-        attn_reason=run.model.attention[1],
+        attn_implementation=run.attention[0],
+        attn_reason=run.attention[1],
         model={key: value for key, value in run.shape.items() if value is not None},
         data={"train": data_facts(run.train.tokens), "val": data_facts(run.val.tokens)},
         config=dataclasses.asdict(config),
@@ -49,11 +49,11 @@ def write_summary(run: ResolvedRun, records: list[dict[str, Any]], world_size: i
         command=shlex.join(["python", "-m", "train", *sys.argv[1:]]),
     )
     flops = count_flops(
-        *(run.model.config.n_layer, run.model.config.n_embd, run.model.config.n_inner, run.model.config.vocab_size),
+        *(run.model.n_layer, run.model.n_embd, run.model.n_inner, run.model.vocab_size),
         run.train.block_size,
-        activation_checkpointing=config.activation_checkpointing or "none",
-        activation_checkpointing_interval=config.activation_checkpointing_interval or 1,
-        fused_attention=run.model.attention[0] != "eager",
+        activation_checkpointing=config.activation_checkpointing,
+        activation_checkpointing_interval=config.activation_checkpointing_interval,
+        fused_attention=run.attention[0] != "eager",
     )
     summary = summarize(
         facts,
@@ -75,13 +75,13 @@ def generate_sample(run: ResolvedRun, model: PreTrainedModel) -> dict[str, str] 
     config, tokenizer = run.config, run.tokenizer
     if config.max_new_tokens == 0 or tokenizer is None:
         return None
-    room = run.model.config.n_positions - len(tokenizer(config.prompt).input_ids)
+    room = run.model.n_positions - len(tokenizer(config.prompt).input_ids)
     text = generate_text(model, tokenizer, config.prompt, Decoding(min(config.max_new_tokens, room)))
     return {"prompt": config.prompt, "text": text}
 
 
 def measure_inference(run: ResolvedRun, model: PreTrainedModel) -> dict[str, Any]:
     """Latency of one sequence at a time, after a prompt of the validation data."""
-    length = min(LATENCY_TOKENS, run.model.config.n_positions // 2)
+    length = min(LATENCY_TOKENS, run.model.n_positions // 2)
     prompt_ids = torch.tensor(run.val.tokens.ids[None, :length].astype("int64"), device=model.device)
     return measure_latency(model, prompt_ids, length)

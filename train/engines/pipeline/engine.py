@@ -45,8 +45,6 @@ class PipelinedEngine(Engine):
 
     def __init__(self, config: RunConfig, deepspeed: dict[str, Any], partition: Partition) -> None:
         super().__init__(config, deepspeed)
-        assert config.pipeline_stages is not None
-        assert self.world_size % config.pipeline_stages == 0
         self.partition = partition
         self.pipeline_size = config.pipeline_stages
         self.dualpipev = config.pipeline_schedule == "dualpipev"
@@ -77,7 +75,6 @@ class PipelinedEngine(Engine):
         }
         # Not DeepSpeed's own checkpoint function, which needs inputs with gradients: tokens have none. The interval is
         # in the JSON.
-        assert self.config.activation_checkpointing is not None
         recompute = partial(checkpoint, **checkpoint_arguments(self.config.activation_checkpointing))
         # DeepSpeed prints random seeds that nothing here uses, and broadcasts the tied weight while autograd records.
         with contextlib.redirect_stdout(None), torch.no_grad():
