@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import math
 from operator import itemgetter
 from typing import NamedTuple
 
@@ -125,32 +124,20 @@ def _explicit_bounds(counts: list[int], stages: int, layers: int) -> tuple[int, 
 def balance(sizes: list[int], parts: int) -> tuple[int, ...]:
     """Bounds of the contiguous split into non-empty parts with the smallest maximum, by dynamic programming.
 
-    Of several such splits, the most even one: that with the smallest sum of squares.
+    Of several such splits, the one with the smallest second largest part, and so on.
     """
     assert 1 <= parts <= len(sizes)
     sums = [0, *itertools.accumulate(sizes)]
 
     @functools.cache
-    def smallest_maximum(stop: int, parts: int) -> int:
-        """Of the splits of sizes[:stop]."""
+    def best(stop: int, parts: int) -> tuple[list[int], tuple[int, ...]]:
+        """The best split of sizes[:stop]: the sizes of its parts, largest first, and its bounds."""
         if parts == 1:
-            return sums[stop]
-        return min(
-            max(smallest_maximum(start, parts - 1), sums[stop] - sums[start]) for start in range(parts - 1, stop)
-        )
-
-    limit = smallest_maximum(len(sizes), parts)
-
-    @functools.cache
-    def most_even(stop: int, parts: int) -> tuple[float, tuple[int, ...]]:
-        """The smallest sum of squares with all parts of sizes[:stop] within the limit, and its bounds."""
-        if parts == 1:
-            return (sums[stop] ** 2 if sums[stop] <= limit else math.inf), (0, stop)
+            return [sums[stop]], (0, stop)
         splits = []
         for start in range(parts - 1, stop):
-            squares, bounds = most_even(start, parts - 1)
-            part = sums[stop] - sums[start]
-            splits.append((squares + part**2 if part <= limit else math.inf, (*bounds, stop)))
+            before, bounds = best(start, parts - 1)
+            splits.append((sorted([*before, sums[stop] - sums[start]], reverse=True), (*bounds, stop)))
         return min(splits, key=itemgetter(0))
 
-    return most_even(len(sizes), parts)[1]
+    return best(len(sizes), parts)[1]
