@@ -28,9 +28,9 @@ def pairs(
 def test_the_table_has_a_line_for_each_host_and_stage() -> None:
     table = check_placements(pairs(placements(2, 4, hosts=2))).splitlines()
     assert table[0] == "ZeRO-1 on 8 processes"
-    assert [line.replace("|", "").split() for line in table[3:]] == [
-        ["host0", "cpu", "0", "0-3", "0-3"],
-        ["host1", "cpu", "1", "4-7", "0-3"],
+    assert [[cell.strip() for cell in line.strip("|").split("|")] for line in table[3:]] == [
+        ["host0", "cpu", "0", "0, 1, 2, 3", "0, 1, 2, 3"],
+        ["host1", "cpu", "1", "4, 5, 6, 7", "0, 1, 2, 3"],
     ]
     assert check_placements(pairs(placements(1, 1))).startswith("ZeRO-1 on 1 process\n")
 
@@ -43,12 +43,6 @@ def test_every_process_has_to_be_what_was_asked(field: str, value: object) -> No
     found = [*asked[:3], asked[3]._replace(**{field: value})]  # type: ignore[arg-type]
     with pytest.raises(UserError, match=f"rank 3 of 4: {field} is {value}, not {getattr(asked[3], field)}"):
         check_placements(pairs(found, asked))
-
-
-def test_two_processes_may_not_have_the_same_share() -> None:
-    twice = [placements(1, 1)[0], placements(1, 1)[0]._replace(rank=1)]
-    with pytest.raises(UserError, match="same share"):
-        check_placements(pairs(twice))
 
 
 def test_slurm_tasks_without_a_launcher_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,8 @@ and from the cluster's environment variables.
 
 import os
 from collections.abc import Iterator, Sequence
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -105,8 +107,6 @@ def check_placements(ranks: Sequence[tuple[RankPlacement, RankPlacement]]) -> st
                     "the launcher's configuration with the flags"
                 )
     found = [actual for actual, _ in ranks]
-    if len({(place.stage, place.data_rank) for place in found}) != len(found):
-        raise UserError(f"two processes have the same share of the work: {[tuple(place) for place in found]}")
     hosts = len({place.host for place in found})
     if hosts < int(os.environ.get(NODES, "1")):
         raise UserError(
@@ -114,21 +114,9 @@ def check_placements(ranks: Sequence[tuple[RankPlacement, RankPlacement]]) -> st
             "alone; give the launcher the number of machines and the first one's address"
         )
     rows = []
-    groups = sorted({(place.stage, place.host, place.device) for place in found})
-    for stage, host, device in groups:
-        here = [place for place in found if (place.stage, place.host, place.device) == (stage, host, device)]
-        ranks, data_ranks = ([getattr(place, name) for place in here] for name in ("rank", "data_rank"))
-        rows.append((host, device, str(stage), _span(ranks), _span(data_ranks)))
+    group = attrgetter("stage", "host", "device")
+    for (stage, host, device), places in groupby(sorted(found, key=group), group):
+        own_ranks, data_ranks = zip(*((str(place.rank), str(place.data_rank)) for place in places), strict=True)
+        rows.append((host, device, str(stage), ", ".join(own_ranks), ", ".join(data_ranks)))
     table = markdown_table(["host", "device", "stage", "ranks", "data-parallel ranks"], rows)
     return f"{found[0].wrapping} on {len(found)} process{'es' * (len(found) > 1)}\n{table}"
-
-
-def _span(numbers: list[int]) -> str:
-    """1, 2, 3, 7 -> "1-3, 7"."""
-    spans: list[list[int]] = []
-    for number in sorted(numbers):
-        if spans and spans[-1][-1] == number - 1:
-            spans[-1].append(number)
-        else:
-            spans.append([number])
-    return ", ".join(str(span[0]) if len(span) == 1 else f"{span[0]}-{span[-1]}" for span in spans)
