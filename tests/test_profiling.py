@@ -74,13 +74,13 @@ def test_the_peak_of_a_cpu_is_taken_before_the_profiler_fills_its_memory(
 ) -> None:
     config = parse([*flags, "--profile", "--profile_steps=4:5", f"--checkpoint_path={tmp_path}"])
     config.run_folder.mkdir()
-    run = SimpleNamespace(config=config, model=SimpleNamespace(config=GPT2FlashConfig()))
+    run = SimpleNamespace(config=config, model=GPT2FlashConfig(), first_step=0)
     nothing = {"named_modules": lambda: iter(()), "held_tensors": lambda: iter(())}
     engine = SimpleNamespace(is_main=True, rank=0, device=torch.device("cpu"), **nothing)
     monkeypatch.setattr(profiling, "profile_facts", lambda *_: None)
     monkeypatch.setattr(profiling, "trace_metadata", lambda *_: "{}")
     taken = []
-    with Profiler(cast(Any, run), cast(Any, engine), 0) as profiler:
+    with Profiler(cast(Any, run), cast(Any, engine)) as profiler:
         for step in range(1, 6):
             monkeypatch.setattr(devices, "peak_memory", lambda device, after=step: {"after": after})
             profiler.step()

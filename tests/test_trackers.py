@@ -14,11 +14,10 @@ from train.utils.errors import UserError
 
 
 def test_a_tracker_without_its_package_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    trackers.check("none")
-    trackers.check("tensorboard")
+    trackers.check(["tensorboard"])
     monkeypatch.setattr(trackers, "get_available_trackers", lambda: [])
     with pytest.raises(UserError, match=r"--report_to wandb: its package is not installed; pip install wandb"):
-        trackers.check("wandb")
+        trackers.check(["wandb"])
     assert "tensorboard" in map(str, get_available_trackers())
 
 

@@ -205,6 +205,10 @@ class RunConfig(Output, Analysis, Parallelism, Speed, Checkpoints, Evaluation, O
         return self.run_type == "optimized"
 
     @property
+    def trackers(self) -> list[str]:
+        return [] if self.report_to == "none" else [name.strip() for name in self.report_to.split(",")]
+
+    @property
     def profiled(self) -> range | None:
         """The steps to record, counted from 1 as in metrics.jsonl; None without --profile."""
         first, _, stop = self.profile_steps.partition(":")
@@ -294,13 +298,12 @@ def check(config: RunConfig) -> None:
     def refuse(key: str, remedy: str) -> None:
         raise UserError(f"--{key} {getattr(config, key)}: {remedy}")
 
-    if config.report_to != "none":
-        for name in map(str.strip, config.report_to.split(",")):
-            if name not in TRACKERS:
-                nearest = did_you_mean(name, TRACKERS)
-                raise UserError(
-                    f"--report_to {name}: unknown tracker; {nearest}choose from {', '.join(TRACKERS)}, or none"
-                )
+    for name in config.trackers:
+        if name not in TRACKERS:
+            nearest = did_you_mean(name, TRACKERS)
+            raise UserError(
+                f"--report_to {name}: unknown tracker; {nearest}choose from {', '.join(TRACKERS)}, or none"
+            )
     if not re.fullmatch(r"\d+:\d+", config.profile_steps):
         refuse("profile_steps", "write the first step and the one after the last, for example 10:13")
     first, stop = map(int, config.profile_steps.split(":"))

@@ -95,7 +95,7 @@ def _common_arguments(config: RunConfig) -> dict[str, Any]:
     return {
         "mixed_precision": config.mixed_precision,
         "gradient_accumulation_steps": config.gradient_accumulation_steps,
-        "log_with": None if config.report_to == "none" else [name.strip() for name in config.report_to.split(",")],
+        "log_with": config.trackers,
         "project_config": ProjectConfiguration(
             project_dir=str(config.run_folder), logging_dir=str(config.run_folder / "tensorboard")
         ),

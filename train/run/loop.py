@@ -1,6 +1,5 @@
 """The training loop: the same for every engine, layout and run type; and the engine that it drives, built."""
 
-import dataclasses
 import os
 import time
 from contextlib import closing
@@ -32,7 +31,7 @@ def build(run: ResolvedRun) -> Engine:
     engine = _create_engine(run)
     processes.watch_peer(gather_object([os.getpid()]))
     checkpoint = run.checkpoint
-    states = gather_object([run.state(checkpoint.step if checkpoint else 0)])
+    states = gather_object([run.state(run.first_step)])
     if any(state != states[0] for state in states):
         raise UserError(
             "the processes do not see the same flags, data or checkpoint; "
@@ -86,10 +85,7 @@ def train(run: ResolvedRun) -> None:
     """Train from the run's checkpoint, or from step 0, to its last step, and finish the run folder."""
     config = run.config
     engine = build(run)
-    log = RunLog(engine.accelerator, config.run_folder, dataclasses.asdict(config), run.total_steps)
-    checkpoint = run.checkpoint
-    first = checkpoint.step if checkpoint else 0
-    log.start(first, checkpoint.folder.parent / "metrics.jsonl" if checkpoint else log.file)
+    log = RunLog(engine.accelerator, run)
     log.message(engine.layout)
     if run.partition is not None:
         log.message(f"{run.partition.table()}\nschedule {config.pipeline_schedule}")
@@ -104,9 +100,9 @@ def train(run: ResolvedRun) -> None:
         ]
 
     energy = EnergyMeter(energy_reader(engine.device))
-    steps = range(first, run.total_steps)
+    steps = range(run.first_step, run.total_steps)
     data = read_ahead(micro_batches, steps, engine.device)
-    with closing(data), Profiler(run, engine, first) as profiler:
+    with closing(data), Profiler(run, engine) as profiler:
         for step in steps:
             energy.start()
             began = time.perf_counter()
@@ -123,7 +119,7 @@ def train(run: ResolvedRun) -> None:
             )
             result = engine.train_step(step, batches, rate)
             seconds = time.perf_counter() - began
-            energy.stop(counts=step > first and not profiler.at_work)
+            energy.stop(counts=step > run.first_step and not profiler.at_work)
 
             done = step + 1
             record = {

@@ -32,11 +32,10 @@ from train.utils.files import atomic_write
 class Profiler(AbstractContextManager):
     """Records the steps that --profile_steps names; without --profile it does nothing."""
 
-    def __init__(self, run: ResolvedRun, engine: Engine, done: int) -> None:
-        """`done`: the number of optimizer steps before the first one of this process."""
+    def __init__(self, run: ResolvedRun, engine: Engine) -> None:
         self.run = run
         self.engine = engine
-        self.done = done
+        self.done = done = run.first_step
         self.annotations = ExitStack()
         self.tracking = ExitStack()
         self.peak_before: dict[str, Any] | None = None
@@ -146,15 +145,8 @@ def annotate_modules(modules: Iterator[tuple[str, nn.Module]]) -> ExitStack:
 
 def _annotate(owner: nn.Module, attribute: str, annotation: str) -> Callable[[], None]:
     """Annotate the calls of a method; returns what restores it."""
-    call = getattr(owner, attribute)
-
-    @functools.wraps(call)
-    def annotated(*args: Any, **kwargs: Any) -> Any:
-        with record_function(annotation):
-            return call(*args, **kwargs)
-
-    own = attribute in vars(owner)
-    setattr(owner, attribute, annotated)
+    call, own = getattr(owner, attribute), attribute in vars(owner)
+    setattr(owner, attribute, record_function(annotation)(call))
     return functools.partial(setattr, owner, attribute, call) if own else functools.partial(delattr, owner, attribute)
 
 

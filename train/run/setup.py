@@ -59,6 +59,11 @@ class ResolvedRun:
         return matmul_precision(self.config.mixed_precision, self.config.optimized)
 
     @property
+    def first_step(self) -> int:
+        """The number of steps that are done already."""
+        return self.checkpoint.step if self.checkpoint else 0
+
+    @property
     def tokens_per_step(self) -> int:
         return self.train.global_batch_size * self.train.block_size
 
@@ -134,7 +139,7 @@ def resolve(config: RunConfig) -> ResolvedRun:
 
 def check_environment(config: RunConfig) -> None:
     """Refuse what this machine cannot do, before any file is opened."""
-    trackers.check(config.report_to)
+    trackers.check(config.trackers)
     if config.push_to_hub is not None and processes.rank() == 0:
         upload.check(config.push_to_hub)
     if config.torch_compile and device_type() == "cpu":

@@ -7,34 +7,42 @@ attempt needs to continue the same record.
 
 import json
 import os
-from pathlib import Path
+from collections.abc import Callable, Iterable
+from operator import attrgetter
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.tracking import GeneralTracker, get_available_trackers
+from accelerate.tracking import get_available_trackers
 
+from train.config.run_config import RunConfig
 from train.utils.errors import UserError, first_line
 from train.utils.files import write_json
 
 PROJECT = "gpt2flash"
 RECORDS = "trackers.json"
+RECORD_IDS: dict[str, Callable[[Any], str | None]] = {  # the name or id that a tracker gave its record
+    "tensorboard": lambda record: None,
+    "wandb": attrgetter("id"),
+    "trackio": attrgetter("name"),
+    "mlflow": attrgetter("info.run_id"),
+}
 
 
-def check(report_to: str) -> None:
+def check(names: Iterable[str]) -> None:
     """Refuse a tracker whose package is not installed (Accelerate would only warn)."""
     available = {str(tracker) for tracker in get_available_trackers()}
-    for name in map(str.strip, report_to.split(",")):
-        if name != "none" and name not in available:
+    for name in names:
+        if name not in available:
             raise UserError(f"--report_to {name}: its package is not installed; pip install {name}, or drop it")
 
 
-def start(accelerator: Accelerator, run_folder: Path, config: dict[str, Any], step: int) -> None:
+def start(accelerator: Accelerator, config: RunConfig, step: int) -> None:
     """Start the trackers of a run at `step`; hyper-parameters are recorded at the first start.
 
     Raises:
         UserError: when one cannot be started, for example without a login or a server.
     """
-    folder, file = run_folder.resolve(), run_folder / RECORDS
+    folder, file = config.run_folder.resolve(), config.run_folder / RECORDS
     folders = {
         "WANDB_DIR": f"{folder}",
         "TRACKIO_DIR": f"{folder / 'trackio'}",
@@ -43,13 +51,14 @@ def start(accelerator: Accelerator, run_folder: Path, config: dict[str, Any], st
     for variable, value in folders.items():
         os.environ.setdefault(variable, value)
     records = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    arguments = {name: _resume_arguments(name, record, step) for name, record in records.items()}
+    arguments = {name: _resume_arguments(record, step)[name] for name, record in records.items()}
     try:
         accelerator.init_trackers(PROJECT, init_kwargs=arguments)
         for tracker in accelerator.trackers:
             if tracker.name not in records or tracker.name == "trackio":  # trackio drops the ones it had
-                tracker.store_init_configuration(config)
-            records[tracker.name] = _record_id(tracker)
+                flags = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in vars(config).items()}
+                tracker.store_init_configuration(flags)
+            records[tracker.name] = RECORD_IDS[tracker.name](tracker.tracker)
     except Exception as error:  # each has its own
         names = ", ".join(str(name) for name in accelerator.log_with)
         raise UserError(f"--report_to {names}: cannot be started: {first_line(error)}") from error
@@ -57,22 +66,11 @@ def start(accelerator: Accelerator, run_folder: Path, config: dict[str, Any], st
         write_json(file, records)
 
 
-def _resume_arguments(name: str, record: str | None, step: int) -> dict[str, Any]:
-    """The init arguments with which a tracker continues a record after `step`."""
-    arguments: dict[str, dict[str, Any]] = {
+def _resume_arguments(record: str | None, step: int) -> dict[str, dict[str, Any]]:
+    """The init arguments with which each tracker continues a record after `step`."""
+    return {
         "tensorboard": {"purge_step": step + 1},
         "wandb": {"id": record, "resume": "allow"},
         "trackio": {"name": record, "resume": "allow"},
         "mlflow": {"run_id": record},
     }
-    return arguments[name]
-
-
-def _record_id(tracker: GeneralTracker) -> str | None:
-    """The name or id that a tracker gave the run."""
-    return {
-        "tensorboard": lambda: None,
-        "wandb": lambda: tracker.tracker.id,
-        "trackio": lambda: tracker.tracker.name,
-        "mlflow": lambda: tracker.tracker.info.run_id,
-    }[tracker.name]()
