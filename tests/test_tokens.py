@@ -161,13 +161,13 @@ def test_write_token_file(tmp_path: Path) -> None:
 def test_a_writer_resumes_after_its_statistics(tmp_path: Path) -> None:
     path = tmp_path / "train.bin"
     with TokenWriter(path, VOCABULARY_SIZE) as writer:
-        writer.write(np.array([1, 2, END_OF_TEXT]), 1)
-        statistics = writer.statistics()
-        writer.write(np.array([3]), 0)  # on the disk, and in no statistics
+        writer.write(np.array([1, 2, END_OF_TEXT]), documents=1)
+        statistics = writer.statistics
+        writer.write(np.array([3]))  # on the disk, and in no statistics
     with TokenWriter(path, VOCABULARY_SIZE, statistics) as writer:
-        assert writer.statistics() == statistics
-        writer.write(np.array([7, END_OF_TEXT]), 1)
-        last = writer.statistics()
+        assert writer.statistics == statistics
+        writer.write(np.array([7, END_OF_TEXT]), documents=1)
+        last = writer.statistics
     assert np.fromfile(path, dtype="<u2").tolist() == [1, 2, END_OF_TEXT, 7, END_OF_TEXT]
     assert (last.tokens, last.documents) == (5, 2)
     assert last.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()

@@ -12,7 +12,6 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -70,7 +69,7 @@ class TokenWriter:
     Args:
         path: the file, which is created, or truncated to the statistics in `resume`.
         vocabulary_size: ids must be below it.
-        resume: the `statistics()` of an earlier writer of this file.
+        resume: the `statistics` of an earlier writer of this file.
 
     Raises:
         UserError: the file does not begin with what `resume` describes.
@@ -80,10 +79,16 @@ class TokenWriter:
         self.path = path
         self.vocabulary_size = vocabulary_size
         self.dtype = token_dtype(vocabulary_size)
-        self.tokens = resume.tokens if resume else 0
-        self.documents = (resume.documents or 0) if resume else 0
-        self.max_token_id = resume.max_token_id if resume else -1
         self._sha256 = hashlib.sha256() if resume is None else self._truncate(resume)
+        dtype: Any = self.dtype.name
+        self.statistics = resume or Sidecar(
+            dtype=dtype,
+            tokens=0,
+            documents=0,
+            max_token_id=-1,
+            vocabulary_size=vocabulary_size,
+            sha256=self._sha256.hexdigest(),
+        )
         self._file = path.open("ab" if resume else "wb")
 
     def _truncate(self, resume: Sidecar) -> Any:
@@ -101,44 +106,31 @@ class TokenWriter:
     def __enter__(self) -> "TokenWriter":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            self._file.close()  # flushes, and so fails on a full disk
-        except OSError:
-            if error is None:
-                raise
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
 
-    def write(self, ids: np.ndarray, documents: int) -> None:
-        """Append `ids`, (tokens,), which end `documents` documents."""
-        if ids.size:
-            low, high = 0 if ids.dtype.kind == "u" else int(ids.min()), int(ids.max())
-            if low < 0 or high >= self.vocabulary_size:
-                raise ValueError(f"token ids {low}…{high} are not all in a vocabulary of {self.vocabulary_size}")
-            self.max_token_id = max(self.max_token_id, high)
+    def write(self, ids: np.ndarray, **counts: int) -> None:
+        """Append `ids`, (tokens,), and add the counts (`documents` that end in them, ...) to the statistics."""
+        low, high = (int(ids.min()), int(ids.max())) if ids.size else (0, -1)
+        if low < 0 or high >= self.vocabulary_size:
+            raise ValueError(f"token ids {low}…{high} are not all in a vocabulary of {self.vocabulary_size}")
         content = np.ascontiguousarray(ids, dtype=self.dtype).data
         self._file.write(content)
         self._sha256.update(content)
-        self.tokens += ids.size
-        self.documents += documents
+        before = self.statistics
+        sums: dict[str, Any] = {key: (getattr(before, key) or 0) + count for key, count in counts.items()}
+        self.statistics = dataclasses.replace(
+            before,
+            tokens=before.tokens + ids.size,
+            max_token_id=max(before.max_token_id, high),
+            sha256=self._sha256.hexdigest(),
+            **sums,
+        )
 
     def sync(self) -> None:
         """Flush everything that was written to the disk."""
         self._file.flush()
         os.fsync(self._file.fileno())
-
-    def statistics(self) -> Sidecar:
-        """A sidecar with the fields that the file's content determines."""
-        dtype: Any = self.dtype.name
-        return Sidecar(
-            dtype=dtype,
-            tokens=self.tokens,
-            documents=self.documents,
-            max_token_id=self.max_token_id,
-            vocabulary_size=self.vocabulary_size,
-            sha256=self._sha256.hexdigest(),
-        )
 
 
 def write_token_file(
@@ -159,10 +151,10 @@ def write_token_file(
     with atomic_write(path) as temporary:
         with TokenWriter(temporary, vocabulary_size) as writer:
             for ids, documents in pieces:
-                writer.write(ids, documents)
+                writer.write(ids, documents=documents)
             writer.sync()
         path.unlink(missing_ok=True)
-        sidecar = dataclasses.replace(writer.statistics(), **fields)
+        sidecar = Sidecar(**{**fields, **writer.statistics.to_json()})
         write_json(sidecar_path(path), sidecar.to_json())
     return sidecar
 

@@ -183,16 +183,17 @@ def prepare(config: PreparationConfig) -> None:
 
 def read_all(config: PreparationConfig, source: Source, preparation: Preparation) -> None:
     """Stream the source from the preparation's position to the end, tokenize and write it."""
-    before = preparation.journal.provenance
+    journal = preparation.journal
+    before = journal.provenance
     dataset, source = load_documents(replace(source, revision=before["source"]["revision"]) if before else source)
-    stream = read_documents(source, dataset, preparation.position, preparation.rows)
+    stream = read_documents(source, dataset, journal.position, journal.rows)
     first = next(stream, None)
-    if first is None and not preparation.rows:
+    if first is None and not journal.rows:
         files = " ".join(config.data_files) or "its name"
         raise UserError(f"--dataset {config.dataset} has no documents: check {files}")
     if not before:
         preparation.set_provenance(provenance(config, source, dataset))
-    rows = preparation.journal.provenance["num_rows"]
+    rows = journal.provenance["num_rows"]
     if first is not None:
         encode, why = choose_encoder(config.tokenizer, first.texts[:CHECKED_DOCUMENTS])
         print(f"tokenizer: {why}", file=sys.stderr)
@@ -264,13 +265,13 @@ def tokenize(batch: Documents, encode: Encoder, rule: SplitRule) -> tuple[Chunk,
     def chunk(chosen: np.ndarray) -> Chunk:
         kept = terminated if chosen.all() else terminated[np.repeat(chosen, lengths + 1)]
         chosen_sizes = sizes[chosen]
-        return Chunk(
-            ids=kept,
-            documents=len(chosen_sizes),
-            empty_documents=int((chosen_sizes == 0).sum()),
-            documents_with_replacement_character=int(damaged[chosen].sum()),
-            text_bytes=int(chosen_sizes.sum()),
-        )
+        counts = {
+            "documents": len(chosen_sizes),
+            "empty_documents": int((chosen_sizes == 0).sum()),
+            "documents_with_replacement_character": int(damaged[chosen].sum()),
+            "text_bytes": int(chosen_sizes.sum()),
+        }
+        return Chunk(kept, counts)
 
     return chunk(~is_validation), chunk(is_validation)
 
@@ -295,8 +296,9 @@ def write_all(
     text_bytes = 0
     # A terminal is refreshed twice a second; a log gets a line every half minute.
     interval = 0.5 if sys.stderr.isatty() else 30
+    start = preparation.journal.rows
     with tqdm(
-        desc=title, total=expected, initial=preparation.rows, unit=" documents", unit_scale=True, mininterval=interval
+        desc=title, total=expected, initial=start, unit=" documents", unit_scale=True, mininterval=interval
     ) as progress:
         # Bounds the memory: what `datasets` keeps of each table is in a reference cycle, which Python would look for
         # after hundreds of tables only.
@@ -305,27 +307,28 @@ def write_all(
             if number % GC_INTERVAL == 0:
                 gc.collect()
             preparation.append(chunks, len(batch.texts), batch.next)
-            text_bytes += sum(chunk.text_bytes for chunk in chunks)
+            text_bytes += sum(chunk.counts["text_bytes"] for chunk in chunks)
             rate = text_bytes / 1e6 / max(progress.format_dict["elapsed"], 1e-9)
-            progress.set_postfix_str(f"{rate:.1f} MB/s, {preparation.tokens:,} tokens", refresh=False)
+            tokens = sum(part.tokens for part in preparation.journal.parts.values())
+            progress.set_postfix_str(f"{rate:.1f} MB/s, {tokens:,} tokens", refresh=False)
             progress.update(len(batch.texts))
 
 
 def check_parts(config: PreparationConfig, preparation: Preparation) -> None:
     """Raise, and leave nothing, if the split was for another number of documents, or leaves a part empty."""
-    rows, expected, fault = preparation.rows, preparation.journal.provenance["num_rows"], None
-    documents = preparation.documents()
+    rows, parts = preparation.journal.rows, preparation.journal.parts
+    expected, fault = preparation.journal.provenance["num_rows"], None
     if expected is not None and rows != expected:
         fault = (
             f"--dataset {config.dataset} ended after {rows:,} documents, and the split was for {expected:,}: "
             f"give --num_rows {rows}, or --split hash"
         )
-    for part, name, direction in (("train", "training", "lower"), ("val", "validation", "raise")):
-        if not documents[part]:
-            fault = fault or (
-                f"--val_fraction {config.val_fraction} leaves no document for {name} of {rows:,} in all: "
-                f"{direction} it, or prepare more documents"
-            )
+    elif not (parts["train"].documents and parts["val"].documents):
+        name, direction = ("validation", "raise") if parts["train"].documents else ("training", "lower")
+        fault = (
+            f"--val_fraction {config.val_fraction} leaves no document for {name} of {rows:,} in all: "
+            f"{direction} it, or prepare more documents"
+        )
     if fault:
         preparation.discard()
         raise UserError(fault)

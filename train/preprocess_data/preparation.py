@@ -5,29 +5,27 @@
    atomically each time after both files were flushed to the disk.
 2. After a kill, the same command truncates both files to the journal's sizes, checks their digests and reads on after
    the journal's last document.
-3. When everything is read ("finishing"), both files are completed in OUT/.preparing/ready: as they are, or reordered.
-4. When both are ready ("placing"), they are renamed into OUT.
+3. When everything is read ("finishing"), each file is completed in OUT/.preparing/ready, as it is or reordered, and
+   its original is gone.
+4. When both are ready, they are renamed into OUT.
 
 Each of these steps can be repeated after a kill in the middle of it.
 """
 
-import dataclasses
 import os
 import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from socket import gethostname
-from types import TracebackType
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from filelock import FileLock, Timeout
-from tqdm import tqdm
 
 from train.data.token_file import Sidecar, TokenWriter, read_sidecar, sidecar_path, token_dtype, write_token_file
 from train.data.tokenizer import VOCABULARY_SIZE
@@ -47,25 +45,7 @@ class Chunk(NamedTuple):
     """Some documents of one part, as ids (tokens,); each document ends with <|endoftext|>."""
 
     ids: np.ndarray
-    documents: int
-    empty_documents: int
-    documents_with_replacement_character: int
-    text_bytes: int
-
-
-COUNTS = Chunk._fields[2:]
-
-
-@dataclass
-class Owner:
-    """The process that prepares."""
-
-    pid: int
-    host: str
-    started: str
-
-    def __str__(self) -> str:
-        return f"process {self.pid} on {self.host}, started {self.started}"
+    counts: dict[str, int]  # fields of the sidecar
 
 
 @dataclass
@@ -73,8 +53,8 @@ class Journal:
     """The content of `journal.json`."""
 
     request: dict[str, Any]  # only the same request may resume
-    owner: Owner
-    phase: Literal["reading", "finishing", "placing"] = "reading"
+    owner: str = ""  # the process that prepares
+    phase: Literal["reading", "finishing"] = "reading"
     rows: int = 0
     position: Position = BEGINNING  # after these rows
     parts: dict[str, Sidecar] = field(default_factory=dict)
@@ -148,43 +128,35 @@ class Preparation:
             self._open(None, request)
 
     def _open(self, journal: Journal | None, request: dict[str, Any]) -> None:
-        started = datetime.now(UTC).isoformat(timespec="seconds")
-        owner = Owner(os.getpid(), gethostname(), started)
         if journal is None:
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir()
-            self.journal = Journal(request, owner)
-        else:
-            if journal.rows:
-                print(f"{journal.owner}, did not finish: resuming from row {journal.rows:,}", file=sys.stderr)
-            self.journal = dataclasses.replace(journal, owner=owner)
-        self.resumed = self.journal.rows > 0
-        self.rows, self.position = self.journal.rows, self.journal.position
-        parts = self.journal.parts
-        self.counts: dict[str, dict[str, Any]] = {
-            name: {key: getattr(parts.get(name), key, None) or 0 for key in COUNTS} for name in PARTS
-        }
-        self._committed = -COMMIT_SECONDS  # commits the first documents at once
+            journal = Journal(request)
+        elif journal.rows:
+            print(f"{journal.owner}, did not finish: resuming from row {journal.rows:,}", file=sys.stderr)
+        started = datetime.now(UTC).isoformat(timespec="seconds")
+        journal.owner = f"process {os.getpid()} on {gethostname()}, started {started}"
+        self.journal = journal
+        self.resumed = journal.rows > 0
+        self._committed: float | None = None  # when
         self._write_journal()
         self._writers: dict[str, TokenWriter] = {}
-        if self.journal.phase == "reading":
+        if journal.phase == "reading":
             for name in PARTS:
-                writer = TokenWriter(self.folder / f"{name}.bin", VOCABULARY_SIZE, parts.get(name))
+                writer = TokenWriter(self.folder / f"{name}.bin", VOCABULARY_SIZE, journal.parts.get(name))
                 self._writers[name] = self._files.enter_context(writer)
 
     def __enter__(self) -> "Preparation":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         try:
             can_write = error is not None and not isinstance(error, OSError) and self.folder.exists()
-            if can_write and self.journal.phase == "reading" and self.rows > self.journal.rows:
+            if can_write and self.journal.phase == "reading" and self.journal.rows:
                 self.commit()  # a source that fails, or Ctrl-C, loses nothing that was read
         finally:
-            self._files.__exit__(kind, error, trace)
-            if error is not None and not self.journal.rows:
+            self._files.close()
+            if error is not None and self._committed is None:
                 self.discard()
 
     def discard(self) -> None:
@@ -200,27 +172,17 @@ class Preparation:
     def append(self, chunks: Iterable[Chunk], rows: int, position: Position) -> None:
         """Write the training and the validation chunk of the next `rows` rows; the stream is at `position` then."""
         for name, chunk in zip(PARTS, chunks, strict=True):
-            self._writers[name].write(chunk.ids, chunk.documents)
-            for key in COUNTS:
-                self.counts[name][key] += getattr(chunk, key)
-        self.rows += rows
-        self.position = position
-        if time.monotonic() - self._committed > COMMIT_SECONDS:
+            self._writers[name].write(chunk.ids, **chunk.counts)
+        parts = {name: writer.statistics for name, writer in self._writers.items()}
+        # One assignment, so that Ctrl-C finds rows and parts that belong together.
+        self.journal = replace(self.journal, rows=self.journal.rows + rows, position=position, parts=parts)
+        if self._committed is None or time.monotonic() - self._committed > COMMIT_SECONDS:
             self.commit()
-
-    @property
-    def tokens(self) -> int:
-        return sum(writer.tokens for writer in self._writers.values())
-
-    def documents(self) -> dict[str, int]:
-        return {name: writer.documents for name, writer in self._writers.items()}
 
     def commit(self) -> None:
         """Flush everything so far to the disk; a kill cannot lose it any more."""
-        for name, writer in self._writers.items():
+        for writer in self._writers.values():
             writer.sync()
-            self.journal.parts[name] = dataclasses.replace(writer.statistics(), **self.counts[name])
-        self.journal.rows, self.journal.position = self.rows, self.position
         self._write_journal()
         self._committed = time.monotonic()
 
@@ -233,36 +195,13 @@ class Preparation:
         if self.journal.phase == "reading":
             self.journal.phase = "finishing"
             self.commit()
-        if self.journal.phase == "finishing":
-            self._complete(orders)
-            self.journal.phase = "placing"
-            self._write_journal()
-        self._move_into_place()
-
-    def _complete(self, orders: Mapping[str, np.ndarray | None]) -> None:
         ready = self.folder / "ready"
         ready.mkdir(exist_ok=True)
         for leftover in ready.glob(".*"):
             leftover.unlink()
-        for name in PARTS:
-            source, target = self.folder / f"{name}.bin", ready / f"{name}.bin"
-            if target.exists():
-                continue
-            order, part = orders[name], self.journal.parts[name]
-            fields = {key: getattr(part, key) for key in COUNTS} | self.journal.provenance
-            fields |= {"rows": self.journal.rows, "request": self.journal.request}
-            if order is None:
-                write_json(sidecar_path(target), dataclasses.replace(part, **fields).to_json())
-                source.replace(target)
-                continue
-            with tqdm(
-                total=part.tokens, unit=" tokens", unit_scale=True, desc=f"reordering {name}", leave=False
-            ) as progress:
-                pieces = in_order(source, token_dtype(VOCABULARY_SIZE), order)
-                write_token_file(target, with_progress(pieces, progress), VOCABULARY_SIZE, fields)
-
-    def _move_into_place(self) -> None:
-        ready = self.folder / "ready"
+        for name, order in orders.items():
+            if (self.folder / f"{name}.bin").exists():
+                self._complete(name, order, ready / f"{name}.bin")
         left = [name for name in PARTS if (ready / f"{name}.bin").exists()]
         for name in left:  # all older files first, so that files of two preparations never lie side by side
             (self.out_dir / f"{name}.bin").unlink(missing_ok=True)
@@ -271,19 +210,21 @@ class Preparation:
                 if (ready / file).exists():
                     (ready / file).replace(self.out_dir / file)
         fsync(self.out_dir)
-        # The journal is deleted last, so that a kill in between can resume.
-        for path in sorted(self.folder.rglob("*"), key=lambda path: (path.name == "journal.json", -len(path.parts))):
-            path.rmdir() if path.is_dir() else path.unlink()
-        self.folder.rmdir()
+        shutil.rmtree(self.folder)
+
+    def _complete(self, name: str, order: np.ndarray | None, target: Path) -> None:
+        source, journal = self.folder / f"{name}.bin", self.journal
+        sidecar = replace(journal.parts[name], **journal.provenance, rows=journal.rows, request=journal.request)
+        if order is None:
+            write_json(sidecar_path(target), sidecar.to_json())
+            source.replace(target)
+        else:
+            pieces = in_order(source, token_dtype(VOCABULARY_SIZE), order)
+            write_token_file(target, pieces, VOCABULARY_SIZE, sidecar.to_json())
+            source.unlink()
 
     def _write_journal(self) -> None:
-        write_json(self.folder / "journal.json", dataclasses.asdict(self.journal))
-
-
-def with_progress(pieces: Iterable[tuple[np.ndarray, int]], progress: tqdm) -> Iterator[tuple[np.ndarray, int]]:
-    for ids, documents in pieces:
-        yield ids, documents
-        progress.update(ids.size)
+        write_json(self.folder / "journal.json", asdict(self.journal))
 
 
 def unfinished(out_dir: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from tqdm import tqdm
 
 from train.data.tokenizer import END_OF_TEXT
 
@@ -76,12 +77,12 @@ def in_order(path: Path, dtype: np.dtype[Any], rows: np.ndarray) -> Iterator[tup
         raise ValueError(f"{path} has {len(ends)} documents, and the order is of {len(rows)}")
     documents = np.empty(len(rows), dtype=np.int64)
     documents[np.argsort(rows)] = np.arange(len(rows))  # (row order) → document of the file
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        for some in np.array_split(documents, math.ceil(ends[-1] / READ_TOKENS)) if len(ends) else []:
+    total = int(ends[-1]) if len(ends) else 0
+    progress = tqdm(total=total, unit=" tokens", unit_scale=True, desc=f"reordering {path.stem}", leave=False)
+    with path.open("rb") as file, progress:
+        for some in np.array_split(documents, math.ceil(total / READ_TOKENS)) if total else []:
             starts = np.where(some > 0, ends[some - 1], 0)
             spans = zip((starts * dtype.itemsize).tolist(), (ends[some] * dtype.itemsize).tolist(), strict=True)
-            content = b"".join(os.pread(descriptor, end - start, start) for start, end in spans)
-            yield np.frombuffer(content, dtype=dtype), len(some)
-    finally:
-        os.close(descriptor)
+            ids = np.frombuffer(b"".join(os.pread(file.fileno(), end - start, start) for start, end in spans), dtype)
+            yield ids, len(some)
+            progress.update(ids.size)
