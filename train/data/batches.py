@@ -72,15 +72,10 @@ class TrainBatches:
 
     def block_indices(self, step: int) -> np.ndarray:
         """(G,) int64: the blocks of the global batch at optimizer step `step`, counted from 0."""
-        position = step * self.global_batch_size
-        missing = self.global_batch_size
-        parts = []
-        while missing:  # twice between two epochs, and more often when a batch is larger than an epoch
-            epoch, start = divmod(position, self.blocks)
-            parts.append(epoch_order(self.seed, epoch, self.blocks)[start : start + missing])
-            position += len(parts[-1])
-            missing -= len(parts[-1])
-        return np.concatenate(parts)
+        samples = step * self.global_batch_size + np.arange(self.global_batch_size)
+        epochs, entries = np.divmod(samples, self.blocks)
+        orders = ((epoch, epoch_order(self.seed, epoch, self.blocks)) for epoch in np.unique(epochs).tolist())
+        return np.concatenate([order[entries[epochs == epoch]] for epoch, order in orders])
 
     def micro_batch(
         self, step: int, micro_step: int, rank: int, world_size: int, micro_batch_size: int

@@ -26,10 +26,7 @@ RANKS_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930
 def gpt2_ranks() -> dict[bytes, int]:
     """The packaged ranks, token bytes to id, their SHA-256 checked (tiktoken's reader would leave a copy in /tmp)."""
     resource = files("train") / "data" / "gpt2.tiktoken"
-    try:
-        content = resource.read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read GPT-2's vocabulary {resource}: {error.strerror}; reinstall gpt2flash") from error
+    content = resource.read_bytes()
     digest = hashlib.sha256(content).hexdigest()
     if digest != RANKS_SHA256:
         raise UserError(

@@ -40,12 +40,10 @@ class FileKind:
     description: str
     example: str  # flags, for --help
     builder: str  # of `datasets`; "text" is train/preprocess_data/text_files.py
-    options: Callable[[str], dict[str, Any]]  # name of the text column → options of the builder
+    options: Callable[["Source"], dict[str, Any]]  # of the builder
     read_rows: int = READ_ROWS
     parse: Callable[["Source", str], str | None] | None = None  # a line → its document; None for a blank line
-    columns: Callable[[str], Sequence[str]] | None = None  # of a file, where the builder needs to know them
     count_rows: Callable[[Sequence[str]], int] | None = None  # of files, without reading them to their end
-    text_size: Callable[[str, str], int] | None = None  # (column, document) → about how many bytes it takes in a file
 
 
 @dataclass(frozen=True)
@@ -111,26 +109,21 @@ def parse_json_line(source: Source, line: str) -> str | None:
     return text
 
 
-def json_size(column: str, text: str) -> int:
-    return len(json.dumps({column: text}, ensure_ascii=False).encode()) + 1
-
-
-def csv_columns(path: str) -> list[str]:
+def csv_options(source: Source) -> dict[str, Any]:
     import pandas as pd
-
-    return list(pd.read_csv(path, nrows=0, encoding_errors="replace").columns)
-
-
-def csv_options(column: str) -> dict[str, Any]:
     from datasets import Features, Value
 
+    for file in source.files:
+        columns = list(pd.read_csv(file, nrows=0, encoding_errors="replace").columns)
+        if source.text_column not in columns:
+            raise source.no_column(columns, f" in {file}")
     # Without these features pandas would read the text "12" as a number, and with its filter "NA" as missing.
-    features = Features({column: Value("string")})
-    return {"usecols": [column], "features": features, "na_filter": False, "encoding_errors": "replace",
+    features = Features({source.text_column: Value("string")})
+    return {"usecols": [source.text_column], "features": features, "na_filter": False, "encoding_errors": "replace",
             "chunksize": 4 * READ_ROWS}  # fmt: skip
 
 
-def parquet_options(column: str) -> dict[str, Any]:
+def parquet_options(source: Source) -> dict[str, Any]:
     import pyarrow.dataset
 
     # Otherwise Arrow keeps what it has read of a file, still compressed, until the file ends.
@@ -143,24 +136,22 @@ def parquet_rows(files: Sequence[str]) -> int:
     return sum(pyarrow.parquet.read_metadata(path).num_rows for path in files)
 
 
-TEXT = FileKind(
-    description="text files, one document each",
-    example="--data_files 'books/**/*.txt' --val_fraction 0.05",
-    builder="text",
-    options=lambda column: {"sample_by": "document"},
-    read_rows=1,  # files may be large
-    count_rows=len,
-)
 FILE_KINDS = {
-    "text": TEXT,
+    "text": FileKind(
+        description="text files, one document each",
+        example="--data_files 'books/**/*.txt' --val_fraction 0.05",
+        builder="text",
+        options=lambda source: {"sample_by": "document"},
+        read_rows=1,  # files may be large
+        count_rows=len,
+    ),
     "json": FileKind(
         description="JSON lines (also .gz, .zst)",
         example="--data_files 'dump/*.jsonl.gz' --text_column content",
         # Read as lines and parsed here, because Arrow refuses the lone surrogates that JSON can express.
         builder="text",
-        options=lambda column: {"sample_by": "line", "chunksize": 1 << 20},
+        options=lambda source: {"sample_by": "line", "chunksize": 1 << 20},
         parse=parse_json_line,
-        text_size=json_size,
     ),
     "parquet": FileKind(
         description="Parquet files",
@@ -174,7 +165,6 @@ FILE_KINDS = {
         example="--data_files 'tables/*.csv' --text_column body",
         builder="csv",
         options=csv_options,
-        columns=csv_columns,
     ),
 }
 
@@ -186,11 +176,7 @@ def file_kinds(last: str) -> str:
 
 
 def resolve_source(
-    name: str,
-    data_files: Sequence[str],
-    text_column: str,
-    subset: str | None = None,
-    revision: str | None = None,
+    name: str, data_files: Sequence[str], text_column: str, subset: str | None = None, revision: str | None = None
 ) -> Source:
     """The source with a name; no file is read, and the Hub is not asked."""
     patterns = tuple(data_files)
@@ -201,20 +187,18 @@ def resolve_source(
     if name == STDLIB:
         if patterns:
             raise UserError("--data_files is not for --dataset stdlib, which reads Python's own modules: use text")
-        return Source(name, text_column, TEXT, stdlib_modules())
+        return Source(name, text_column, FILE_KINDS["text"], stdlib_modules())
     if name in FILE_KINDS:
         if not patterns:
             raise UserError(f"--dataset {name} reads files: name them with --data_files")
         return Source(name, text_column, FILE_KINDS[name], local_files(patterns), data_files=patterns)
-    known = HUB_DATASETS.get(name)
-    if known is not None:
-        return Source(name, text_column, None, (), known.hub_id, patterns, subset or known.subset, revision)
-    if name.count("/") != 1 or not all(name.split("/")):
+    known = HUB_DATASETS.get(name, HubDataset(name))
+    if known.hub_id.count("/") != 1 or not all(known.hub_id.split("/")):
         raise UserError(
             f"--dataset {name} is neither {', '.join([*HUB_DATASETS, STDLIB, *FILE_KINDS])} nor a dataset on the Hub, "
             "which is written owner/name"
         )
-    return Source(name, text_column, None, (), name, patterns, subset, revision)
+    return Source(name, text_column, None, (), known.hub_id, patterns, subset or known.subset, revision)
 
 
 def stdlib_modules() -> tuple[str, ...]:

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from tqdm import tqdm
 
 from train.preprocess_data.retry import Attempts, is_script_refusal
-from train.preprocess_data.sources import HUB_DATASETS, PARQUET_REVISION, READ_ROWS, Source
+from train.preprocess_data.sources import FILE_KINDS, HUB_DATASETS, PARQUET_REVISION, READ_ROWS, Source
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
@@ -77,7 +77,7 @@ def load_documents(source: Source) -> tuple["IterableDataset", Source]:
 
 
 def _open(source: Source) -> tuple["IterableDataset", Source]:
-    from datasets.exceptions import DatasetNotFoundError
+    from huggingface_hub.errors import RevisionNotFoundError
 
     opened = pinned(source)
     try:
@@ -85,11 +85,11 @@ def _open(source: Source) -> tuple["IterableDataset", Source]:
     except RuntimeError as refusal:
         if not is_script_refusal(refusal) or source.revision is not None:
             raise
-        converted = pinned(replace(source, revision=PARQUET_REVISION))
         try:
-            return open_stream(converted), converted
-        except DatasetNotFoundError:
+            converted = pinned(replace(source, revision=PARQUET_REVISION))
+        except RevisionNotFoundError:
             raise refusal from None
+        return open_stream(converted), converted
 
 
 def pinned(source: Source) -> Source:
@@ -108,14 +108,10 @@ def open_stream(source: Source) -> "IterableDataset":
     options: dict[str, Any] = {"data_files": list(source.data_files) or None, "name": source.subset}
     path, options["revision"] = source.hub_id, source.revision
     if source.kind is not None:
-        if source.kind.columns is not None:
-            for file in source.files:
-                if source.text_column not in (columns := source.kind.columns(file)):
-                    raise source.no_column(columns, f" in {file}")
         path = source.kind.builder
         # `datasets` reads names as patterns, and these are names.
         files = [glob.escape(str(Path(file).absolute())) for file in source.files]
-        options = {"data_files": files, **source.kind.options(source.text_column)}
+        options = {"data_files": files, **source.kind.options(source)}
     if path == "text":
         from train.preprocess_data.text_files import TextFiles
 
@@ -212,11 +208,11 @@ def known_rows(source: Source, dataset: "IterableDataset") -> int | None:
 
 
 def estimated_rows(source: Source, sample: pa.LargeStringArray) -> int | None:
-    """About how many documents local files have, by their sizes; None where they are compressed."""
-    size_of = source.kind.text_size if source.kind else None
-    if size_of is None or any(path.endswith(COMPRESSED) for path in source.files):
+    """About how many documents JSON lines have, by the sizes of their files; None where they are compressed."""
+    if source.kind is not FILE_KINDS["json"] or any(path.endswith(COMPRESSED) for path in source.files):
         return None
-    read = sum(size_of(source.text_column, text) for text in sample.to_pylist())
+    lines = (json.dumps({source.text_column: text}, ensure_ascii=False) + "\n" for text in sample.to_pylist())
+    read = sum(len(line.encode()) for line in lines)
     return sum(Path(path).stat().st_size for path in source.files) * len(sample) // read or None
 
 

@@ -52,7 +52,7 @@ def encode_with_tiktoken(texts: pa.LargeStringArray) -> Encoded:
 
 
 class GigatokenEncoder:
-    """gigatoken with GPT-2's vocabulary, in the calling thread."""
+    """gigatoken with GPT-2's vocabulary; where the first document of a call is short, it is checked by tiktoken."""
 
     def __init__(self) -> None:
         import gigatoken
@@ -62,48 +62,34 @@ class GigatokenEncoder:
             # Without special tokens, so that <|endoftext|> in a document is text.
             self._tokenizer = gigatoken.Tokenizer.from_tiktoken(path, pretokenizer="r50k")
 
-    def __call__(self, texts: pa.LargeStringArray) -> Encoded:
+    def encode(self, texts: pa.LargeStringArray) -> Encoded:
         import awkward
 
         # Passes Arrow's memory: creating and freeing Python strings would hold the interpreter's lock.
         ids = self._tokenizer.encode_batch(awkward.from_arrow(texts), parallel=False)
         return Encoded(awkward.to_numpy(awkward.flatten(ids)), awkward.to_numpy(awkward.num(ids)))
 
-
-def spot_checked(encode: Encoder) -> Encoder:
-    """`encode` (gigatoken), with the first document of each call compared with the reference where it is short."""
-
-    def checked(texts: pa.LargeStringArray) -> Encoded:
-        encoded = encode(texts)
+    def __call__(self, texts: pa.LargeStringArray) -> Encoded:
+        encoded = self.encode(texts)
         first = texts[0].as_py()
-        if len(first) <= SPOT_CHECK_CHARACTERS:
-            reference = ids_of(first)
-            if not np.array_equal(encoded.ids[: encoded.lengths[0]], reference):
-                raise UserError(
-                    f"--tokenizer gigatoken: its ids of a document that begins {first[:40]!r} are not the "
-                    "reference's; start again with --tokenizer tiktoken --overwrite"
-                )
+        is_short = len(first) <= SPOT_CHECK_CHARACTERS
+        if is_short and not np.array_equal(encoded.ids[: encoded.lengths[0]], ids_of(first)):
+            raise UserError(
+                f"--tokenizer gigatoken: its ids of a document that begins {first[:40]!r} are not the reference's; "
+                "start again with --tokenizer tiktoken --overwrite"
+            )
         return encoded
-
-    return checked
 
 
 def choose_encoder(name: str, sample: pa.LargeStringArray) -> tuple[Encoder, str]:
-    """Choose the encoder, and give the reason in a sentence.
-
-    Args:
-        name: one of `ENCODERS`; "auto" takes gigatoken where it is installed and agrees with tiktoken on the sample.
-        sample: some of the documents.
-    """
+    """The encoder of a name in `ENCODERS`, and the reason in a sentence; gigatoken must agree on the sample."""
     if name == "tiktoken" or (name == "auto" and find_spec("gigatoken") is None):
         return encode_with_tiktoken, "tiktoken"
     if find_spec("gigatoken") is None:
         raise UserError("--tokenizer gigatoken: it is not installed; pip install 'gpt2flash[fast]'")
     gigatoken = GigatokenEncoder()
-    if all(map(np.array_equal, gigatoken(sample), encode_with_tiktoken(sample))):
-        return spot_checked(
-            gigatoken
-        ), f"gigatoken, whose ids of the first {len(sample):,} documents are the reference's"
+    if all(map(np.array_equal, gigatoken.encode(sample), encode_with_tiktoken(sample))):
+        return gigatoken, f"gigatoken, whose ids of the first {len(sample):,} documents are the reference's"
     if name == "gigatoken":
         raise UserError(
             "--tokenizer gigatoken: its ids of the first documents are not tiktoken's; use --tokenizer tiktoken"
