@@ -66,13 +66,8 @@ def sidecar_path(path: Path) -> Path:
 class TokenWriter:
     """Appends to a token file and keeps the statistics of its content.
 
-    Args:
-        path: the file, which is created, or truncated to the statistics in `resume`.
-        vocabulary_size: ids must be below it.
-        resume: the `statistics` of an earlier writer of this file.
-
-    Raises:
-        UserError: the file does not begin with what `resume` describes.
+    Given the `statistics` of an earlier writer to `resume`, it truncates the file to them; a file that does not begin
+    with what they describe is a `UserError`.
     """
 
     def __init__(self, path: Path, vocabulary_size: int, resume: Sidecar | None = None) -> None:
@@ -138,15 +133,9 @@ def write_token_file(
 ) -> Sidecar:
     """Write a complete token file with its sidecar, or leave nothing.
 
-    A `.bin` never lies beside a wrong sidecar: an older `.bin` is removed first, then the sidecar is written, then the
-    new `.bin` gets its name. A crash between these steps leaves a sidecar without a file, which `open_tokens` reports
-    as missing.
-
-    Args:
-        path: of the file.
-        pieces: ids, (tokens,), and the number of documents that end in them, piece by piece.
-        vocabulary_size: ids must be below it.
-        fields: of the sidecar, besides the file's statistics.
+    The `pieces` are ids, (tokens,), and the number of documents that end in them; `fields` are the sidecar's besides
+    the file's statistics. A `.bin` never lies beside a wrong sidecar: an older `.bin` is removed first, then the
+    sidecar is written, then the new `.bin` gets its name.
     """
     with atomic_write(path) as temporary:
         with TokenWriter(temporary, vocabulary_size) as writer:
@@ -219,18 +208,19 @@ def open_tokens(path: str | Path, vocab_size: int) -> TokenFile:
 def file_size(path: Path) -> int:
     """The size of a file that must be readable and not empty."""
     prepare = "prepare one with python -m train.preprocess_data"
+    if path.suffix == ".json":
+        raise UserError(f"{path} is no token file: give the .bin beside it")
     try:
-        if path.is_dir():
-            raise UserError(f"{path} is a folder, not a token file: give the file in it, such as {path / 'train.bin'}")
-        size = path.stat().st_size
-        with path.open("rb"):
-            pass
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+    except IsADirectoryError:
+        raise UserError(
+            f"{path} is a folder, not a token file: give the file in it, such as {path / 'train.bin'}"
+        ) from None
     except FileNotFoundError as error:
         raise UserError(f"no token file at {path}: {prepare}") from error
     except OSError as error:
         raise UserError(f"cannot read the token file {path}: {error.strerror}") from error
-    if path.suffix == ".json":
-        raise UserError(f"{path} is no token file: give the .bin beside it")
     if not size:
         raise UserError(f"the token file {path} is empty: {prepare}")
     return size

@@ -16,16 +16,10 @@ def in_parallel(
     ahead: int | None = None,
     initializer: Callable[[], None] | None = None,
 ) -> Generator[tuple[Item, Result]]:
-    """Yield each item with its result, in order.
+    """Yield each item with its result, in order; the items are read in the calling thread.
 
-    If the iterable raises, the error is raised after the results of all items before it.
-
-    Args:
-        function: called with each item in one of the threads.
-        items: read in the calling thread.
-        workers: number of threads.
-        ahead: items that are read before the result of the first one is yielded; by default `workers` + 2.
-        initializer: called at the start of each thread.
+    `ahead` of them (by default `workers` + 2) are read before the result of the first one is yielded. An error of the
+    iterable is raised after the results of all items before it. `initializer` is called at the start of each thread.
     """
     ahead = workers + 2 if ahead is None else ahead
     pool = ThreadPoolExecutor(workers, "read-ahead", initializer)

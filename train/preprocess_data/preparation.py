@@ -91,26 +91,15 @@ def locked(out_dir: Path) -> Iterator[None]:
 
 def is_finished(out_dir: Path, request: Mapping[str, Any]) -> bool:
     """Whether both files are in place and were prepared by the same request."""
-    for name in PARTS:
-        path = out_dir / f"{name}.bin"
-        sidecar = read_sidecar(path)
-        if sidecar is None or sidecar.request != request or not path.exists():
-            return False
-        if path.stat().st_size != sidecar.tokens * np.dtype(sidecar.dtype).itemsize:
-            return False
-    return True
+    paths = [out_dir / f"{name}.bin" for name in PARTS]
+    sidecars = [read_sidecar(path) for path in paths if path.exists()]
+    return len(sidecars) == len(PARTS) and all(sidecar and sidecar.request == request for sidecar in sidecars)
 
 
 class Preparation:
     """An unfinished preparation. The caller holds the folder's lock.
 
-    Args:
-        out_dir: where its files will be.
-        request: what decides about the files' content; only the same request resumes a preparation.
-        overwrite: discard what another request left unfinished, or what was damaged.
-
-    Raises:
-        UserError: another request left something unfinished, or what it left was changed.
+    What another `request` left unfinished, or what was damaged, is a `UserError`, or discarded with `overwrite`.
     """
 
     def __init__(self, out_dir: Path, request: dict[str, Any], overwrite: bool) -> None:
@@ -187,11 +176,7 @@ class Preparation:
         self._committed = time.monotonic()
 
     def finish(self, orders: Mapping[str, np.ndarray | None]) -> None:
-        """Complete both files and move them to their places.
-
-        Args:
-            orders: for each part, the numbers of its rows in the order of its file; None: the stream's order.
-        """
+        """Complete both files, the rows of each in one of the `orders` (None: the stream's), and put them in place."""
         if self.journal.phase == "reading":
             self.journal.phase = "finishing"
             self.commit()

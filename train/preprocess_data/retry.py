@@ -13,31 +13,20 @@ RETRY_SECONDS = 1.0  # before the first retry; doubled for each later one
 LONGEST_RETRY_SECONDS = 60.0
 
 
-class Attempts:
-    """Counts the failures of a source in a row."""
-
-    def __init__(self, source: Source) -> None:
-        self.source = source
-        self.failures = 0
-
-    def succeeded(self) -> None:
-        self.failures = 0
-
-    def failed(self, error: Exception, opening: bool = False, row: int = 0) -> None:
-        """Return when it is time to try again; raise a `UserError` if it would fail again."""
-        if isinstance(error, UserError):
-            raise error
-        self.failures += 1
-        if self.source.kind is not None or not is_transient(error, opening):
-            raise UserError(reading_failed(self.source, error)) from error
-        if self.failures > RETRIES:
-            raise UserError(
-                f"{reading_failed(self.source, error)}; it failed {self.failures} times in a row, so try again later"
-            ) from error
-        seconds = min(RETRY_SECONDS * 2 ** (self.failures - 1), LONGEST_RETRY_SECONDS)
-        again = f"trying again from row {row:,} in {seconds:g} s ({self.failures} of {RETRIES})"
-        tqdm.write(f"{reason(error)}: {again}", file=sys.stderr)
-        time.sleep(seconds)
+def wait_or_raise(source: Source, error: Exception, failures: int, opening: bool = False, row: int = 0) -> None:
+    """After so many failures in a row, return when it is time to try again; a `UserError` if it would fail again."""
+    if isinstance(error, UserError):
+        raise error
+    if source.kind is not None or not is_transient(error, opening):
+        raise UserError(reading_failed(source, error)) from error
+    if failures > RETRIES:
+        raise UserError(
+            f"{reading_failed(source, error)}; it failed {failures} times in a row, so try again later"
+        ) from error
+    seconds = min(RETRY_SECONDS * 2 ** (failures - 1), LONGEST_RETRY_SECONDS)
+    again = f"trying again from row {row:,} in {seconds:g} s ({failures} of {RETRIES})"
+    tqdm.write(f"{reason(error)}: {again}", file=sys.stderr)
+    time.sleep(seconds)
 
 
 def is_transient(error: BaseException | None, opening: bool) -> bool:

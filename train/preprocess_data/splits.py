@@ -65,12 +65,9 @@ def document_ends(path: Path, dtype: np.dtype[Any]) -> np.ndarray:
 
 
 def in_order(path: Path, dtype: np.dtype[Any], rows: np.ndarray) -> Iterator[tuple[np.ndarray, int]]:
-    """A token file's documents in another order, in pieces: ids, and the number of documents that end in them.
+    """The documents of a token file in the order of `rows`, in pieces: ids, and how many documents end in them.
 
-    Args:
-        path: a token file with the documents of `rows`, in ascending order.
-        dtype: of its ids.
-        rows: (documents,) numbers of rows, in the order to yield them in.
+    The file has the documents of the same rows in ascending order.
     """
     ends = document_ends(path, dtype)
     if len(ends) != len(rows):

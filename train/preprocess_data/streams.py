@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm import tqdm
 
-from train.preprocess_data.retry import Attempts, is_script_refusal
+from train.preprocess_data.retry import is_script_refusal, wait_or_raise
 from train.preprocess_data.sources import FILE_KINDS, HUB_DATASETS, PARQUET_REVISION, READ_ROWS, Source
 
 if TYPE_CHECKING:
@@ -68,12 +68,13 @@ def load_documents(source: Source) -> tuple["IterableDataset", Source]:
     datasets.config.STREAMING_READ_RATE_LIMIT_RETRY_INTERVAL = 0
     if "torch" not in sys.modules:
         datasets.config.TORCH_AVAILABLE = False  # saves 200 MB
-    attempts = Attempts(source)
+    failures = 0
     while True:
         try:
             return _open(source)
         except Exception as error:  # file systems and formats raise errors of their own types
-            attempts.failed(error, opening=True)
+            failures += 1
+            wait_or_raise(source, error, failures, opening=True)
 
 
 def _open(source: Source) -> tuple["IterableDataset", Source]:
@@ -131,16 +132,17 @@ def read_documents(
     source: Source, dataset: "IterableDataset", start: Position = BEGINNING, row: int = 0
 ) -> Iterator[Documents]:
     """Documents from `start` on, in arrays of bounded size. A null is an empty document; a blank JSON line is none."""
-    attempts = Attempts(source)
+    failures = 0
     while True:
         try:
             for texts, position in _read(source, dataset, start):
-                attempts.succeeded()
+                failures = 0
                 yield Documents(row, texts, position)
                 start, row = position, row + len(texts)
             return
         except Exception as error:
-            attempts.failed(error, row=row)
+            failures += 1
+            wait_or_raise(source, error, failures, row=row)
 
 
 def _read(
