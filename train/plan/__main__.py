@@ -18,7 +18,7 @@ from typing import get_args
 from train.checkpoints.loading import load_config
 from train.config.arguments import ArgumentParser, number
 from train.engines.pipeline.partition import partition
-from train.plan.memory import Memory, predict
+from train.plan.memory import Ledger, predict
 from train.plan.shapes import ActivationCheckpointing, Layout, Shape
 from train.plan.speed import DEVICES, Device, Speed, predict_speed
 from train.utils.command import run_command
@@ -34,7 +34,7 @@ UNITS = {"": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB"
 class Plan:
     shape: Shape
     layout: Layout
-    memory: Memory
+    memory: Ledger
     speed: Speed
 
     @property

@@ -1,60 +1,148 @@
 """Predict the peak memory of a process in a training step, by allocating and freeing tensors on paper.
 
 Every size was read off a tracked step (`train.metrics.memory_tracker`), and tests/test_plan_memory.py compares the
-predictions with tracked steps. Bytes are those of tensors, without an allocator's gaps or the memory of libraries.
-Without torch.compile, which saves fewer of a block's activations, so that a compiled run needs less.
+predictions with tracked steps. Bytes are those of tensors, without an allocator's gaps or the memory of libraries, in
+a run with fused attention and a chunked loss. torch.compile saves fewer of a block's activations, so that a compiled
+run needs less.
 
-Shapes: see `train.plan.sizes`.
+Shapes: B sequences of a micro-batch, T positions, D hidden width, I width of the MLP, H heads, V vocabulary, P
+data-parallel processes.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections import Counter
 
-from modeling_gpt2flash.loss import CPU_PIECE_ROWS
+from modeling_gpt2flash.loss import ALIGNMENT, CPU_PIECE_ROWS
 from train.metrics.memory_profile import CATEGORIES
 from train.plan.shapes import Layout, Shape
-from train.plan.sizes import BF16, FP32, INT64, StageSizes
 
-
-@dataclass(frozen=True)
-class Memory:
-    """Peak memory in bytes, and its categories at the peak."""
-
-    peak: int
-    at_peak: Mapping[str, int]
+FP32, BF16, INT64 = 4, 2, 8
 
 
 class Ledger:
-    """Bytes that are allocated now, by category, and their peak."""
+    """Bytes that are allocated now, and at the peak so far, by category."""
 
     def __init__(self) -> None:
-        self.held = dict.fromkeys(CATEGORIES, 0)
-        self.peak = Memory(0, self.held)
+        self.held = Counter(dict.fromkeys(CATEGORIES, 0))
+        self.at_peak = self.held
+        self.peak = 0
 
     def hold(self, **bytes_: int) -> None:
         """Allocate until freed."""
-        for category, amount in bytes_.items():
-            self.held[category] += amount
+        self.held.update(bytes_)
         self.pass_through()
 
     def free(self, **bytes_: int) -> None:
-        for category, amount in bytes_.items():
-            self.held[category] -= amount
+        self.held.subtract(bytes_)
 
     def pass_through(self, **temporary: int) -> None:
         """Allocate these beside what is held, and free them at once."""
-        now = {category: amount + temporary.get(category, 0) for category, amount in self.held.items()}
-        if sum(now.values()) > self.peak.peak:
-            self.peak = Memory(sum(now.values()), now)
+        now = self.held.copy()
+        now.update(temporary)
+        if now.total() > self.peak:
+            self.peak, self.at_peak = now.total(), now
 
 
-def predict(shape: Shape, layout: Layout) -> Memory:
-    """The peak of the process with the most."""
+class StageSizes:
+    """What a pipeline stage (the full model without a pipeline) consists of, and the sizes of its tensors in bytes."""
+
+    def __init__(self, shape: Shape, layout: Layout, stage: int) -> None:
+        self.shape, self.layout, self.stage = shape, layout, stage
+        last_layer = shape.n_layer + 2
+        bounds = layout.bounds or (0, last_layer + 1)
+        own = range(bounds[stage], bounds[stage + 1])  # its layers
+        self.blocks = sum(1 <= layer <= shape.n_layer for layer in own)
+        self.has_embeddings, self.has_norm, self.has_head = 0 in own, last_layer - 1 in own, last_layer in own
+        # Before sharding; the first and the last stage have a copy each of a tied head.
+        tied = shape.vocabulary if self.has_embeddings and self.has_head else 0
+        self.parameter_count = sum(shape.layers[layer] for layer in own) - tied
+        self.shard = -(-self.parameter_count // layout.data_parallel)
+        self.state_on_device = not layout.offload or layout.device == "cpu"
+
+        self.tokens = layout.micro_batch * shape.block_size  # B T
+        pure_bf16 = layout.bf16 and not layout.autocast
+        self.compute = layout.compute
+        self.weight = BF16 if pure_bf16 else FP32  # of an element of the model's own parameters and their gradients
+        self.residual = self.weight * self.tokens * shape.n_embd  # of the residual stream
+        self.hidden = self.compute * self.tokens * shape.n_embd
+        self.inner = self.compute * self.tokens * shape.n_inner
+        # Tensors of B T I that the MLP saves: the input and output of GELU; of the baseline's GELU, which is several
+        # operators, three more.
+        self.saved_by_mlp = 2 if layout.kind == "zero" else 5
+        # GPUs compute the chunked loss with a padded vocabulary.
+        self.padded_vocabulary = -(-shape.vocab_size // ALIGNMENT) * ALIGNMENT
+        columns = shape.vocab_size if layout.device == "cpu" else self.padded_vocabulary
+        self.head_gradient = columns * shape.n_embd  # elements
+
+    @property
+    def gathered(self) -> int:
+        """Full parameters that are gathered from other processes while a layer computes.
+
+        FSDP2: the embeddings all the time (a block and the prefetched one are added in the backward pass). ZeRO-3
+        releases a parameter only if it is needed again after more than `reuse` elements; between the forward and the
+        backward pass that is twice the number of elements in later layers.
+        """
+        shape, layout = self.shape, self.layout
+        if layout.kind == "fsdp2":
+            return self.compute * shape.layers[0]
+        if layout.zero_stage == 3:
+            buckets = layout.buckets
+            return self.compute * min(shape.parameters, buckets.reuse // 2 + buckets.prefetch + shape.vocabulary)
+        return 0
+
+    @property
+    def gradient_bytes(self) -> float:
+        """Bytes held for each parameter until the update."""
+        layout = self.layout
+        match layout.kind, layout.zero_stage:
+            case "fsdp2", _:  # unsharded and in fp32 while they are accumulated
+                return FP32 / (1 if layout.accumulation > 1 else layout.data_parallel)
+            case "zero", 2:
+                return self.weight / layout.data_parallel
+            case "zero", 3:
+                return 0
+        return self.weight
+
+    @property
+    def block_activations(self) -> int:
+        """What a block saves for its backward pass without activation checkpointing, including its input.
+
+        In the precision of matmuls: the outputs of both norms 2 B T D, q, k, v and attention's output 4 B T D, and
+        `saved_by_mlp`. In that of the residual stream: its two sums 2 B T D. Norms save mean and deviation, attention
+        one number for each row and head. Autocast saves the cast matrices.
+        """
+        saved = 2 * self.residual + 6 * self.hidden + self.saved_by_mlp * self.inner
+        saved += FP32 * self.tokens * (4 + self.shape.n_head)
+        return saved + (BF16 * self.shape.matrices if self.layout.autocast else 0)
+
+    @property
+    def saved_by_block(self) -> int:
+        """What a block saves until its backward pass: everything; its input ("full"); or that and the outputs of
+        attention and of its four matmuls ("selective")."""
+        match self.layout.activation_checkpointing:
+            case "none":
+                return self.block_activations
+            case "full":
+                return self.residual
+        return self.residual + 6 * self.hidden + self.inner + FP32 * self.tokens * self.shape.n_head
+
+    @property
+    def saved_by_forward(self) -> int:
+        """What the blocks save for one micro-batch, and the last sum, which the next stage or the norm reads."""
+        return self.blocks * self.saved_by_block + self.residual
+
+    @property
+    def saved_by_loss(self) -> int:
+        """The gradients of hidden states and head, in the precision of the weight, which the forward pass computes."""
+        return self.residual + self.weight * self.head_gradient
+
+
+def predict(shape: Shape, layout: Layout) -> Ledger:
+    """The step of the process with the highest peak."""
     return max((predict_stage(shape, layout, stage) for stage in range(layout.stages)), key=lambda found: found.peak)
 
 
-def predict_stage(shape: Shape, layout: Layout, stage: int) -> Memory:
-    """The peak of a process of one pipeline stage over a step."""
+def predict_stage(shape: Shape, layout: Layout, stage: int) -> Ledger:
+    """A step of a process of one pipeline stage."""
     sizes, ledger = StageSizes(shape, layout, stage), Ledger()
     _allocate_state(sizes, ledger)
     at_once = min(layout.stages - stage, layout.accumulation)
@@ -68,7 +156,7 @@ def predict_stage(shape: Shape, layout: Layout, stage: int) -> Memory:
             _backward(sizes, ledger, has_gradients=number > 0)
             ledger.free(activations=waiting)
     _update(sizes, ledger)
-    return ledger.peak
+    return ledger
 
 
 def _allocate_state(sizes: StageSizes, ledger: Ledger) -> None:
@@ -80,100 +168,71 @@ def _allocate_state(sizes: StageSizes, ledger: Ledger) -> None:
     hidden states, their copy that autograd starts from, and the gradient that is sent back.
     """
     layout, count, shard = sizes.layout, sizes.parameter_count, sizes.shard
-    on_device = sizes.state_on_device
-    tokens = 2 * INT64 * sizes.tokens  # inputs and labels
-    match layout.kind, layout.zero_stage:
-        case "single", _:
-            ledger.hold(parameters=FP32 * count, optimizer=2 * FP32 * count, workspace=tokens)
-        case "ddp", _:
-            ledger.hold(parameters=FP32 * count, optimizer=2 * FP32 * count, workspace=tokens + FP32 * count)
-        case "fsdp2", _:
-            ledger.hold(parameters=FP32 * shard, optimizer=2 * FP32 * shard, workspace=tokens)
-        case "zero", 3:
-            ledger.hold(
-                parameters=on_device * sizes.weight * shard,
-                gradients=on_device * sizes.weight * shard,
-                optimizer=on_device * 3 * FP32 * shard,
-                workspace=tokens + sizes.weight * layout.buckets.reduce,
-            )
-        case "zero", _:
-            received = 3 * sizes.residual if sizes.stage else 0
-            ledger.hold(
-                parameters=sizes.weight * count, optimizer=on_device * 3 * FP32 * shard, workspace=tokens + received
-            )
-
-
-# Forward
+    ledger.hold(workspace=2 * INT64 * sizes.tokens)  # inputs and labels
+    if layout.kind != "zero":
+        own = shard if layout.kind == "fsdp2" else count
+        ledger.hold(parameters=FP32 * own, optimizer=2 * FP32 * own)
+        ledger.hold(workspace=FP32 * count if layout.kind == "ddp" else 0)
+        return
+    ledger.hold(optimizer=sizes.state_on_device * 3 * FP32 * shard)
+    if layout.zero_stage == 3:
+        sharded = sizes.state_on_device * sizes.weight * shard
+        ledger.hold(parameters=sharded, gradients=sharded, workspace=sizes.weight * layout.buckets.reduce)
+    else:
+        ledger.hold(parameters=sizes.weight * count, workspace=3 * sizes.residual if sizes.stage else 0)
 
 
 def _forward(sizes: StageSizes, ledger: Ledger) -> None:
-    shape, layout = sizes.shape, sizes.layout
-    ledger.hold(parameters=sizes.gathered, activations=sizes.mask)
-    ledger.hold(activations=sizes.saved_by_forward)
-    if not sizes.has_head:
-        return
-    checkpoints = layout.activation_checkpointing != "none"
-    cast = BF16 * sizes.blocks * shape.matrices if layout.autocast and checkpoints else 0
-    ledger.hold(workspace=cast)  # autocast's copies, until the forward pass is over
-    if layout.loss_chunk_size:
-        _chunked_loss(sizes, ledger)
-    else:
-        logits = shape.vocab_size * sizes.tokens
-        ledger.hold(activations=sizes.hidden + (BF16 * shape.vocabulary if layout.autocast else 0))
-        ledger.hold(logits=FP32 * logits)  # log_softmax, saved
-        ledger.pass_through(
-            logits=sizes.compute * logits + (FP32 * logits if layout.bf16 else 0),
-            workspace=sizes.residual if layout.autocast else 0,
-        )
-    ledger.free(workspace=cast)
+    """The blocks' activations; then the logits of a chunk of the loss, and the loss's gradients.
 
-
-def _chunked_loss(sizes: StageSizes, ledger: Ledger) -> None:
-    """The logits of a chunk, and the gradients of hidden states and head, which the forward pass computes and saves.
-
-    The head's is summed in fp32 and saved in the precision of the weight.
+    The head's gradient is summed in fp32.
     """
     shape, layout = sizes.shape, sizes.layout
+    ledger.hold(parameters=sizes.gathered, activations=sizes.saved_by_forward)
+    if not sizes.has_head:
+        return
     rows, head = min(layout.loss_chunk_size, sizes.tokens), sizes.head_gradient
     logits = sizes.compute * rows * sizes.padded_vocabulary
     temporary = sizes.residual + sizes.compute * rows * shape.n_embd  # the final norm's output, a chunk's gradient
     if layout.bf16:
-        logits += (
-            FP32 * shape.vocab_size * (min(CPU_PIECE_ROWS, rows) if layout.device == "cpu" else rows)
-        )  # the softmax in fp32
+        softmax_rows = min(CPU_PIECE_ROWS, rows) if layout.device == "cpu" else rows
+        logits += FP32 * shape.vocab_size * softmax_rows  # the softmax in fp32
         temporary += BF16 * head  # a chunk's gradient of the head
         if sizes.weight == BF16:
             temporary += FP32 * head  # the sum, before it is rounded
     if layout.autocast or head != shape.vocabulary:
         temporary += sizes.compute * head + sizes.compute * rows * shape.n_embd  # weight and rows cast
-    ledger.hold(activations=sizes.residual + sizes.weight * head)
+    if layout.autocast and layout.activation_checkpointing != "none":
+        temporary += BF16 * sizes.blocks * shape.matrices  # autocast's copies, until the forward pass is over
+    ledger.hold(activations=sizes.saved_by_loss)
     ledger.pass_through(logits=logits, workspace=temporary)
-
-
-# Backward
 
 
 def _backward(sizes: StageSizes, ledger: Ledger, has_gradients: bool) -> None:
     """`has_gradients`: whether an earlier micro-batch has allocated them."""
     shape, layout = sizes.shape, sizes.layout
     vocabulary = sizes.weight * shape.vocabulary
-    if sizes.has_head:
-        _backward_of_loss(sizes, ledger)
-        # The head's gradient of a tied weight waits for the embeddings', to which it is added.
-        ledger.hold(workspace=vocabulary if sizes.has_embeddings else 0)
-    ledger.hold(workspace=sizes.residual)  # the gradient of the residual stream
+    # The head's gradient of a tied weight waits for the embeddings', to which it is added.
+    waiting = vocabulary if sizes.has_head and sizes.has_embeddings else 0
+    if sizes.has_head:  # the gradients of the loss exist already, and are scaled in place
+        ledger.free(activations=sizes.saved_by_loss)
+    ledger.hold(workspace=waiting + sizes.residual)  # the gradient of the residual stream
+    # ZeRO-1 reduces gradients in one bucket of its full size, ZeRO-2 in two by turns.
+    buckets = sizes.weight * layout.buckets.reduce * {1: 1, 2: 2}.get(layout.zero_stage, 0)
     shard = sizes.weight * sizes.parameter_count // layout.data_parallel
     added = shard if layout.zero_stage == 2 and has_gradients else 0  # of this micro-batch, before it is added
-    if layout.kind == "zero":
-        ledger.hold(workspace=sizes.buckets, gradients=added)
+    ledger.hold(workspace=buckets, gradients=added)
     bytes_each = 0 if has_gradients else sizes.gradient_bytes
     if sizes.has_head and not sizes.has_embeddings:
         _gradients(sizes, ledger, shape.vocabulary, bytes_each)
     prefetched = 2 * sizes.compute * shape.block if layout.kind == "fsdp2" else 0
     ledger.hold(parameters=prefetched)
+    # A block's peak is at GELU, whose output is freed, with two gradients of B T I (three if it is several operators)
+    # and that of the MLP's second matrix.
+    at_gelu = (2 if sizes.saved_by_mlp == 2 else 3) * sizes.inner + sizes.weight * shape.n_embd * shape.n_inner
     for _ in range(sizes.blocks):
         ledger.free(activations=sizes.saved_by_block)
-        _backward_of_block(sizes, ledger)
+        ledger.pass_through(activations=sizes.block_activations - sizes.inner, workspace=at_gelu)
         _gradients(sizes, ledger, shape.block, bytes_each)
     ledger.free(parameters=prefetched)
     if sizes.has_embeddings:
@@ -181,14 +240,10 @@ def _backward(sizes: StageSizes, ledger: Ledger, has_gradients: bool) -> None:
         ledger.pass_through(workspace=vocabulary * (2 if sizes.has_head else 1))
         _gradients(sizes, ledger, shape.layers[0], bytes_each)
     _gradients(sizes, ledger, 2 * shape.n_embd * sizes.has_norm, bytes_each)
-    ledger.free(workspace=sizes.residual, activations=sizes.residual)
-    if sizes.has_head and sizes.has_embeddings:
-        ledger.free(workspace=vocabulary)
-    if layout.kind == "zero":
-        if layout.zero_stage == 1:  # the shard is copied out of the buckets
-            ledger.pass_through(gradients=shard)
-        ledger.free(workspace=sizes.buckets, gradients=added)
-    ledger.free(parameters=sizes.gathered, activations=sizes.mask)
+    ledger.free(workspace=waiting + sizes.residual, activations=sizes.residual)
+    if layout.zero_stage == 1:  # the shard is copied out of the buckets
+        ledger.pass_through(gradients=shard)
+    ledger.free(workspace=buckets, gradients=added, parameters=sizes.gathered)
 
 
 def _gradients(sizes: StageSizes, ledger: Ledger, count: int, bytes_each: float) -> None:
@@ -200,35 +255,6 @@ def _gradients(sizes: StageSizes, ledger: Ledger, count: int, bytes_each: float)
     ledger.hold(gradients=int(bytes_each * count))
 
 
-def _backward_of_loss(sizes: StageSizes, ledger: Ledger) -> None:
-    shape, layout = sizes.shape, sizes.layout
-    if layout.loss_chunk_size:  # the gradients exist already, and are scaled in place
-        ledger.free(activations=sizes.residual + sizes.weight * sizes.head_gradient)
-        return
-    logits = shape.vocab_size * sizes.tokens
-    ledger.pass_through(logits=2 * FP32 * logits)  # of the log-softmax, and of the logits
-    ledger.free(logits=FP32 * logits)
-    ledger.pass_through(logits=(FP32 + (BF16 if layout.bf16 else 0)) * logits, workspace=sizes.hidden)
-    ledger.pass_through(logits=sizes.compute * logits, workspace=sizes.hidden + (FP32 + BF16) * shape.vocabulary)
-    ledger.free(activations=sizes.hidden + (BF16 * shape.vocabulary if layout.autocast else 0))
-
-
-def _backward_of_block(sizes: StageSizes, ledger: Ledger) -> None:
-    """The peak is at GELU, whose output is freed, with two gradients of B T I (three if it is several operators); or
-    at eager attention's softmax, after the MLP's activations are freed, with two gradients of the scores."""
-    activations = sizes.block_activations
-    matrix = sizes.weight * sizes.shape.n_embd * sizes.shape.n_inner  # the gradient of the MLP's second matrix
-    gradients = 2 if sizes.saved_by_mlp == 2 else 3
-    ledger.pass_through(activations=activations - sizes.inner, workspace=gradients * sizes.inner + matrix)
-    if not sizes.layout.fused_attention:
-        of_mlp = sizes.saved_by_mlp * sizes.inner + sizes.hidden + sizes.residual
-        of_scores = 2 * FP32 * sizes.scores - (BF16 * sizes.scores if sizes.layout.bf16 else 0)
-        ledger.pass_through(activations=activations - of_mlp, workspace=of_scores + 2 * sizes.hidden + matrix)
-
-
-# The update
-
-
 def _update(sizes: StageSizes, ledger: Ledger) -> None:
     """The temporary tensors of AdamW.
 
@@ -236,15 +262,19 @@ def _update(sizes: StageSizes, ledger: Ledger) -> None:
     of the size of all on a GPU, which updates all at once. The optimized run's fused AdamW needs none; but ZeRO
     concatenates the gradients of a shard, and casts them to fp32.
     """
-    layout, shard = sizes.layout, sizes.shard
+    shape, layout = sizes.shape, sizes.layout
+    own = sizes.shard if layout.kind == "fsdp2" else sizes.parameter_count
     if layout.kind == "zero":
+        shard = sizes.weight * sizes.shard
         from_buckets = layout.zero_stage < 3
-        concatenated = sizes.weight * shard if sizes.weight == BF16 or from_buckets else 0
+        concatenated = shard if sizes.weight == BF16 or from_buckets else 0
         ledger.free(gradients=ledger.held["gradients"] if from_buckets else 0)
-        cast = (FP32 * shard if sizes.weight == BF16 else 0) * sizes.state_on_device
-        ledger.pass_through(gradients=sizes.weight * shard if from_buckets else 0, workspace=concatenated + cast)
+        cast = FP32 * sizes.shard if sizes.weight == BF16 and sizes.state_on_device else 0
+        ledger.pass_through(gradients=shard if from_buckets else 0, workspace=concatenated + cast)
     elif layout.device != "cpu":
-        ledger.pass_through(workspace=FP32 * (shard if layout.kind == "fsdp2" else sizes.parameter_count))
+        ledger.pass_through(workspace=FP32 * own)
     else:
+        ends = sizes.has_embeddings or sizes.has_head
+        largest = shape.vocabulary if ends else shape.n_embd * shape.n_inner
         sharded_by = layout.data_parallel if layout.kind == "fsdp2" else 1
-        ledger.pass_through(workspace=2 * FP32 * sizes.largest_parameter // sharded_by)
+        ledger.pass_through(workspace=2 * FP32 * largest // sharded_by)

@@ -77,7 +77,6 @@ class Layout:
     stages: int = 1
     activation_checkpointing: ActivationCheckpointing = "none"
     bf16: bool = True
-    fused_attention: bool = True
     loss_chunk_size: int = 512
     device: DeviceKind = "gpu"
     buckets: Buckets = field(default_factory=Buckets)

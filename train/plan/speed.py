@@ -80,11 +80,7 @@ def predict_speed(shape: Shape, layout: Layout, device: Device, efficiency: floa
     `efficiency` is the fraction of the device's peak that matmuls reach.
     """
     sizes = (shape.n_layer, shape.n_embd, shape.n_inner, shape.vocab_size, shape.block_size)
-    flops = count_flops(
-        *sizes,
-        activation_checkpointing=layout.activation_checkpointing,
-        fused_attention=layout.fused_attention,
-    )
+    flops = count_flops(*sizes, activation_checkpointing=layout.activation_checkpointing, fused_attention=True)
     tokens = layout.micro_batch * layout.accumulation * shape.block_size  # of a data-parallel process
     rate = efficiency * device.flops(layout.bf16)
     largest_stage = 1.0
