@@ -143,8 +143,8 @@ def table(chosen: Sequence[Plan]) -> str:
 
 def assumptions(device: Device, efficiency: float, limit: float, layout: Layout) -> str:
     return "\n".join([
-        f"- {'bf16' if layout.bf16 else 'fp32'}, fused attention, loss in chunks of {layout.loss_chunk_size} rows, "
-        "not compiled, no dropout, AdamW",
+        f"- {'bf16' if layout.bf16 else 'fp32'}, fused attention, loss in chunks of {layout.loss_chunk_size} rows "
+        "(FSDP2: full logits), not compiled, no dropout, AdamW",
         f"- memory: tensors up to {limit / 1e9:.1f} GB, {USABLE:.0%} of a device's; in buckets of the sizes that "
         "ds_configs has",
         f"- arithmetic: {efficiency:.0%} of {device.flops(layout.bf16) / 1e12:g} TFLOP/s ({device.name}), and what is "

@@ -2,8 +2,8 @@
 
 Every size was read off a tracked step (`train.metrics.memory_tracker`), and tests/test_plan_memory.py compares the
 predictions with tracked steps. Bytes are those of tensors, without an allocator's gaps or the memory of libraries, in
-a run with fused attention and a chunked loss. torch.compile saves fewer of a block's activations, so that a compiled
-run needs less.
+a run with fused attention and a chunked loss. In FSDP2 the loss is not chunked: Accelerate wraps the head, which must
+then be called. torch.compile saves fewer of a block's activations, so that a compiled run needs less.
 
 Shapes: B sequences of a micro-batch, T positions, D hidden width, I width of the MLP, H heads, V vocabulary, P
 data-parallel processes.
@@ -183,13 +183,15 @@ def _allocate_state(sizes: StageSizes, ledger: Ledger) -> None:
 
 
 def _forward(sizes: StageSizes, ledger: Ledger) -> None:
-    """The blocks' activations; then the logits of a chunk of the loss, and the loss's gradients.
-
-    The head's gradient is summed in fp32.
-    """
+    """The blocks' activations; then the logits of a chunk of the loss, and the loss's gradients, summed in fp32."""
     shape, layout = sizes.shape, sizes.layout
     ledger.hold(parameters=sizes.gathered, activations=sizes.saved_by_forward)
     if not sizes.has_head:
+        return
+    if layout.kind == "fsdp2":
+        logits = shape.vocab_size * sizes.tokens
+        ledger.hold(activations=sizes.hidden, logits=FP32 * logits)  # the head's input, and log_softmax
+        ledger.pass_through(logits=sizes.compute * logits + (FP32 * logits if layout.bf16 else 0))
         return
     rows, head = min(layout.loss_chunk_size, sizes.tokens), sizes.head_gradient
     logits = sizes.compute * rows * sizes.padded_vocabulary
@@ -214,7 +216,14 @@ def _backward(sizes: StageSizes, ledger: Ledger, has_gradients: bool) -> None:
     vocabulary = sizes.weight * shape.vocabulary
     # The head's gradient of a tied weight waits for the embeddings', to which it is added.
     waiting = vocabulary if sizes.has_head and sizes.has_embeddings else 0
-    if sizes.has_head:  # the gradients of the loss exist already, and are scaled in place
+    if layout.kind == "fsdp2":
+        logits = shape.vocab_size * sizes.tokens
+        ledger.pass_through(logits=2 * FP32 * logits)  # of the log-softmax, and of the logits
+        ledger.free(logits=FP32 * logits)
+        ledger.pass_through(logits=(FP32 + (BF16 if layout.bf16 else 0)) * logits, workspace=sizes.hidden)
+        ledger.pass_through(logits=sizes.compute * logits, workspace=sizes.hidden + (FP32 + BF16) * shape.vocabulary)
+        ledger.free(activations=sizes.hidden)
+    elif sizes.has_head:  # the gradients of the loss exist already, and are scaled in place
         ledger.free(activations=sizes.saved_by_loss)
     ledger.hold(workspace=waiting + sizes.residual)  # the gradient of the residual stream
     # ZeRO-1 reduces gradients in one bucket of its full size, ZeRO-2 in two by turns.
