@@ -36,6 +36,10 @@ class Page(HTMLParser):
     def text(self, tag: str) -> str:
         return "".join(self.texts.get(tag, []))
 
+    def drawn(self, tag: str, style: str) -> list[dict[str, str | None]]:
+        """The attributes of the elements of a kind whose style has this."""
+        return [found for name, found in self.elements if name == tag and style in (found.get("style") or "")]
+
     def count(self, tag: str, **attributes: str) -> int:
         wanted = {key.rstrip("_"): value for key, value in attributes.items()}
         return sum(1 for name, found in self.elements if name == tag and wanted.items() <= found.items())

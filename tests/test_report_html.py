@@ -19,7 +19,7 @@ from tests.test_report_kernels import PIPELINE, kernels
 from tests.test_report_memory import memory
 from train.checkpoints.run_folder import read_runs
 from train.compare import __main__ as compare
-from train.compare import charts, run_charts, svg
+from train.compare import charts, run_charts
 from train.compare import figures as compare_figures
 from train.compare.report.content import POLICY
 
@@ -54,8 +54,11 @@ def test_the_page_stands_alone(three: list[Path], tmp_path: Path) -> None:
     assert "://" not in source, "an address"
     assert not re.search(r"url\(|@import|@font-face", page.text("style"))
     for tag, attributes in page.elements:
-        assert tag not in {"link", "img", "iframe", "object", "embed", "image", "use", "base", "form", "a"}
-        assert not {name for name in attributes if name.startswith("on") or name in {"src", "href", "style"}}
+        assert tag not in {"link", "img", "iframe", "object", "embed", "image", "base", "form", "a"}
+        assert not {name for name in attributes if name.startswith("on") or name in {"src", "href"}}
+        assert (attributes.get("xlink:href") or "#").startswith("#"), "a marker of the page itself"
+    ids = [found["id"] for _, found in page.elements if "id" in found]
+    assert len(ids) == len(set(ids))
     assert [found for tag, found in page.elements if tag == "script"] == [
         {"type": "application/json", "id": "comparison"}
     ]
@@ -121,10 +124,11 @@ def test_curves_and_rows(three: list[Path], tmp_path: Path) -> None:
     pictures = [found["aria-label"] for tag, found in page.elements if tag == "svg" and "aria-label" in found]
     assert pictures == [title for title in page.texts["h3"] if " against " not in title][:7]
     for run in range(3):
-        assert page.count("path", class_=f"line run{run}") == 4 + 4 + 1, "a curve, its key in the legend; the median"
-        assert page.count("path", class_=f"dot run{run}") == 2, "validations"
-        assert page.count("path", class_=f"dot see-through run{run}") == 10, "intervals"
-        assert page.count("path", class_=f"bar run{run}") == 2
+        assert len(page.drawn("path", f"stroke: var(--run{run})")) == 4 + 4 + 1, "a curve, its key; the median"
+        assert len(page.drawn("path", f"fill: var(--run{run})")) == 2, "bars"
+        dots = page.drawn("use", f"fill: var(--run{run})")
+        assert len(dots) == 2 + 10, "validations and intervals"
+        assert sum("fill-opacity: 0.55" in (found["style"] or "") for found in dots) == 10, "intervals"
     assert "nan" not in " ".join(found.get("d") or "" for _, found in page.elements)
 
 
@@ -193,22 +197,29 @@ def test_long_curves_are_thinned_and_keep_their_peaks() -> None:
     assert (np.diff(few_x) > 0).all()
 
 
-def test_a_figure_becomes_classes_and_text() -> None:
+def test_a_figure_has_the_colors_and_fonts_of_the_page() -> None:
     figure, axes = charts.canvas(100, left=0, bottom=0, right=0)
     axes.axis("off")
     axes.set(xlim=(0, 480), ylim=(90, 0))
     axes.plot([0, 120, 240, 360, 480], [0, 45, math.nan, 0, 90], color=charts.color_of(1), linewidth=2, clip_on=False)
     axes.plot([240], [45], "s", color=charts.color_of(2), markersize=10, markeredgewidth=0, gid="mark", clip_on=False)
     charts.write(axes, 240, 45, "$x$ <&> \x00", ha="center", va="baseline")
-    figure.text(0, 1.1, "not in the page", gid=svg.HEADER)
-    source = svg.to_svg(figure, 'A "chart"', {"mark": "<tip>"})
-    assert source == (
-        '<svg viewBox="0 0 480 100" role="img" aria-label="A &quot;chart&quot;">'
-        '<path class="line run1" d="M0 10L120 55M360 10L480 100" stroke-width="2"/>'
-        "<g><title>&lt;tip&gt;</title>"
-        '<path class="dot run2" d="M-5 5L5 5L5 -5L-5 -5z" transform="translate(240 55)"/></g>'
-        '<text x="240" y="55" text-anchor="middle">$x$ &lt;&amp;&gt; \ufffd</text></svg>'
+    chart = charts.Chart(
+        'A "chart"', "a note, not in the page", figure, ((1, "a"), (2, "b")), tooltips={"mark": "<tip>"}
     )
+    chart.png()
+    source = chart.svg()
+    assert source.startswith('<svg viewBox="0 0 480 100" role="img" aria-label="A &quot;chart&quot;">')
+    page = Page(source)
+    [curve] = page.drawn("path", "stroke: var(--run1)")
+    assert curve["d"] == "M 0 10 L 120 55 M 360 10 L 480 100"
+    assert "<g><title>&lt;tip&gt;</title>" in source
+    [mark] = page.drawn("use", "fill: var(--run2)")
+    assert (mark["x"], mark["y"]) == ("240", "55")
+    assert page.texts["text"] == ["$x$ <&> \ufffd"]
+    assert page.drawn("text", "text-anchor: middle; fill: var(--quiet)")
+    assert "font" not in source
+    assert not re.search("#[0-9a-f]{6}[^0-9a-f]", source), "a color of its own"
 
 
 @pytest.mark.skipif(not BROWSERS, reason="no Chromium on this machine")

@@ -173,7 +173,8 @@ def test_the_pipeline_at_work(tmp_path: Path) -> None:
     assert "30.0% in theory with all stages alike; rows of several machines" in page.text("small")
     assert {"stage 0", "stages 1, 2", "7"} <= set(page.texts["text"])
     assert "forward 7: 20.00 ms from 10.00 ms" in page.texts["title"]
-    assert page.count("path", class_="bar see-through run1") == 1
+    [second_chunk] = page.drawn("path", "opacity: 0.6")
+    assert "fill: var(--run1)" in (second_chunk["style"] or "")
     unlike = kernels(0.1, pipeline={**PIPELINE, "theory": None, "one_clock": True})
     (folders[0] / "profile" / "kernels.json").write_text(json.dumps(unlike))
     page = report(folders, tmp_path / "out")
@@ -184,11 +185,11 @@ def test_the_pipeline_at_work(tmp_path: Path) -> None:
 def test_the_roofline(tmp_path: Path) -> None:
     known = [profiled(tmp_path / name, kernels(seconds, peak=1e12)) for name, seconds in (("a", 0.2), ("b", 0.05))]
     page = report(known, tmp_path / "out")
-    assert page.count("path", class_="ink") == 1
+    assert len(page.drawn("path", "stroke: var(--ink)")) == 1
     assert "aten::mm in transformer.h.*.mlp, forward: 40.0 GFLOP/s, 83.3% of a step" in page.texts["title"]
     unknown = [profiled(tmp_path / "c", kernels(0.2)), finished(tmp_path / "d")]
     page = report(unknown, tmp_path / "out")
-    assert page.count("path", class_="ink") == 0
+    assert not page.drawn("path", "stroke: var(--ink)")
     assert "the device's peak is not known" in page.text("small")
     assert "What takes longest, in ms a step" in page.texts["h3"]
 

@@ -57,14 +57,11 @@ def test_categories_at_the_peak_and_over_a_step(tmp_path: Path) -> None:
     assert "MiB of tensors, by what they are for" in page.texts["small"]
     assert {"forward", "optimizer"} <= set(page.texts["text"])
     # Halves of 410 units from 56 on; 75 MiB are 198 units: logits reach from 35 to 75 of them, then from 4 to 5.
-    [logits] = [path for path in areas(page, "run4") if "56 10L" in path]
+    areas = [found["d"] or "" for found in page.drawn("path", "fill: var(--run4)")]
+    [logits] = [path for path in areas if "56 10 L" in path]
     corners = {tuple(map(float, corner.split())) for corner in re.split("[MLz]", logits) if corner.strip()}
     assert corners == {(56, 10), (261, 10), (261, 194.8), (466, 194.8), (466, 197.4), (261, 197.4), (261, 115.6),
                        (56, 115.6)}  # fmt: skip
-
-
-def areas(page: Page, kind: str) -> list[str]:
-    return [found["d"] or "" for tag, found in page.elements if tag == "path" and found.get("class") == f"bar {kind}"]
 
 
 def test_a_step_without_points(tmp_path: Path) -> None:

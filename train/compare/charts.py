@@ -8,16 +8,24 @@ import re
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from html import escape
 from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
-
-from train.compare.svg import AXIS, COLORS, GRID, HEADER, INK, QUIET, TRACK, to_svg
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+# Okabe and Ito's palette: told apart with every common form of color blindness, and by lightness in grey print.
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#010101")
+GRID, AXIS, QUIET, INK, TRACK, ON_BAR, WAITING = (
+    "#d9d9d8", "#8c8c8b", "#5c6068", "#1d1f23", "#ecece7", "#fffffe", "#d0d0cf",
+)  # fmt: skip
+# In the page, whose style sheet has them for light and dark mode.
+VARIABLES = {color: f"--run{index}" for index, color in enumerate(COLORS)}
+VARIABLES |= {GRID: "--rule", AXIS: "--axis", QUIET: "--quiet", INK: "--ink", TRACK: "--track", ON_BAR: "--card",
+              WAITING: "--rule"}  # fmt: skip
 WIDTH, HEIGHT = 480, 250
 LEFT, RIGHT, TOP, BOTTOM = 56, 14, 10, 42
 DASHES = ["-", (0, (5, 2.2)), (0, (5, 2.2, 1.1, 2.2)), (0, (1.1, 2.2))]  # equal curves show through each other's gaps
@@ -46,22 +54,42 @@ class Chart:
     """Of the PNG, for charts that stand in `report.md` too."""
 
     def svg(self) -> str:
-        return to_svg(self.figure, self.title, self.tooltips)
+        """The figure as an element `<svg>`, in the colors and fonts of the page, with the tooltips."""
+        from matplotlib import rc_context
+
+        file = io.StringIO()
+        # The salt makes the ids of markers and clip paths the figure's own.
+        with rc_context({"svg.fonttype": "none", "svg.hashsalt": self.title, "text.parse_math": False}):
+            metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+            self.figure.savefig(file, format="svg", transparent=True, metadata=metadata)
+        drawn = file.getvalue().partition("</defs>")[2]  # without matplotlib's own header and style sheet
+        drawn = re.sub(r' (d|style)="([^"]*)"', _for_page, drawn)
+        drawn = re.sub(r'<g id="([^"]*)"(/?)>', self._group, drawn)
+        _, height = 72 * self.figure.get_size_inches()
+        return f'<svg viewBox="0 0 {WIDTH} {height:g}" role="img" aria-label="{escape(self.title)}">{drawn}'
+
+    def _group(self, found: re.Match[str]) -> str:
+        """The opening tag of a group, with its tooltip instead of its id, which would not be unique in a page."""
+        gid, empty = found.groups()
+        tooltip = self.tooltips.get(gid)
+        return "" if empty else f"<g><title>{escape(tooltip)}</title>" if tooltip else "<g>"
 
     def png(self) -> bytes:
         from matplotlib import rc_context
         from matplotlib.transforms import Bbox
 
         with rc_context({"text.parse_math": False}):
-            header = self._add_header()
+            artists, header = self._add_header()
         width, height = self.figure.get_size_inches()
         file = io.BytesIO()
         box = Bbox([[-MARGIN / 72, -MARGIN / 72], [width + MARGIN / 72, height + header]])
         self.figure.savefig(file, format="png", dpi=PNG_WIDTH / box.width, bbox_inches=box)
+        for artist in artists:  # which the page says itself
+            artist.remove()
         return file.getvalue()
 
-    def _add_header(self) -> float:
-        """Title, note and legend above the figure's upper edge, where the page's SVG does not reach; their inches."""
+    def _add_header(self) -> "tuple[list[Artist], float]":
+        """Title, note and legend above the figure's upper edge, and their height in inches."""
         from matplotlib.lines import Line2D
         from matplotlib.patches import Patch
 
@@ -71,8 +99,10 @@ class Chart:
         note_bottom = 10 + 16 * rows
         title_bottom = note_bottom + 13 * len(lines) + 4
         height = 72 * self.figure.get_size_inches()[1]
-        for text, bottom, size in (("\n".join(lines), note_bottom, FONT_SIZE), (self.title, title_bottom, 12.0)):
-            self.figure.text(0, 1 + bottom / height, clean(text), size=size, color=INK, va="bottom", gid=HEADER)
+        artists: list[Artist] = [
+            self.figure.text(0, 1 + bottom / height, clean(text), size=size, color=INK, va="bottom")
+            for text, bottom, size in (("\n".join(lines), note_bottom, FONT_SIZE), (self.title, title_bottom, 12.0))
+        ]
         if rows:
             handles = [
                 Line2D([], [], **stroke(color)) if isinstance(color, int) and self.kind == "line"
@@ -82,8 +112,19 @@ class Chart:
             names = [clean(label) for _, label in self.keys]
             legend = self.figure.legend(handles, names, loc="lower left", bbox_to_anchor=(0, 1 + 4 / height),
                                         ncols=columns, frameon=False, fontsize=FONT_SIZE, borderaxespad=0)  # fmt: skip
-            legend.set_gid(HEADER)
-        return (title_bottom + 20) / 72
+            artists.append(legend)
+        return artists, (title_bottom + 20) / 72
+
+
+def _for_page(found: re.Match[str]) -> str:
+    """An attribute of matplotlib's SVG: a path to a tenth of a unit, or a style without fonts and fixed colors."""
+    name, value = found.groups()
+    if name == "d":
+        value = re.sub(r"\d+\.\d+", lambda number: f"{float(number[0]):.1f}", " ".join(value.split()))
+    else:
+        value = re.sub(r"font-(size|family): [^;]*; ", "", value)
+        value = re.sub("#[0-9a-f]{6}", lambda color: page_color(color[0]), value)
+    return f' {name}="{value}"'
 
 
 @dataclass(frozen=True)
@@ -101,6 +142,11 @@ class ChartRow:
 
 def color_of(color: int | str) -> str:
     return color if isinstance(color, str) else COLORS[color % len(COLORS)]
+
+
+def page_color(color: int | str) -> str:
+    """The same as a color of the page's style sheet."""
+    return f"var({VARIABLES[color_of(color)]})"
 
 
 def stroke(index: int) -> dict[str, Any]:

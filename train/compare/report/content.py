@@ -9,7 +9,7 @@ from typing import Any
 from markupsafe import Markup
 
 from train.checkpoints.run_folder import FinishedRun
-from train.compare.charts import Chart, clean
+from train.compare.charts import Chart, clean, page_color
 from train.compare.figures import (
     NOT_COMPARABLE,
     change,
@@ -110,6 +110,7 @@ class Report:
             answers=[(run.label, tiles(self.runs[0], run, self.differences)) for run in self.runs[1:]],
             figure_rows=figure_rows(self.runs),
             shown=shown,
+            page_color=page_color,
             # The only text of the page that a browser does not parse as markup; "<" could end it.
             island=quoted(self.as_json()).replace("<", "\\u003c"),
         )

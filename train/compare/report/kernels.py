@@ -5,10 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from train.checkpoints.run_folder import FinishedRun
-from train.compare.charts import HEIGHT, Chart, ChartRow, Keys, canvas, color_of, nothing, row_figure
+from train.compare.charts import HEIGHT, INK, Chart, ChartRow, Keys, canvas, color_of, nothing, row_figure
 from train.compare.figures import UNKNOWN
 from train.compare.report.pipeline import pipeline_chart
-from train.compare.svg import INK
 from train.kernels.comparison import OPERATOR, SCOPE, changes, signed_milliseconds, speedup_sentence
 from train.kernels.summary import Change, RunSummary
 from train.metrics.units import milliseconds

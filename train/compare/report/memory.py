@@ -8,6 +8,7 @@ import numpy as np
 
 from train.checkpoints.run_folder import FinishedRun
 from train.compare.charts import (
+    AXIS,
     HEIGHT,
     LEFT,
     RIGHT,
@@ -20,7 +21,6 @@ from train.compare.charts import (
     row_figure,
     write,
 )
-from train.compare.svg import AXIS
 from train.metrics.memory_profile import CATEGORIES, MemoryProfile, Point
 from train.metrics.units import in_unit, short_count, unit_of
 

@@ -1,7 +1,6 @@
 """The chart of a pipeline's step, of runs whose `profile/kernels.json` has a pipeline."""
 
-from train.compare.charts import RIGHT, TOP, WIDTH, Chart, bar, canvas, color_of, write
-from train.compare.svg import ON_BAR, WAITING
+from train.compare.charts import ON_BAR, RIGHT, TOP, WAITING, WIDTH, Chart, bar, canvas, color_of, write
 from train.kernels.summary import PipelineTimeline
 
 COLORS: dict[str, int | str] = {"forward": 0, "backward": 1, "optimizer": 2, "data": 4, "communication": WAITING}
