@@ -25,8 +25,9 @@ from train.compare.figures import (
 from train.compare.gate import Result
 from train.compare.intervals import spreads
 from train.compare.report.kernels import KernelsSection
+from train.kernels.comparison import signed_milliseconds
 from train.metrics.table import METRICS, Metric
-from train.metrics.units import times, unit_of
+from train.metrics.units import milliseconds, times, unit_of
 from train.utils.tables import markdown_table
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
@@ -111,6 +112,8 @@ class Report:
             figure_rows=figure_rows(self.runs),
             shown=shown,
             page_color=page_color,
+            milliseconds=milliseconds,
+            signed_milliseconds=signed_milliseconds,
             # The only text of the page that a browser does not parse as markup; "<" could end it.
             island=quoted(self.as_json()).replace("<", "\\u003c"),
         )

@@ -6,9 +6,8 @@ from dataclasses import dataclass, replace
 
 from train.checkpoints.run_folder import FinishedRun
 from train.compare.charts import HEIGHT, INK, Chart, ChartRow, Keys, canvas, color_of, nothing, row_figure
-from train.compare.figures import UNKNOWN
 from train.compare.report.pipeline import pipeline_chart
-from train.kernels.comparison import OPERATOR, SCOPE, changes, signed_milliseconds, speedup_sentence
+from train.kernels.comparison import OPERATOR, SCOPE, changes, speedup_sentence
 from train.kernels.summary import Change, RunSummary
 from train.metrics.units import milliseconds
 
@@ -16,28 +15,15 @@ SHOWN_ROWS = 12
 
 
 @dataclass(frozen=True)
-class Cell:
-    """A cell of a table: its text, the exact number, and its class in the style sheet."""
-
-    text: str
-    exact: float | None = None
-    kind: str = ""
-
-
-@dataclass(frozen=True)
-class Table:
-    header: list[Cell]
-    rows: list[list[Cell]]
-
-
-@dataclass(frozen=True)
 class KernelsSection:
+    labels: list[str]
     sentence: str
     note: str
     charts: list[Chart]
     title: str
-    scopes: Table
-    operators: Table
+    scopes: list[Change]
+    """By module, phase and category, which are the same whichever kernels do the work."""
+    operators: list[Change]
 
 
 def kernels_section(runs: Sequence[FinishedRun], kernels: Sequence[RunSummary | None]) -> KernelsSection | None:
@@ -58,7 +44,13 @@ def kernels_section(runs: Sequence[FinishedRun], kernels: Sequence[RunSummary | 
     charts += [pipeline_chart(run.label, run.pipeline) for run in profiled if run.pipeline]
     title = "What made the difference, in ms a step" if len(profiled) > 1 else "What takes longest, in ms a step"
     return KernelsSection(
-        speedup_sentence(profiled), note, charts, title, scopes_table(profiled), operators_table(profiled)
+        labels=[run.label for run in profiled],
+        sentence=speedup_sentence(profiled),
+        note=note,
+        charts=charts,
+        title=title,
+        scopes=changes(profiled, *SCOPE)[:SHOWN_ROWS],
+        operators=changes(profiled, *OPERATOR)[:SHOWN_ROWS],
     )
 
 
@@ -115,37 +107,3 @@ def decades(values: Sequence[float]) -> tuple[int, int]:
     """Powers of ten around some positive numbers, at least one apart."""
     low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
     return low, max(high, low + 1)
-
-
-def scopes_table(kernels: Sequence[RunSummary]) -> Table:
-    """The runs aligned by module, phase and category, which are the same whichever kernels do the work."""
-    header = [Cell("work"), Cell(kernels[0].label)]
-    for run in kernels[1:]:
-        header += [Cell(run.label), Cell("saved"), Cell("share of gain")]
-    header += [Cell("launches"), Cell("most of it in", kind="wide")]
-    rows = []
-    for change in changes(kernels, *SCOPE)[:SHOWN_ROWS]:
-        shares = [Cell(UNKNOWN if share is None else f"{share:.1%}") for share in change.share_of_gain]
-        largest = dict.fromkeys(names[0] if names else "nothing" for names in change.largest)
-        row = [Cell(change.scope), *time_cells(change, shares)]
-        row += [Cell(" → ".join(f"{count:,.0f}" for count in change.launches)), Cell(" → ".join(largest), kind="wide")]
-        rows.append(row)
-    return Table(header, rows)
-
-
-def operators_table(kernels: Sequence[RunSummary]) -> Table:
-    """The same by operator and kernel."""
-    header = [Cell("operator"), Cell(kernels[0].label)]
-    header += [cell for run in kernels[1:] for cell in (Cell(run.label), Cell("saved"))]
-    found = changes(kernels, *OPERATOR)[:SHOWN_ROWS]
-    return Table(header, [[Cell(change.work_in_module), *time_cells(change)] for change in found])
-
-
-def time_cells(change: Change, *more: Sequence[Cell]) -> list[Cell]:
-    """The first run's time, and for each other run its time, what it saves, and a cell of each of `more`."""
-    times = [Cell(UNKNOWN if seconds is None else milliseconds(seconds), seconds) for seconds in change.seconds]
-    saved = [
-        Cell(signed_milliseconds(seconds), seconds, "good" if seconds > 0 else "bad" if seconds < 0 else "")
-        for seconds in change.saved_seconds
-    ]
-    return times[:1] + [cell for cells in zip(times[1:], saved, *more, strict=True) for cell in cells]
