@@ -1,25 +1,21 @@
 """The flags of the benchmarks: most are a number, several numbers, or a size, and have a default."""
 
-import argparse
 from collections.abc import Iterable
 from typing import Any
 
 from train.checkpoints.loading import SIZES
+from train.config.arguments import ArgumentParser, number
 
 
-def make_parser(
-    description: str | None, size_choices: Iterable[str] = SIZES, **defaults: Any
-) -> argparse.ArgumentParser:
+def make_parser(description: str | None, size_choices: Iterable[str] = SIZES, **defaults: Any) -> ArgumentParser:
     """A parser with a flag for each default, of its type. A default that is a list makes a flag of several values.
 
-    `size_choices` are the choices of `--size`.
+    Numbers must be above 0. `size_choices` are the choices of `--size`.
     """
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=description)
     for name, default in defaults.items():
-        if name == "size":
-            parser.add_argument("--size", choices=list(size_choices), default=default)
-        elif isinstance(default, list):
-            parser.add_argument(f"--{name}", nargs="+", type=type(default[0]), default=default)
-        else:
-            parser.add_argument(f"--{name}", type=type(default), default=default)
+        nargs, example = ("+", default[0]) if isinstance(default, list) else (None, default)
+        kind: Any = str if isinstance(example, str) else number(type(example), above=0)
+        choices = list(size_choices) if name == "size" else None
+        parser.add_argument(f"--{name}", nargs=nargs, type=kind, choices=choices, default=default)
     return parser

@@ -6,10 +6,6 @@ On a GPU, the peak of allocated memory; on a CPU, the peak of resident memory, o
 about 0.4 GB. A step that needs more than there is has the cell "more than ...".
 """
 
-import argparse
-import json
-import resource
-import subprocess
 import sys
 from itertools import product
 
@@ -18,15 +14,16 @@ import torch
 
 from benchmarks import sides
 from benchmarks.rounds import machine
+from benchmarks.side_process import side_process
 from benchmarks.sides import Case
 from train.utils.command import run_command
 from train.utils.devices import peak_memory
 from train.utils.tables import markdown_table
-from train.utils.third_party_warnings import silence_third_party_warnings
 
 GIB = 2**30
-# In the errors of torch, C++ and Python when memory is exhausted.
-OUT_OF_MEMORY = ("can't allocate memory", "OutOfMemoryError", "bad_alloc", "MemoryError", "Cannot allocate memory")
+# In the errors of torch, C++ and Python when memory is exhausted, or has ended the process.
+OUT_OF_MEMORY = ("can't allocate memory", "OutOfMemoryError", "bad_alloc", "MemoryError", "Cannot allocate memory",
+                 "BrokenProcessPool")  # fmt: skip
 
 
 def step_alone(name: str, case: Case) -> int:
@@ -42,16 +39,14 @@ def step_alone(name: str, case: Case) -> int:
 
 def peak(name: str, case: Case, threads: int, limit: int) -> int | None:
     """Peak bytes of a side in a new process; None if it needs more than `limit`, or than the GPU has."""
-    command = [sys.executable, "-m", "benchmarks.memory", "--alone", "--sides", name, "--size", case.size,
-               "--blocks", str(case.block), "--batches", str(case.batch), "--device", case.device,
-               "--threads", str(threads), "--limit", str(limit / GIB)]  # fmt: skip
-    command += ["--nanogpt", str(case.nanogpt)] if case.nanogpt else []
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode == 0:
-        return json.loads(done.stdout)
-    if any(message in done.stderr for message in OUT_OF_MEMORY):
-        return None
-    raise SystemExit(f"{' '.join(command)}\n{done.stderr}")
+    with side_process(threads, limit if case.device == "cpu" else None) as process:
+        try:
+            return process.submit(step_alone, name, case).result()
+        except Exception as error:  # each kind of memory has its own
+            # The cause is the traceback of the process, where the first error may not be the last.
+            if any(message in f"{error!r} {error.__cause__}" for message in OUT_OF_MEMORY):
+                return None
+            raise
 
 
 def cell(found: int | None, base: int | None, limit: int) -> str:
@@ -68,20 +63,12 @@ def main() -> None:
     )  # fmt: skip
     available = 0.9 * psutil.virtual_memory().available / GIB
     parser.add_argument("--limit", type=float, default=available, metavar="GIB", help="on a CPU")
-    parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)  # the process of one side
     args = parser.parse_args()
-    silence_third_party_warnings()
     torch.set_num_threads(args.threads)
     names = [sides.resolve_name(side, args.dtype) for side in args.sides]
     limit = int(args.limit * GIB)
     shapes = product(args.batches, args.blocks)
     cases = [Case(args.size, block, batch, args.device, args.nanogpt) for batch, block in shapes]
-    if args.alone:
-        if args.device == "cpu":
-            resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-        print(step_alone(names[0], cases[0]))
-        return
-
     print(f"{args.size}; {machine(args.device)}\nGiB, and the ratio to {names[0]}\n", flush=True)
     rows = []
     for case in cases:

@@ -15,7 +15,6 @@
 gradient norm of clipping are the same in all.
 """
 
-import argparse
 import contextlib
 import importlib.util
 import math
@@ -34,6 +33,7 @@ from benchmarks.arguments import make_parser
 from modeling_gpt2flash import GPT2FlashConfig, GPT2FlashForCausalLM
 from modeling_gpt2flash.attention import choose_attention
 from train.checkpoints.loading import SIZES
+from train.config.arguments import ArgumentParser
 from train.engines.transforms import (
     checkpoint_arguments,
     checkpoint_blocks,
@@ -251,7 +251,7 @@ def check_same(found: Mapping[str, WarmedUp]) -> str:
     return "\n".join(["losses of the first steps", *lines])
 
 
-def make_side_parser(description: str | None, **defaults: Any) -> argparse.ArgumentParser:
+def make_side_parser(description: str | None, **defaults: Any) -> ArgumentParser:
     """`make_parser` with the flags of a `Case` and of its sides' precision."""
     defaults |= {"size": "gpt2", "threads": torch.get_num_threads(), "device": device_type()}
     parser = make_parser(description, SHAPES, **defaults)

@@ -10,25 +10,26 @@ adds the peak of each side, measured over one step in another process.
 """
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
+from typing import TypeVar
 
 import psutil
 import torch
 
 from benchmarks import memory, sides
 from benchmarks.rounds import SPEED_UP_HEADERS, Round, machine, speed_up, spread, take_turns
-from benchmarks.side_process import SideProcess
+from benchmarks.side_process import first_steps, further_step, side_process
 from benchmarks.sides import VOCABULARY, Case
 from train.metrics.flops import count_flops, peak_flops, utilization
 from train.utils.command import run_command
 from train.utils.devices import device_name
-from train.utils.errors import UserError
 from train.utils.tables import markdown_table
-from train.utils.third_party_warnings import silence_third_party_warnings
 
 DEFAULT_SIDES = ("baseline", "optimized", "hf-eager", "hf-sdpa", "hf-compiled")
 NANOGPT_SIDES = ("nanogpt", "nanogpt-compiled")
+Result = TypeVar("Result")
 PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}
 
 
@@ -56,10 +57,6 @@ def main() -> None:
     parser.add_argument("--sides", nargs="+", help=f"each is compared with the first (default: {defaults})")
     parser.add_argument("--memory", action="store_true", help="measure peak memory as well")
     args = parser.parse_args()
-    for name in ("block", "batch", "rounds", "threads"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
-    silence_third_party_warnings()
     torch.set_num_threads(args.threads)
     given = args.sides or [*DEFAULT_SIDES, *(NANOGPT_SIDES if args.nanogpt else ())]
     names = [sides.resolve_name(side, args.dtype) for side in given]
@@ -69,9 +66,13 @@ def main() -> None:
     peaks = {name: memory.peak(name, case, args.threads, limit) for name in names} if args.memory else {}
 
     with ExitStack() as stack:
-        running = {name: stack.enter_context(SideProcess(name, case, args.threads)) for name in names}
-        print(sides.check_same({name: side.warmed_up for name, side in running.items()}), flush=True)
-        taken = take_turns({name: side.step for name, side in running.items()}, args.rounds)
+        processes = {name: stack.enter_context(side_process(args.threads)) for name in names}
+
+        def call(function: Callable[[str, Case], Result], name: str) -> Result:
+            return processes[name].submit(function, name, case).result()
+
+        print(sides.check_same({name: call(first_steps, name) for name in names}), flush=True)
+        taken = take_turns({name: partial(call, further_step, name) for name in names}, args.rounds)
     header = ["side", "step (s)", "tokens/s", *SPEED_UP_HEADERS, "MFU"]
     rows = [row(name, case, taken[names[0]], taken[name]) for name in names]
     if peaks:

@@ -5,6 +5,7 @@ import pytest
 from benchmarks import memory
 from benchmarks.memory import GIB, cell, peak, step_alone
 from benchmarks.sides import Case
+from train.utils.errors import UserError
 
 CASE = Case("tiny", block=16, batch=1, device="cpu", nanogpt=None)
 
@@ -28,8 +29,8 @@ def test_each_side_is_measured_alone_and_within_the_limit() -> None:
     assert chunked is not None
     assert full - chunked > 2048 * 50257 * 4, "the logits"
     assert peak("baseline:float32", case, threads=1, limit=GIB) is None
-    with pytest.raises(SystemExit, match="choose from baseline"):
-        peak("fastest:float32", case, threads=1, limit=16 * GIB)
+    with pytest.raises(UserError, match="with --nanogpt"):
+        peak("nanogpt:float32", case, threads=1, limit=16 * GIB)
 
 
 @pytest.mark.slow

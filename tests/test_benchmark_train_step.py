@@ -9,7 +9,7 @@ import torch
 
 from benchmarks import ranking, sides, train_step
 from benchmarks.rounds import Round
-from benchmarks.side_process import SideProcess
+from benchmarks.side_process import first_steps, side_process
 from benchmarks.sides import Case
 from train.utils.errors import UserError
 
@@ -151,15 +151,8 @@ def test_the_table_of_a_run(case: Case, monkeypatch: pytest.MonkeyPatch, capsys:
 
 
 def test_a_side_that_fails_in_its_process_says_why(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="there is no model"):
-        SideProcess("nanogpt:float32", Case("tiny", 16, 1, "cpu", tmp_path), threads=1)
-    with SideProcess("uncompiled:float32", Case("tiny", 16, 1, "cpu", None), threads=1) as side:
-        assert side.step().wall > 0
-        process = side._process
-        process.kill()
-        with pytest.raises(SystemExit, match="ended by itself with code -9"):
-            side.step()
-    assert not process.is_alive()
+    with side_process(threads=1) as process, pytest.raises(UserError, match="there is no model"):
+        process.submit(first_steps, "nanogpt:float32", Case("tiny", 16, 1, "cpu", tmp_path)).result()
 
 
 def test_operators_are_ranked_by_their_own_time() -> None:
