@@ -12,7 +12,6 @@ In training, a step's data is loaded while the previous step runs. `--train` mea
 that file: the time of a step, and its wait for data.
 """
 
-import json
 import os
 import resource
 import statistics
@@ -25,32 +24,18 @@ from itertools import count
 from pathlib import Path
 from unittest.mock import patch
 
-import numpy as np
-
 from benchmarks import training_runs
 from benchmarks.arguments import make_parser
 from benchmarks.rounds import spread, take_turns
 from train.data.batches import TrainBatches
 from train.data.token_file import TokenFile, open_tokens
 from train.data.tokenizer import END_OF_TEXT
+from train.utils.command import run_command
 from train.utils.tables import markdown_table
 
 SHAPES = ((128, 10), (1024, 4), (1024, 32), (1024, 512))  # tokens in a sequence, sequences in a step of one process
 TRAINED = (("tiny", 128, 10), ("gpt2", 1024, 1))
 FILE_TOKENS = 1 << 30
-CHUNK_TOKENS = 1 << 24
-
-
-def write_file(path: Path, tokens: int) -> None:
-    """Random ids, on the disk when this returns."""
-    random = np.random.default_rng(0)
-    with path.open("wb") as file:
-        for _ in range(tokens // CHUNK_TOKENS):
-            file.write(random.integers(0, END_OF_TEXT, CHUNK_TOKENS, dtype=np.uint16).data)
-        file.flush()
-        os.fsync(file.fileno())
-    sidecar = {"dtype": "uint16", "tokens": tokens, "max_token_id": END_OF_TEXT, "sha256": None}
-    path.with_suffix(".json").write_text(json.dumps(sidecar))
 
 
 def drop_from_page_cache(path: Path) -> None:
@@ -112,7 +97,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         path = Path(folder, "train.bin")
-        write_file(path, FILE_TOKENS)
+        training_runs.write_tokens(path, FILE_TOKENS)
         header = ["block", "sequences", "warm, ms (range)", "tokens/s", "cold, ms (range)"]
         header.append("cold, without read-ahead, ms (range)")
         print(markdown_table(header, [row(path, *shape, args.rounds) for shape in SHAPES]), flush=True)
@@ -122,4 +107,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -2,11 +2,11 @@
 
     python -m benchmarks.scaling --size tiny --block 128 --batch 8
 
-Every layout takes the same steps of `--batch` sequences, over all processes, with the same settings and its usual
-launcher; the times are read from metrics.jsonl. The layouts alternate within each round, and must have equal losses.
-On a CPU, the processes share `--threads` (at least one each), so an efficiency of 1 means that sharding costs nothing.
-On GPUs, the efficiency is the speed divided by the number of GPUs. AdamW is fused in the optimized runs (ZeRO), and
-not in the baseline's (DDP).
+Every layout takes the same steps of `--batch` sequences, over all processes, with the same settings; the times are
+read from metrics.jsonl. The layouts alternate within each round, and must have equal losses. On a CPU, the processes
+share `--threads` (at least one each), so an efficiency of 1 means that sharding costs nothing. On GPUs, the efficiency
+is the speed divided by the number of GPUs. AdamW is fused in the optimized runs (ZeRO), and not in the baseline's
+(DDP).
 """
 
 import statistics
@@ -14,6 +14,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,41 +22,28 @@ import torch
 from benchmarks import training_runs
 from benchmarks.arguments import make_parser
 from benchmarks.rounds import machine, spread
+from train.plan.shapes import Layout
 from train.utils.command import run_command
 from train.utils.devices import device_type
 from train.utils.errors import UserError
 from train.utils.tables import markdown_table
 
-ROOT = Path(__file__).parent.parent
 KINDS = ("ddp", "zero1", "zero2", "zero3")
 WARM_UP_STEPS = 2
 LOSS_TOLERANCE = {"no": 1e-4, "bf16": 1e-2}  # relative, after some optimizer steps
 
 
-@dataclass(frozen=True)
-class Layout:
-    kind: str
-    processes: int
+def layout_of(kind: str, processes: int, batch: int) -> Layout:
+    """The layout of a kind for steps of `batch` sequences; DDP with one process is a run without a launcher."""
+    settings: dict[str, Any] = {"world_size": processes, "micro_batch": batch // processes}
+    if kind == "ddp":
+        return Layout("ddp" if processes > 1 else "single", **settings)
+    return Layout("zero", zero_stage=int(kind.removeprefix("zero")), **settings)
 
-    @property
-    def run_type(self) -> str:
-        return "baseline" if self.kind == "ddp" else "optimized"
 
-    @property
-    def name(self) -> str:
-        return f"{'plain' if self.kind == 'ddp' and self.processes == 1 else self.kind} x {self.processes}"
-
-    def command(self) -> list[str]:
-        """The command that launches it."""
-        python = [sys.executable, "-m"]
-        if self.kind == "ddp":
-            torchrun = [*python, "torch.distributed.run", "--nproc_per_node", str(self.processes), "--rdzv_backend",
-                        "c10d", "--rdzv_endpoint", "localhost:0", "-m"]  # fmt: skip
-            return [*(python if self.processes == 1 else torchrun), "train", "--run_type=baseline"]
-        launch = [*python, "accelerate.commands.launch", "--config_file", f"{ROOT}/accelerate_configs/deepspeed.yaml",
-                  "--num_processes", str(self.processes), "--main_process_port", "0"]  # fmt: skip
-        config = f"--deepspeed_config={ROOT}/ds_configs/{self.kind}.json"
-        return [*launch, "-m", "train", "--run_type=optimized", config]
+def name_of(layout: Layout) -> str:
+    kind = {"single": "plain", "zero": f"zero{layout.zero_stage}"}.get(layout.kind, layout.kind)
+    return f"{kind} x {layout.world_size}"
 
 
 @dataclass(frozen=True)
@@ -67,10 +55,9 @@ class Finished:
     memory: int
 
 
-def train(layout: Layout, flags: list[str], batch: int, threads: int, folder: Path) -> Finished:
+def train(layout: Layout, flags: list[str], threads: int, folder: Path) -> Finished:
     """One run of `python -m train`."""
-    command = ["env", f"OMP_NUM_THREADS={max(1, threads // layout.processes)}", *layout.command()]
-    flags = [*flags, f"--train_micro_batch_size_per_gpu={batch // layout.processes}"]
+    command = ["env", f"OMP_NUM_THREADS={max(1, threads // layout.world_size)}", *layout.command]
     run = training_runs.train(flags, folder, command, layout.run_type)
     times = [record["step_time_seconds"] for record in run.steps[WARM_UP_STEPS:]]
     return Finished(times, [record["loss"] for record in run.steps], run.summary["peak_memory_bytes"])
@@ -82,7 +69,7 @@ def check_same(found: dict[Layout, list[Finished]], tolerance: float) -> None:
     for layout, runs in found.items():
         for run in runs:
             if not np.allclose(run.losses, expected, rtol=tolerance, atol=0):
-                raise SystemExit(f"{layout.name} does not train as the first does: {run.losses}, not {expected}")
+                raise SystemExit(f"{name_of(layout)} does not train as the first does: {run.losses}, not {expected}")
 
 
 def row(layout: Layout, runs: list[Finished], base: list[Finished], tokens: int, devices: int) -> list[str]:
@@ -90,7 +77,7 @@ def row(layout: Layout, runs: list[Finished], base: list[Finished], tokens: int,
     rates, bases = ([tokens / statistics.median(run.times) for run in side] for side in (runs, base))
     efficiency = [own / (devices * theirs) for own, theirs in zip(rates, bases, strict=True)]
     memory = statistics.median(run.memory for run in runs)
-    return [layout.name, spread(rates, 0), spread(efficiency), f"{memory / 2**30:.2f}"]
+    return [name_of(layout), spread(rates, 0), spread(efficiency), f"{memory / 2**30:.2f}"]
 
 
 def main() -> None:
@@ -100,12 +87,12 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["no", "bf16"], default="no", help="mixed precision")
     args = parser.parse_args()
     for number in args.processes:
-        if number < 1 or args.batch % number:
+        if args.batch % number:
             raise UserError(f"--batch {args.batch}: not divisible by {number} processes; give a multiple of them")
     if args.steps <= WARM_UP_STEPS:
         raise UserError(f"--steps {args.steps}: the first {WARM_UP_STEPS} are not counted; give more")
-    layouts = [Layout("ddp", 1), *(Layout(kind, number) for number in args.processes for kind in args.kinds)]
-    found: dict[Layout, list[Finished]] = {layout: [] for layout in layouts}
+    chosen = [("ddp", 1), *((kind, number) for number in args.processes for kind in args.kinds)]
+    found: dict[Layout, list[Finished]] = {layout_of(kind, number, args.batch): [] for kind, number in chosen}
     tokens = args.batch * args.block
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -113,17 +100,17 @@ def main() -> None:
         flags = training_runs.training_flags(folder / "train.bin", args.size, args.block, args.steps, args.dtype)
         for number in range(args.rounds):
             for layout, runs in found.items():
-                runs.append(train(layout, flags, args.batch, args.threads, folder))
+                runs.append(train(layout, flags, args.threads, folder))
                 rate = tokens / statistics.median(runs[-1].times)
-                print(f"round {number + 1}, {layout.name}: {rate:,.0f} tokens/s", file=sys.stderr)
+                print(f"round {number + 1}, {name_of(layout)}: {rate:,.0f} tokens/s", file=sys.stderr)
             check_same(found, LOSS_TOLERANCE[args.dtype])
     device = device_type()
     print(
         f"{args.size}, steps of {args.batch} x {args.block} tokens, mixed precision {args.dtype}; {machine(device)}\n"
     )
-    base = found[layouts[0]]
+    base = next(iter(found.values()))
     rows = [
-        row(layout, runs, base, tokens, 1 if device == "cpu" else layout.processes) for layout, runs in found.items()
+        row(layout, runs, base, tokens, 1 if device == "cpu" else layout.world_size) for layout, runs in found.items()
     ]
     print(markdown_table(["layout", "tokens/s", "efficiency", "memory per process (GiB)"], rows))
 

@@ -12,12 +12,16 @@ from train.checkpoints.run_folder import FinishedRun, read_run
 from train.data.token_file import write_token_file
 from train.data.tokenizer import END_OF_TEXT
 
+CHUNK_TOKENS = 1 << 24
 COMMAND = (sys.executable, "-m", "train")
 
 
 def write_tokens(path: Path, count: int) -> None:
-    ids = np.random.default_rng(0).integers(0, END_OF_TEXT, count, np.uint16)
-    write_token_file(path, [(ids, 1)], END_OF_TEXT + 1, {})
+    """A token file of random ids, on the disk when this returns."""
+    random = np.random.default_rng(0)
+    sizes = (min(CHUNK_TOKENS, count - start) for start in range(0, count, CHUNK_TOKENS))
+    ids = (random.integers(0, END_OF_TEXT, size, np.uint16) for size in sizes)
+    write_token_file(path, ((chunk, 1) for chunk in ids), END_OF_TEXT + 1, {})
 
 
 def training_flags(tokens: Path, model: str, block: int, steps: int, precision: str) -> list[str]:

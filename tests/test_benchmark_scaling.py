@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import scaling, startup, training_runs
-from benchmarks.scaling import Finished, Layout
-from tests.conftest import ROOT
+from benchmarks.scaling import Finished, layout_of
 from train.config.run_config import parse
 from train.utils.errors import UserError
 
@@ -15,29 +14,33 @@ from train.utils.errors import UserError
 def test_layouts_are_started_as_people_start_them() -> None:
     for kind in scaling.KINDS:
         for number in (1, 2):
-            layout = Layout(kind, number)
-            words = [*layout.command(), *training_runs.training_flags(Path("train.bin"), "tiny", 16, 3, "no")]
+            layout = layout_of(kind, number, batch=4)
+            words = [*layout.command, *training_runs.training_flags(Path("train.bin"), "tiny", 16, 3, "no")]
             config = parse(words[words.index("train") + 1 :])
             assert config.run_type == layout.run_type
-            assert config.deepspeed_config == (None if kind == "ddp" else f"{ROOT}/ds_configs/{kind}.json")
+            assert config.deepspeed_config == (None if kind == "ddp" else f"ds_configs/{kind}.json")
+            assert config.train_micro_batch_size_per_gpu == 4 // number
             if (kind, number) != ("ddp", 1):
-                flag = "--nproc_per_node" if kind == "ddp" else "--num_processes"
-                assert words[words.index(flag) + 1] == str(number)
-    assert Layout("ddp", 1).name == "plain x 1"
+                assert words[words.index("--num_processes") + 1] == str(number)
+    assert scaling.name_of(layout_of("ddp", 1, batch=4)) == "plain x 1"
 
 
 def test_efficiency_is_taken_round_by_round() -> None:
     base = [Finished([1.0, 1.0, 9.0], [3.0], 2**30), Finished([2.0], [3.0], 2**30)]
     runs = [Finished([2.0], [3.0], 2**29), Finished([1.0], [3.0], 2**29)]
     # 8 tokens: 8 and 4 a second alone, 4 and 8 shared.
-    assert scaling.row(Layout("zero1", 2), runs, base, tokens=8, devices=1) == [
+    zero1 = layout_of("zero1", 2, batch=4)
+    assert scaling.row(zero1, runs, base, tokens=8, devices=1) == [
         "zero1 x 2", "6 (4 to 8)", "1.25 (0.50 to 2.00)", "0.50",
     ]  # fmt: skip
-    assert scaling.row(Layout("zero1", 2), runs, base, tokens=8, devices=2)[2] == "0.62 (0.25 to 1.00)"
+    assert scaling.row(zero1, runs, base, tokens=8, devices=2)[2] == "0.62 (0.25 to 1.00)"
 
 
 def test_runs_with_other_losses_end_the_comparison() -> None:
-    found = {Layout("ddp", 1): [Finished([1.0], [3.0, 2.0], 0)], Layout("zero2", 2): [Finished([1.0], [3.0, 2.1], 0)]}
+    found = {
+        layout_of("ddp", 1, batch=4): [Finished([1.0], [3.0, 2.0], 0)],
+        layout_of("zero2", 2, batch=4): [Finished([1.0], [3.0, 2.1], 0)],
+    }
     scaling.check_same(found, 0.1)
     with pytest.raises(SystemExit, match="zero2 x 2 does not train as the first does"):
         scaling.check_same(found, 1e-4)

@@ -1,6 +1,5 @@
 """The layouts and settings that the parity test trains with, as commands of this trainer."""
 
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -50,12 +49,5 @@ class Case:
         return f"{self.layout_name} accumulation {self.accumulation}{checkpointing}{' clipping' * self.clipping}"
 
     def argv(self, problem: Path, out: Path) -> list[str]:
-        """The command that trains this case on the files in `problem` and writes to `out`.
-
-        It is started by this interpreter, so that the package is found where this module was.
-        """
-        argv = [sys.executable]
-        if launcher_flags := self.layout.launcher_flags:
-            argv += ["-m", "accelerate.commands.launch", "--main_process_port", "0", *launcher_flags]
-        argv += ["-m", "train", *self.layout.flags, *flags(problem, self.max_grad_norm)]
-        return [*argv, f"--checkpoint_path={out}"]
+        """The command that trains this case on the files in `problem` and writes to `out`."""
+        return [*self.layout.command, *flags(problem, self.max_grad_norm), f"--checkpoint_path={out}"]

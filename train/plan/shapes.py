@@ -1,5 +1,6 @@
 """The shape of a model, and a layout of its training with the flags that start it. Sizes are in elements."""
 
+import sys
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
@@ -108,6 +109,14 @@ class Layout:
         name = "deepspeed" if self.kind == "zero" else self.kind
         file = packaged.here_or_shipped(f"{packaged.ACCELERATE}/{name}.yaml", packaged.ACCELERATE)
         return ["--config_file", str(file), "--num_processes", str(self.world_size)]
+
+    @property
+    def command(self) -> list[str]:
+        """The command that starts it, of this interpreter, so that the package is found where this module was."""
+        launcher_flags = self.launcher_flags
+        if launcher_flags:
+            launcher_flags = ["-m", "accelerate.commands.launch", "--main_process_port", "0", *launcher_flags]
+        return [sys.executable, *launcher_flags, "-m", "train", *self.flags]
 
     @property
     def flags(self) -> list[str]:
