@@ -26,6 +26,7 @@ from train.checkpoints.loading import SIZES
 from train.generate.cpu_layers import pack_weights, quantize_int8
 from train.generate.decoding import Decoding
 from train.generate.latency import timed
+from train.utils.command import run_command
 from train.utils.tables import markdown_table
 from train.utils.third_party_warnings import silence_third_party_warnings
 
@@ -122,4 +123,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from benchmarks.arguments import make_parser
 from benchmarks.rounds import SPEED_UP_HEADERS, alternate, machine, speed_up, spread
 from modeling_gpt2flash.loss import causal_lm_loss
+from train.utils.command import run_command
 from train.utils.devices import device_type
 from train.utils.tables import markdown_table
 
@@ -74,4 +75,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -52,7 +52,7 @@ def write(part: "Dataset", path: Path) -> None:
 
 
 def prepare(builder: str, files: list[str], out_dir: Path, test_size: float, seed: int, num_proc: int) -> None:
-    """`builder`: parquet or json, the text in the column "text"; `out_dir` exists."""
+    """`builder`: parquet or json, the text in the column "text"."""
     from datasets import load_dataset
 
     dataset = load_dataset(builder, data_files=files, split="train", num_proc=min(num_proc, len(files)))
@@ -93,6 +93,7 @@ def main() -> None:
     parser.add_argument("--num_proc", type=int, default=1)
     parser.add_argument("--one_by_one", action="store_true", help="the plain loop, of Parquet files")
     args = parser.parse_args()
+    args.out_dir.mkdir(exist_ok=True)
     if args.one_by_one:
         prepare_one_by_one(args.files, args.out_dir, args.test_size, args.seed)
     else:

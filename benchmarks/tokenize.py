@@ -33,12 +33,14 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute
 import pyarrow.parquet
 
 from benchmarks.arguments import make_parser
 from benchmarks.processes import Peaks, measure, sample
 from benchmarks.rounds import Round, speed_up, spread, take_turns
 from train.data.tokenizer import END_OF_TEXT
+from train.utils.command import run_command
 from train.utils.processes import usable_cores
 from train.utils.tables import markdown_table
 
@@ -80,21 +82,6 @@ class Result:
     peaks: Peaks
     rounds: list[Round]
 
-    @property
-    def seconds(self) -> float:
-        return statistics.median(each.wall for each in self.rounds)
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """`sizes[i]`: bytes of UTF-8 text in `files[i]`."""
-
-    files: list[Path]
-    sizes: list[int]
-
-    def megabytes(self, times: int) -> float:
-        return sum(self.sizes[:times]) / MB
-
 
 def installed_texts() -> list[str]:
     """The distinct documents of the standard library and the installed packages, split at blank lines."""
@@ -114,7 +101,7 @@ def installed_texts() -> list[str]:
     return distinct
 
 
-def make_corpus(folder: Path, given: Path | None, megabytes: float, parts: int) -> Corpus:
+def make_corpus(folder: Path, given: Path | None, megabytes: float, parts: int) -> list[Path]:
     """`parts` Parquet files of equal size, at most `megabytes` in all, of installed texts or of the `given` folder."""
     if given:
         shards = sorted(given.glob("*.parquet"))
@@ -130,7 +117,12 @@ def make_corpus(folder: Path, given: Path | None, megabytes: float, parts: int) 
     files = [folder / f"{part:03d}.parquet" for part in range(parts)]
     for path, (first, last) in zip(files, pairwise(bounds), strict=True):
         pyarrow.parquet.write_table(pa.table({"text": texts[first:last]}), path, row_group_size=1000)
-    return Corpus(files, [int(lengths[first:last].sum()) for first, last in pairwise(bounds)])
+    return files
+
+
+def text_megabytes(files: list[Path]) -> float:
+    columns = (pyarrow.parquet.read_table(path)["text"] for path in files)
+    return sum(pyarrow.compute.sum(pyarrow.compute.binary_length(column)).as_py() for column in columns) / MB
 
 
 def same_documents(path: Path, reference: Path) -> bool:
@@ -160,7 +152,6 @@ def compare(variants: list[Variant], files: list[Path], rounds: int, folder: Pat
         for variant in variants:
             with tempfile.TemporaryDirectory(dir=folder) as name:
                 out_dir = Path(name) / "out"
-                out_dir.mkdir()
                 sampled = sample(variant.command(files, out_dir), Path(name))
                 output = sum(path.stat().st_size for path in out_dir.glob("*.bin"))
                 peaks[variant] = replace(sampled, disk=max(0, sampled.disk - output))
@@ -171,12 +162,14 @@ def compare(variants: list[Variant], files: list[Path], rounds: int, folder: Pat
 
     def timed(variant: Variant) -> Round:
         with tempfile.TemporaryDirectory(dir=folder) as name:
-            out_dir = Path(name) / "out"
-            out_dir.mkdir()
-            return measure(variant.command(files, out_dir), Path(name))
+            return measure(variant.command(files, Path(name) / "out"), Path(name))
 
     taken = take_turns({variant: partial(timed, variant) for variant in variants}, rounds)
     return {variant: Result(peaks[variant], own) for variant, own in taken.items()}
+
+
+def table_rows(results: dict[Variant, Result], base: Variant, megabytes: float) -> list[list[str]]:
+    return [row(variant, result, results[base], megabytes) for variant, result in results.items()]
 
 
 def row(variant: Variant, result: Result, baseline: Result, megabytes: float) -> list[str]:
@@ -200,23 +193,22 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         corpus = make_corpus(folder, args.corpus, args.megabytes, max(args.sizes))
-
-        def measured(variants: list[Variant], size: int) -> dict[Variant, Result]:
-            return compare(variants, corpus.files[:size], args.rounds, folder)
-
-        def rows(results: dict[Variant, Result], base: Variant, size: int) -> list[list[str]]:
-            return [row(each, own, results[base], corpus.megabytes(size)) for each, own in results.items()]
+        files = {size: corpus[:size] for size in args.sizes}
+        megabytes = {size: text_megabytes(files[size]) for size in args.sizes}
 
         middle = sorted(args.sizes)[len(args.sizes) // 2]
         nanogpts = [Variant(NANOGPT, workers) for workers in args.nanogpt_workers]
-        results = measured([*nanogpts, *(Variant(side, workers) for side in ours for workers in args.workers)], middle)
-        best = min(nanogpts, key=lambda variant: results[variant].seconds)
-        print(f"\n{markdown_table(HEADER, rows(results, best, middle))}", flush=True)
+        variants = [*nanogpts, *(Variant(side, workers) for side in ours for workers in args.workers)]
+        results = compare(variants, files[middle], args.rounds, folder)
+        best = min(nanogpts, key=lambda each: statistics.median(taken.wall for taken in results[each].rounds))
+        print(f"\n{markdown_table(HEADER, table_rows(results, best, megabytes[middle]))}", flush=True)
 
         variants = [best, Variant(ONE_BY_ONE), *(Variant(side, usable_cores()) for side in ours)]
-        table = [cells for size in args.sizes for cells in rows(measured(variants, size), best, size)]
-        print(f"\n{markdown_table(HEADER, table)}")
+        rows = []
+        for size in args.sizes:
+            rows += table_rows(compare(variants, files[size], args.rounds, folder), best, megabytes[size])
+        print(f"\n{markdown_table(HEADER, rows)}")
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -7,7 +7,17 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from benchmarks.tokenize import NANOGPT, NANOGPTS_ORDER, ONE_BY_ONE, OURS, Variant, check_files, compare, make_corpus
+from benchmarks.tokenize import (
+    NANOGPT,
+    NANOGPTS_ORDER,
+    ONE_BY_ONE,
+    OURS,
+    Variant,
+    check_files,
+    compare,
+    make_corpus,
+    text_megabytes,
+)
 from train.data.tokenizer import END_OF_TEXT
 from train.preprocess_data.sources import stdlib_modules
 
@@ -27,12 +37,13 @@ def test_a_corpus_has_each_document_once_in_files_of_one_size(shards: Path, tmp_
         text for path in sorted(shards.iterdir()) for text in pyarrow.parquet.read_table(path)["text"].to_pylist()
     ]
     corpus = make_corpus(tmp_path, shards, megabytes=1000, parts=4)
-    cut = [pyarrow.parquet.read_table(path)["text"].to_pylist() for path in corpus.files]
+    cut = [pyarrow.parquet.read_table(path)["text"].to_pylist() for path in corpus]
     assert [text for texts in cut for text in texts] == given
-    assert corpus.sizes == [sum(len(text.encode()) for text in texts) for texts in cut]
-    assert max(corpus.sizes) - min(corpus.sizes) <= 2 * max(len(text.encode()) for text in given)
-    half = make_corpus(tmp_path, shards, megabytes=corpus.megabytes(4) / 2, parts=1)
-    assert half.megabytes(1) == pytest.approx(corpus.megabytes(4) / 2, abs=0.2)
+    sizes = [sum(len(text.encode()) for text in texts) for texts in cut]
+    assert text_megabytes(corpus) == sum(sizes) / 1e6
+    assert max(sizes) - min(sizes) <= 2 * max(len(text.encode()) for text in given)
+    half = make_corpus(tmp_path, shards, megabytes=sum(sizes) / 2e6, parts=1)
+    assert text_megabytes(half) == pytest.approx(sum(sizes) / 2e6, abs=0.2)
 
 
 def write_files(folder: Path, train: list[int], val: list[int]) -> Path:
