@@ -204,19 +204,6 @@ def test_a_checkpoint_of_another_optimizer_is_refused(flags: list[str], finished
         resolve(parse([*flags, "--optimizer=muon", *there]))
 
 
-def test_a_checkpoint_from_the_time_of_follow(flags: list[str], finished: Path, tmp_path: Path) -> None:
-    shutil.copytree(finished, tmp_path / "finished")
-    file = tmp_path / "finished" / "step-4" / "training_state.json"
-    state = json.loads(file.read_text())
-    assert "follow" not in state
-    resumed = [*flags, f"--resume_from_checkpoint={file.parent}", f"--checkpoint_path={tmp_path}", "--max_steps=8"]
-    file.write_text(json.dumps({**state, "follow": False}))
-    assert resolve(parse(resumed)).checkpoint is not None
-    file.write_text(json.dumps({**state, "follow": True}))
-    with pytest.raises(UserError, match=r"was trained with --follow.*--model"):
-        resolve(parse(resumed))
-
-
 def write_tokens(path: Path, ids: list[int]) -> None:
     import numpy as np
 

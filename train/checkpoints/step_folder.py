@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -155,13 +156,7 @@ def find(requested: str, run_folder: Path) -> Checkpoint:
             f"--resume_from_checkpoint {requested}: {folder} holds no complete checkpoint ({STATE} is missing); "
             "name a step-N folder, or start a new run without the flag"
         )
-    content = read_json(folder / STATE)
-    if isinstance(content, dict) and content.get("follow"):
-        raise UserError(
-            f"{folder}: was trained with --follow, whose order of the data is no longer supported; start a new run "
-            f"from its weights with --model {folder}"
-        )
-    return Checkpoint(folder, from_json(TrainingState, content, folder / STATE, "training"))
+    return Checkpoint(folder, from_json(TrainingState, read_json(folder / STATE), folder / STATE, "training"))
 
 
 def check_same_run(checkpoint: Checkpoint, state: TrainingState) -> None:
@@ -175,28 +170,14 @@ def check_same_run(checkpoint: Checkpoint, state: TrainingState) -> None:
             )
 
 
-class _Tensors(dict):
-    """Tensors of safetensors files, read one at a time."""
-
-    def __init__(self, files: list[Path]) -> None:
-        super().__init__()
-        for file in files:
-            handle = safe_open(file, framework="pt")
-            self.update(dict.fromkeys(handle.keys(), handle))
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        return super().__getitem__(name).get_tensor(name)
-
-
-def read_tensors(checkpoint: Checkpoint, model: nn.Module) -> tuple[_Tensors, _Tensors]:
-    """(weights, moments) of a checkpoint by name, checked to have everything that `model` needs and read lazily.
+def read_tensors(checkpoint: Checkpoint, model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """(weights, moments) of a checkpoint by name, mapped and not read, with everything that `model` needs.
 
     Raises:
         UserError: if a file or a tensor is missing or damaged.
     """
     try:
-        weights = _Tensors(sorted(checkpoint.folder.glob("model*.safetensors")))
-        moments = _Tensors([checkpoint.folder / OPTIMIZER])
+        weights, moments = load_file(checkpoint.folder / WEIGHTS), load_file(checkpoint.folder / OPTIMIZER)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{checkpoint.folder}: damaged checkpoint: {error}") from None
     for name, _ in model.named_parameters():
