@@ -22,7 +22,7 @@ from train.kernels.traces import read_recording
 from train.metrics.annotations import annotate
 from train.run.profiling import annotate_modules
 from train.utils.errors import UserError
-from train.utils.json_files import from_json
+from train.utils.files import from_json
 
 FACTS: dict[str, Any] = {
     "schema": 1, "run_type": "baseline", "rank": 0, "world_size": 1, "first_step": 3, "steps": 2,

@@ -11,7 +11,7 @@ from train.metrics import summary as metrics
 from train.metrics.energy import GPUS, EnergyMeter
 from train.metrics.hardware import hardware, torch_build, versions
 from train.metrics.table import METRICS, Metric
-from train.utils.json_files import json_safe
+from train.utils.files import json_safe
 
 MODEL = {"n_layer": 12, "n_head": 12, "n_embd": 768, "n_positions": 1024, "vocab_size": 50257}
 

@@ -8,7 +8,7 @@ from typing import Any
 from train.metrics.summary import check_summary, is_number
 from train.metrics.table import STEP_METRICS, look_up
 from train.utils.errors import UserError
-from train.utils.json_files import parse_json, read_json, read_text
+from train.utils.files import parse_json, read_json, read_text
 
 SUMMARY_FILE = "metrics.json"
 STEPS_FILE = "metrics.jsonl"

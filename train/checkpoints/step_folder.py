@@ -29,8 +29,7 @@ from modeling_gpt2flash import GPT2FlashConfig, GPT2FlashForCausalLM
 from train.checkpoints.safetensors_writer import TensorFile
 from train.optim.parameter_groups import moments_of
 from train.utils.errors import UserError
-from train.utils.files import atomic_folder, delete_folder, write_text
-from train.utils.json_files import from_json, read_json
+from train.utils.files import atomic_folder, delete_folder, from_json, read_json, write_text
 
 STATE = "training_state.json"
 WEIGHTS = "model.safetensors"

@@ -11,7 +11,7 @@ from train.config import launcher_env as launcher
 from train.config import packaged
 from train.config.run_config import ENGINE_DEFAULTS, RunConfig
 from train.utils.errors import UserError
-from train.utils.json_files import read_text
+from train.utils.files import read_text
 
 # The blocks that DeepSpeed 0.19 reads at the top level and that this trainer leaves to it.
 ENGINE_KEYS = frozenset({

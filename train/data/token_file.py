@@ -18,8 +18,7 @@ import numpy as np
 from pydantic import Field
 
 from train.utils.errors import UserError
-from train.utils.files import atomic_write, write_json
-from train.utils.json_files import from_json, read_json
+from train.utils.files import atomic_write, from_json, read_json, write_json
 
 SCAN_CHUNK = 1 << 24  # ids read at once when a bare file is scanned: 32 MiB of uint16
 

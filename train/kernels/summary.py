@@ -11,8 +11,7 @@ from typing import Any
 
 from train.kernels.traces import ProfileFacts
 from train.utils.errors import UserError
-from train.utils.files import write_json
-from train.utils.json_files import from_json, json_safe, read_json
+from train.utils.files import from_json, json_safe, read_json, write_json
 
 SCHEMA = 2
 TRAINING_PHASES = ("forward", "backward", "recompute", "optimizer")

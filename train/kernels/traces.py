@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from train.utils.errors import UserError
-from train.utils.json_files import from_json
+from train.utils.files import from_json
 
 SCHEMA = 1
 METADATA_KEY = "gpt2flash"

@@ -4,8 +4,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from train.utils.errors import UserError
-from train.utils.files import write_json
-from train.utils.json_files import from_json, read_json
+from train.utils.files import from_json, read_json, write_json
 
 SCHEMA = 1
 

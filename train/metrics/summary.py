@@ -16,7 +16,7 @@ import numpy as np
 from train.metrics.flops import Flops, utilization
 from train.metrics.table import METRICS, look_up
 from train.utils.errors import UserError
-from train.utils.json_files import from_json, json_safe
+from train.utils.files import from_json, json_safe
 
 SCHEMA = 1
 """Version of the layout of `metrics.json`."""

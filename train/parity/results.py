@@ -8,7 +8,7 @@ from train.metrics.hardware import hardware, versions
 from train.parity.differences import TOLERANCES, Difference, is_green
 from train.parity.layouts import Case
 from train.parity.reference import SEQUENCES, STEPS
-from train.utils.json_files import json_safe
+from train.utils.files import json_safe
 from train.utils.tables import markdown_table
 
 

@@ -32,8 +32,7 @@ from train.data.tokenizer import VOCABULARY_SIZE
 from train.preprocess_data.splits import in_order
 from train.preprocess_data.streams import BEGINNING, Position
 from train.utils.errors import UserError
-from train.utils.files import fsync, write_json
-from train.utils.json_files import from_json, read_json
+from train.utils.files import from_json, fsync, read_json, write_json
 
 WORK_FOLDER = ".preparing"
 LOCK = ".preparing.lock"

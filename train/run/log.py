@@ -10,8 +10,7 @@ from train.checkpoints.run_folder import read_steps
 from train.metrics.table import STEP_METRICS
 from train.run import trackers
 from train.run.setup import ResolvedRun
-from train.utils.files import write_text
-from train.utils.json_files import json_safe
+from train.utils.files import json_safe, write_text
 
 
 class RunLog:
