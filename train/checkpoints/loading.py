@@ -68,12 +68,7 @@ def load_model(
 ) -> GPT2FlashForCausalLM:
     """Model called `name` with this configuration: weights drawn from the global seed for a size, otherwise loaded.
 
-    Args:
-        name: a size, a model folder, a Hub id or nanoGPT's `ckpt.pt`.
-        config: as `load_config` or `model_config` returns it for `name`.
-        attn_implementation: the attention kernel.
-        dtype: of loaded weights; "auto" keeps the dtype of the file.
-        flag: the flag that named the model, for messages.
+    `dtype` is that of loaded weights; "auto" keeps the dtype of the file. `flag` is for error messages.
 
     Raises:
         UserError: if the weights cannot be read, or if some are missing.
@@ -107,13 +102,10 @@ def load_model(
 def load_for_inference(
     path: str | Path, dtype: str = "auto", *, device: str | None = None, flag: str = "--checkpoint"
 ) -> Any:
-    """Model of a folder or of nanoGPT's `ckpt.pt` on a device, in evaluation mode.
+    """Model of a folder or of nanoGPT's `ckpt.pt` in evaluation mode, on this machine's accelerator if there is one.
 
-    Args:
-        path: a run folder, a step folder in it, any other GPT-2 folder, or the file.
-        dtype: of the weights; "auto" keeps the dtype of the file.
-        device: None for this machine's accelerator if there is one.
-        flag: the flag that named the path, for messages.
+    `path` is a run folder, a step folder in it, any other GPT-2 folder, or the file; `dtype` and `flag` are those of
+    `load_model`.
 
     Raises:
         UserError: if there is no such folder, or it holds no GPT-2.

@@ -133,16 +133,10 @@ def write(
     best_val_loss: float,
     settings: Mapping[str, Any],
 ) -> None:
-    """Write a `ckpt.pt`.
+    """Write a `ckpt.pt` after `step` optimizer steps; `settings` are the flags of the run.
 
-    Args:
-        path: the file.
-        config: of the model.
-        weights: every parameter by name, in GPT-2's layout and in the order of the model.
-        moments: AdamW's, as `exp_avg.NAME` and `exp_avg_sq.NAME`; None for an optimizer without state.
-        step: optimizer steps done.
-        best_val_loss: in nats.
-        settings: the flags of the run, for `config` and for AdamW's options.
+    `weights` has every parameter by name, in GPT-2's layout and in the order of the model. `moments` are AdamW's, as
+    `exp_avg.NAME` and `exp_avg_sq.NAME`; None for an optimizer without state.
     """
     stored = {name: _transposed(name, tensor).contiguous() for name, tensor in weights.items()}
     sizes = {theirs: getattr(config, ours) for theirs, ours in SIZES.items()}

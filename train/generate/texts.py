@@ -30,17 +30,9 @@ def generate_texts(
 ) -> Iterator[list[str]]:
     """The texts of each prompt, prompt included; an empty prompt is the start of a document.
 
-    Args:
-        model: generates the texts.
-        tokenizer: the model's.
-        prompts: texts to continue.
-        decoding: options of `generate()`.
-        batch_size: prompts at a time, shorter ones padded on the left. With a static cache, all batches are padded to
-            the longest of all prompts.
-        seed: of the sampling, set once: the tokens sampled for a prompt depend on the prompts before it and in its
-            batch.
-        assistant: smaller model with the same vocabulary, for assisted generation; one sequence at a time only.
-        streamer: receives the tokens as they are chosen; one sequence at a time only.
+    A batch's shorter prompts are padded on the left, with a static cache to the longest of all prompts. The seed is
+    set once: the tokens sampled for a prompt depend on the prompts before it and in its batch. `assistant`, a smaller
+    model with the same vocabulary, and `streamer` work on one sequence at a time only.
     """
     ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     longest = max(map(len, ids))
