@@ -19,7 +19,7 @@ from tests.test_report_kernels import PIPELINE, kernels
 from tests.test_report_memory import memory
 from train.checkpoints.run_folder import read_runs
 from train.compare import __main__ as compare
-from train.compare import charts, run_charts
+from train.compare import charts
 from train.compare import figures as compare_figures
 from train.compare.report.content import POLICY
 
@@ -185,16 +185,18 @@ def test_runs_of_nothing_and_of_what_is_no_number(tmp_path: Path) -> None:
     assert "too short to be split into intervals" in Page(report([one, none], tmp_path / "out")).text("small")
 
 
-def test_long_curves_are_thinned_and_keep_their_peaks() -> None:
-    x = np.arange(100_000.0)
-    y = np.sin(x)
-    y[77_777] = 50.0
+def test_long_curves_are_small_and_keep_their_peaks() -> None:
+    y = np.random.default_rng(0).normal(size=100_000)
+    y[77_777] = 99.0
     y[20_000:21_000] = math.nan
-    few_x, few_y = run_charts.thinned(x, y)
-    assert len(few_x) == len(few_y) <= run_charts.MOST_POINTS
-    assert few_y[few_x == 77_777] == 50.0
-    assert np.isnan(few_y).any()
-    assert (np.diff(few_x) > 0).all()
+    figure, axes = charts.canvas(250)
+    axes.plot(y, color=charts.color_of(0))
+    axes.set_ylim(0, 99)
+    source = charts.Chart("A chart", "", figure, ()).svg()
+    [curve] = [found["d"] or "" for found in Page(source).drawn("path", "stroke: var(--run0)")]
+    assert len(curve) < 50_000
+    assert min(float(place) for place in re.findall(r"[ML] \S+ (\S+)", curve)) == charts.TOP
+    assert curve.count("M") == 2, "a gap"
 
 
 def test_a_figure_has_the_colors_and_fonts_of_the_page() -> None:

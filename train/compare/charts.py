@@ -58,9 +58,13 @@ class Chart:
         from matplotlib import rc_context
 
         file = io.StringIO()
-        # The salt makes the ids of markers and clip paths the figure's own.
-        with rc_context({"svg.fonttype": "none", "svg.hashsalt": self.title, "text.parse_math": False}):
-            metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        with rc_context({
+            "svg.fonttype": "none",
+            "svg.hashsalt": self.title,  # makes the ids of markers and clip paths the figure's own
+            "path.simplify_threshold": 0.5,  # units: a curve of many steps stays small
+            "text.parse_math": False,
+        }):  # fmt: skip
             self.figure.savefig(file, format="svg", transparent=True, metadata=metadata)
         drawn = file.getvalue().partition("</defs>")[2]  # without matplotlib's own header and style sheet
         drawn = re.sub(r' (d|style)="([^"]*)"', _for_page, drawn)

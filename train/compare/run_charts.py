@@ -16,7 +16,6 @@ from train.metrics.units import in_unit, memory_kind_title, short_count, times, 
 Curve = np.ndarray[Any, np.dtype[np.float64]]
 
 MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
-MOST_POINTS = 600  # of a curve: more than there are pixels
 
 
 # Series
@@ -53,18 +52,6 @@ def limits(values: Sequence[float]) -> tuple[float, float] | None:
     low, high = min(finite), max(finite)
     margin = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
     return low - margin, high + margin
-
-
-def thinned(x: Curve, y: Curve) -> tuple[Curve, Curve]:
-    """At most `MOST_POINTS` of a curve's points: the lowest and the highest of each stretch, so that peaks stay."""
-    if len(y) <= MOST_POINTS:
-        return x, y
-    kept: list[int] = []
-    for stretch in np.array_split(np.arange(len(y)), MOST_POINTS // 2):
-        known = stretch[np.isfinite(y[stretch])]
-        # A stretch without a number keeps one point, which breaks the line.
-        kept += {known[np.argmin(y[known])], known[np.argmax(y[known])]} if len(known) else {stretch[0]}
-    return x[sorted(kept)], y[sorted(kept)]
 
 
 # The charts
@@ -151,9 +138,9 @@ def curves_chart(
     for index, (x, y) in enumerate(curves):
         steps = 1 if marks else smoothing_steps(len(y))
         if steps > 1:
-            axes.plot(*thinned(x, y), color=color_of(index), linewidth=1, alpha=0.3, zorder=1.5)
+            axes.plot(x, y, color=color_of(index), linewidth=1, alpha=0.3, zorder=1.5)
         y = trailing_mean(y, steps)
-        axes.plot(*thinned(x, y), **stroke(index))
+        axes.plot(x, y, **stroke(index))
         there = np.isfinite(x) & np.isfinite(y)
         if marks or there.sum() == 1:  # a single point draws no line
             for place, point in enumerate(zip(x[there], y[there], strict=True)):
