@@ -183,8 +183,6 @@ def read_trace(file: Path) -> Trace:
             f"version {SCHEMA}: {HINT}"
         )
     host, base_time = content.get("host_name", ""), content.get("baseTimeNanoseconds", 0)
-    if not isinstance(host, str) or not isinstance(base_time, int):
-        raise UserError(f"{file}: has {host!r} for host_name and {base_time!r} for baseTimeNanoseconds; {HINT}")
     run = from_json(ProfileFacts, facts, file, "python -m train --profile")
     try:
         threads, kernels = _sort_events(events)
@@ -207,30 +205,29 @@ def _read_json(file: Path) -> Any:
 
 
 def _sort_events(events: list[Any]) -> tuple[dict[Thread, list[Event]], list[Kernel]]:
+    complete = [event for event in events if event.get("ph") == "X"]
     threads: dict[Thread, list[Event]] = defaultdict(list)
     launches: dict[Any, Event] = {}
-    kernels: list[Kernel] = []
-    correlations: list[Any] = []  # of each kernel with its launch
-    for event in events:
-        category = event.get("cat")
-        if event.get("ph") != "X" or not (category in CPU_CATEGORIES or category in GPU_CATEGORIES):
-            continue
-        name, args, start = event["name"], event.get("args", {}), float(event["ts"])
-        end = start + float(event["dur"])
-        if category in GPU_CATEGORIES:
-            kernels.append(Kernel(name, category, start, end))
-            correlations.append(args.get("correlation"))
-            continue
-        kind = "op" if COMPILED.match(name) else CPU_CATEGORIES[category]
-        thread = (event["pid"], event["tid"])
-        threads[thread].append(Event(name, kind, start, end, thread, args))
-        if kind == "launch" and "correlation" in args:
-            launches[args["correlation"]] = threads[thread][-1]
-    for kernel, correlation in zip(kernels, correlations, strict=True):
-        kernel.launch = launches.get(correlation)
+    for event in complete:
+        if event.get("cat") in CPU_CATEGORIES:
+            kind = "op" if COMPILED.match(event["name"]) else CPU_CATEGORIES[event["cat"]]
+            thread, args = (event["pid"], event["tid"]), event.get("args", {})
+            threads[thread].append(Event(event["name"], kind, *_times(event), thread, args))
+            if kind == "launch" and "correlation" in args:
+                launches[args["correlation"]] = threads[thread][-1]
+    kernels = [
+        Kernel(event["name"], event["cat"], *_times(event), launches.get(event.get("args", {}).get("correlation")))
+        for event in complete
+        if event.get("cat") in GPU_CATEGORIES
+    ]
     for own in threads.values():
         _nest(own)
     return dict(threads), sorted(kernels, key=lambda kernel: kernel.start)
+
+
+def _times(event: dict[str, Any]) -> tuple[float, float]:
+    start = float(event["ts"])
+    return start, start + float(event["dur"])
 
 
 def _nest(events: list[Event]) -> None:
