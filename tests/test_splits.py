@@ -33,8 +33,3 @@ def test_documents_in_another_order(
     assert sum(count for _, count in pieces) == 40
     with pytest.raises(ValueError, match="has 40 documents, and the order is of 39"):
         list(in_order(path, np.dtype(dtype), rows[1:]))
-
-
-def test_a_part_without_documents(tmp_path: Path) -> None:
-    (tmp_path / "val.bin").touch()
-    assert list(in_order(tmp_path / "val.bin", np.dtype("<u2"), np.zeros(0, dtype=np.int64))) == []

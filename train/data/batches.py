@@ -80,10 +80,7 @@ class TrainBatches:
     def micro_batch(
         self, step: int, micro_step: int, rank: int, world_size: int, micro_batch_size: int
     ) -> dict[str, torch.Tensor]:
-        """`input_ids` and `shift_labels`, both (B, T) int64: shift_labels[b, t] is the token after input_ids[b, t].
-
-        With `document_mask`, `position_ids` and `cu_seq_lens` too.
-        """
+        """`input_ids` and `shift_labels`, both (B, T) int64: shift_labels[b, t] is the token after input_ids[b, t]."""
         start = (micro_step * world_size + rank) * micro_batch_size
         assert start + micro_batch_size <= self.global_batch_size, "micro-step, rank and size exceed the global batch"
         offsets = self.block_indices(step)[start : start + micro_batch_size] * self.block_size
@@ -114,10 +111,7 @@ class EvalBatches:
         return math.ceil(self.blocks / (world_size * micro_batch_size))
 
     def micro_batch(self, step: int, rank: int, world_size: int, micro_batch_size: int) -> dict[str, torch.Tensor]:
-        """`input_ids` and `shift_labels`, both (B, T) int64; labels are -100 beyond the end of the file.
-
-        With `document_mask`, `position_ids` and `cu_seq_lens` too.
-        """
+        """`input_ids` and `shift_labels`, both (B, T) int64; labels are -100 beyond the end of the file."""
         input_ids = np.full((micro_batch_size, self.block_size), self.tokens.ids[-1], dtype=np.int64)
         shift_labels = np.full((micro_batch_size, self.block_size), IGNORED_LABEL, dtype=np.int64)
         first = (step * world_size + rank) * micro_batch_size

@@ -84,8 +84,6 @@ def gpt2_tokenizer(model_max_length: int = 1024) -> "GPT2Tokenizer":
     Its ids equal `gpt2_encoding().encode_ordinary` with two exceptions. The literal text `<|endoftext|>` becomes
     the one id 50256 (transformers' default; `split_special_tokens=True` in the call makes it ordinary text, as it
     is to `encode_ordinary`). And a lone surrogate, which tiktoken reads as U+FFFD, is a TypeError.
-
-    Every call gives a new object, for tokenizers are mutable; what is slow to compute is kept.
     """
     from transformers import GPT2Tokenizer
 

@@ -28,8 +28,7 @@ EXAMPLES = "\n".join(
 )
 
 
-def parse(argv: list[str] | None = None) -> tuple[PreparationConfig, Path | None]:
-    """The configuration, and the folder to verify instead of preparing one."""
+def main(argv: list[str] | None = None) -> None:
     parser = ArgumentParser(
         prog="python -m train.preprocess_data",
         description="Tokenize text with GPT-2's vocabulary: out_dir/train.bin and val.bin (nanoGPT's format), each "
@@ -42,18 +41,14 @@ def parse(argv: list[str] | None = None) -> tuple[PreparationConfig, Path | None
         "--verify", type=Path, help="prepare nothing: check the files in this folder (sizes, digests, ids, documents)"
     )
     flags = vars(parser.parse_args(argv))
-    verified, dataset = flags.pop("verify"), flags["dataset"]
+    folder, dataset = flags.pop("verify"), flags["dataset"]
+    if folder is not None:
+        verify(folder)
+        return
     flags["split"] = flags["split"] or (HUB_DATASETS[dataset].split if dataset in HUB_DATASETS else "hash")
     if flags["val_fraction"] is None:
         flags["val_fraction"] = STDLIB_VAL_FRACTION if dataset == STDLIB else VAL_FRACTION
-    return PreparationConfig(**flags), verified
-
-
-def main(argv: list[str] | None = None) -> None:
-    config, verified = parse(argv)
-    if verified is not None:
-        verify(verified)
-        return
+    config = PreparationConfig(**flags)
     prepare(config)
     print(summary(config.out_dir))
 

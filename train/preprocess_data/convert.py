@@ -192,16 +192,13 @@ def read_all(config: PreparationConfig, source: Source, preparation: Preparation
         files = " ".join(config.data_files) or "its name"
         raise UserError(f"--dataset {config.dataset} has no documents: check {files}")
     if not before:
-        preparation.set_provenance(provenance(config, source, dataset))
+        journal.provenance = provenance(config, source, dataset)
     rows = journal.provenance["num_rows"]
     if first is not None:
         encode, why = choose_encoder(config.tokenizer, first.texts[:CHECKED_DOCUMENTS])
         print(f"tokenizer: {why}", file=sys.stderr)
-        rule = (
-            hash_rule(config.val_fraction, config.seed)
-            if rows is None
-            else nanogpt_rule(config.val_fraction, config.seed, rows)
-        )
+        split = (config.val_fraction, config.seed)
+        rule = hash_rule(*split) if rows is None else nanogpt_rule(*split, rows)
         batches = limited(chain([first], stream), config.max_documents, rows, preparation)
         known = known_rows(source, dataset) or estimated_rows(source, first.texts)
         expected = rows or min(filter(None, (known, config.max_documents)), default=None)
@@ -294,9 +291,8 @@ def write_all(
 ) -> None:
     """Append everything to the preparation, under a progress bar."""
     text_bytes = 0
-    # A terminal is refreshed twice a second; a log gets a line every half minute.
-    interval = 0.5 if sys.stderr.isatty() else 30
     start = preparation.journal.rows
+    interval = 0.5 if sys.stderr.isatty() else 30  # seconds; a log gets a line each time
     with tqdm(
         desc=title, total=expected, initial=start, unit=" documents", unit_scale=True, mininterval=interval
     ) as progress:

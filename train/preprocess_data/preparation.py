@@ -152,11 +152,6 @@ class Preparation:
         if not self.resumed:
             shutil.rmtree(self.folder, ignore_errors=True)
 
-    def set_provenance(self, fields: dict[str, Any]) -> None:
-        """Set the fields that both sidecars share."""
-        self.journal.provenance = fields
-        self._write_journal()
-
     def append(self, chunks: Iterable[Chunk], rows: int, position: Position) -> None:
         """Write the training and the validation chunk of the next `rows` rows; the stream is at `position` then."""
         for name, chunk in zip(PARTS, chunks, strict=True):

@@ -61,7 +61,7 @@ def document_ends(path: Path, dtype: np.dtype[Any]) -> np.ndarray:
         while (ids := np.fromfile(file, dtype=dtype, count=READ_TOKENS)).size:
             ends.append(np.flatnonzero(ids == END_OF_TEXT) + start + 1)
             start += ids.size
-    return np.concatenate(ends) if ends else np.zeros(0, dtype=np.int64)
+    return np.concatenate(ends)
 
 
 def in_order(path: Path, dtype: np.dtype[Any], rows: np.ndarray) -> Iterator[tuple[np.ndarray, int]]:
@@ -74,10 +74,10 @@ def in_order(path: Path, dtype: np.dtype[Any], rows: np.ndarray) -> Iterator[tup
         raise ValueError(f"{path} has {len(ends)} documents, and the order is of {len(rows)}")
     documents = np.empty(len(rows), dtype=np.int64)
     documents[np.argsort(rows)] = np.arange(len(rows))  # (row order) → document of the file
-    total = int(ends[-1]) if len(ends) else 0
+    total = int(ends[-1])
     progress = tqdm(total=total, unit=" tokens", unit_scale=True, desc=f"reordering {path.stem}", leave=False)
     with path.open("rb") as file, progress:
-        for some in np.array_split(documents, math.ceil(total / READ_TOKENS)) if total else []:
+        for some in np.array_split(documents, math.ceil(total / READ_TOKENS)):
             starts = np.where(some > 0, ends[some - 1], 0)
             spans = zip((starts * dtype.itemsize).tolist(), (ends[some] * dtype.itemsize).tolist(), strict=True)
             ids = np.frombuffer(b"".join(os.pread(file.fileno(), end - start, start) for start, end in spans), dtype)

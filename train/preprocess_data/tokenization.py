@@ -83,15 +83,14 @@ class GigatokenEncoder:
 
 def choose_encoder(name: str, sample: pa.LargeStringArray) -> tuple[Encoder, str]:
     """The encoder of a name in `ENCODERS`, and the reason in a sentence; gigatoken must agree on the sample."""
-    if name == "tiktoken" or (name == "auto" and find_spec("gigatoken") is None):
+    if name == "tiktoken":
         return encode_with_tiktoken, "tiktoken"
-    if find_spec("gigatoken") is None:
-        raise UserError("--tokenizer gigatoken: it is not installed; pip install 'gpt2flash[fast]'")
-    gigatoken = GigatokenEncoder()
-    if all(map(np.array_equal, gigatoken.encode(sample), encode_with_tiktoken(sample))):
-        return gigatoken, f"gigatoken, whose ids of the first {len(sample):,} documents are the reference's"
+    fault = "it is not installed; pip install 'gpt2flash[fast]'"
+    if find_spec("gigatoken"):
+        gigatoken = GigatokenEncoder()
+        if all(map(np.array_equal, gigatoken.encode(sample), encode_with_tiktoken(sample))):
+            return gigatoken, f"gigatoken, whose ids of the first {len(sample):,} documents are the reference's"
+        fault = "its ids of the first documents are not tiktoken's; use --tokenizer tiktoken"
     if name == "gigatoken":
-        raise UserError(
-            "--tokenizer gigatoken: its ids of the first documents are not tiktoken's; use --tokenizer tiktoken"
-        )
+        raise UserError(f"--tokenizer gigatoken: {fault}")
     return encode_with_tiktoken, "tiktoken"
