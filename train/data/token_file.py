@@ -218,8 +218,6 @@ def file_size(path: Path) -> int:
         ) from None
     except FileNotFoundError as error:
         raise UserError(f"no token file at {path}: {prepare}") from error
-    except OSError as error:
-        raise UserError(f"cannot read the token file {path}: {error.strerror}") from error
     if not size:
         raise UserError(f"the token file {path} is empty: {prepare}")
     return size

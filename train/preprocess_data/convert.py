@@ -22,15 +22,7 @@ from train.data.workers import in_parallel
 from train.preprocess_data.preparation import PARTS, WORK_FOLDER, Chunk, Preparation, is_finished, locked
 from train.preprocess_data.sources import FILE_KINDS, HUB_DATASETS, STDLIB, Source, file_kinds, resolve_source
 from train.preprocess_data.splits import SplitRule, hash_rule, nanogpt_rows, nanogpt_rule
-from train.preprocess_data.streams import (
-    Documents,
-    count_rows,
-    estimated_rows,
-    fingerprint,
-    known_rows,
-    load_documents,
-    read_documents,
-)
+from train.preprocess_data.streams import Documents, count_rows, expected_rows, load_documents, read_documents
 from train.preprocess_data.tokenization import ENCODERS, Encoder, choose_encoder
 from train.utils.errors import UserError
 from train.utils.processes import usable_cores
@@ -128,15 +120,10 @@ class PreparationConfig(OutputFlags, SpeedFlags, SplitFlags, SourceFlags):
 
     def check(self) -> None:
         """Refuse what cannot be, before anything is read."""
-        if self.split != "nanogpt":
-            if self.num_rows:
-                raise UserError(
-                    f"--num_rows {self.num_rows} is for --split nanogpt; --split hash needs no count: leave it out"
-                )
-            if self.order == "nanogpt":
-                raise UserError(
-                    "--order nanogpt is for --split nanogpt: the order is the one of that split's permutation"
-                )
+        if self.num_rows and self.split != "nanogpt":
+            raise UserError(f"--num_rows {self.num_rows} is for --split nanogpt: --split hash needs no count")
+        if self.order == "nanogpt" and self.split != "nanogpt":
+            raise UserError("--order nanogpt is for --split nanogpt: it is the order of that split's permutation")
         if self.out_dir.exists() and not self.out_dir.is_dir():
             raise UserError(f"--out_dir {self.out_dir} is a file: name a folder")
         for name in PARTS:
@@ -152,7 +139,7 @@ class PreparationConfig(OutputFlags, SpeedFlags, SplitFlags, SourceFlags):
         fields = asdict(self)
         for name in ("out_dir", "tokenizer", "num_proc", "overwrite"):
             del fields[name]
-        return fields | {"data_files": list(self.data_files), "files_sha256": fingerprint(source)}
+        return fields | {"data_files": list(self.data_files), "files_sha256": source.fingerprint()}
 
 
 def prepare(config: PreparationConfig) -> None:
@@ -200,8 +187,8 @@ def read_all(config: PreparationConfig, source: Source, preparation: Preparation
         split = (config.val_fraction, config.seed)
         rule = hash_rule(*split) if rows is None else nanogpt_rule(*split, rows)
         batches = limited(chain([first], stream), config.max_documents, rows, preparation)
-        known = known_rows(source, dataset) or estimated_rows(source, first.texts)
-        expected = rows or min(filter(None, (known, config.max_documents)), default=None)
+        available = expected_rows(source, dataset, first.texts)
+        expected = rows or min(filter(None, (available, config.max_documents)), default=None)
         tokenized = in_parallel(partial(tokenize, encode=encode, rule=rule), batches, config.num_proc)
         write_all(tokenized, f"{config.dataset}, {config.split} split", expected, preparation)
     check_parts(config, preparation)

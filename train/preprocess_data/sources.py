@@ -1,6 +1,7 @@
 """Sources of text by their name on the command line. A new one is an entry of `FILE_KINDS` or `HUB_DATASETS`."""
 
 import glob
+import hashlib
 import json
 import platform
 import sysconfig
@@ -71,6 +72,14 @@ class Source:
             "text_column": self.text_column,
             "python": platform.python_version() if self.name == STDLIB else None,
         }
+
+    def fingerprint(self) -> str | None:
+        """SHA-256 that changes with the files' names, sizes and times; None for the Hub, which has commits."""
+        if self.kind is None:
+            return None
+        stats = [(path, Path(path).stat()) for path in self.files]
+        facts = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     def no_column(self, columns: Sequence[str], where: str = "") -> UserError:
         return UserError(

@@ -5,7 +5,6 @@ Local files and the standard library are streamed too, so there is one path to t
 """
 
 import glob
-import hashlib
 import json
 import sys
 from collections.abc import Iterator
@@ -43,15 +42,6 @@ class Documents(NamedTuple):
     row: int  # number of the first one
     texts: pa.LargeStringArray  # valid UTF-8, no nulls
     next: Position  # of the documents after these
-
-
-def fingerprint(source: Source) -> str | None:
-    """SHA-256 that changes with the files' names, sizes and times; None for the Hub, which has commits."""
-    if source.kind is None:
-        return None
-    stats = [(path, Path(path).stat()) for path in source.files]
-    facts = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 def load_documents(source: Source) -> tuple["IterableDataset", Source]:
@@ -209,10 +199,10 @@ def known_rows(source: Source, dataset: "IterableDataset") -> int | None:
     return stated or next((known.rows for known in HUB_DATASETS.values() if known.hub_id == source.hub_id), None)
 
 
-def estimated_rows(source: Source, sample: pa.LargeStringArray) -> int | None:
-    """About how many documents JSON lines have, by the sizes of their files; None where they are compressed."""
+def expected_rows(source: Source, dataset: "IterableDataset", sample: pa.LargeStringArray) -> int | None:
+    """`known_rows`, or about how many documents JSON lines have, by the sizes of files that are not compressed."""
     if source.kind is not FILE_KINDS["json"] or any(path.endswith(COMPRESSED) for path in source.files):
-        return None
+        return known_rows(source, dataset)
     lines = (json.dumps({source.text_column: text}, ensure_ascii=False) + "\n" for text in sample.to_pylist())
     read = sum(len(line.encode()) for line in lines)
     return sum(Path(path).stat().st_size for path in source.files) * len(sample) // read or None
