@@ -17,17 +17,14 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from train.config.arguments import ArgumentParser
+from train.parity.cases import LAYOUTS, Case, launch
 from train.parity.differences import differences
-from train.parity.launch import launch
-from train.parity.layouts import LAYOUTS, Case
 from train.parity.reference import STEPS, Reference, train_reference, write_problem
 from train.parity.results import Result, as_json, report, table, verdict
 from train.utils.command import run_command
 from train.utils.errors import UserError
 from train.utils.files import write_json, write_text
 from train.utils.third_party_warnings import silence_third_party_warnings
-
-EXAMPLE = "python -m train.parity --out parity"
 
 
 def run_cases(cases: Sequence[Case]) -> list[Result]:
@@ -42,8 +39,8 @@ def run_cases(cases: Sequence[Case]) -> list[Result]:
                 bar.set_postfix_str(case.label)
                 with tempfile.TemporaryDirectory(dir=folder) as out:
                     results.append(_run_case(case, problem, Path(out), references[case.max_grad_norm]))
-                if not results[-1].green:
-                    bar.write(f"RED  {case.label}: {results[-1].reason}")
+                if reason := results[-1].reason:
+                    bar.write(f"RED  {case.label}: {reason}")
     return results
 
 
@@ -52,11 +49,11 @@ def _run_case(case: Case, problem: Path, out: Path, reference: Reference) -> Res
     error = launch(case.argv(problem, out), out / "log")
     seconds = time.perf_counter() - start
     if error is not None:
-        return Result(case, seconds, None, error)
+        return Result(case, seconds, error=error)
     try:
         return Result(case, seconds, differences(out / case.layout.run_type, reference))
     except (OSError, SafetensorError, UserError, ValueError) as unreadable:
-        return Result(case, seconds, None, f"its files cannot be compared: {unreadable}")
+        return Result(case, seconds, error=f"its files cannot be compared: {unreadable}")
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -65,7 +62,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         prog="python -m train.parity",
         description=f"Train {STEPS} steps on every layout, with and without activation checkpointing and clipping, "
         "and compare each run with stock GPT-2 in float64. Exit code 1 when a run differs or fails.",
-        epilog=f"example:\n  {EXAMPLE}\n\nOn two cores all of it takes half an hour.",
+        epilog="example:\n  python -m train.parity --out parity\n\nOn two cores all of it takes half an hour.",
     )
     parser.add_argument(
         "--layouts", nargs="+", choices=names, default=names, metavar="LAYOUT", help=f"some of {', '.join(names)}"
@@ -98,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
         write_json(arguments.out / "parity.json", as_json(results))
         write_text(arguments.out / "parity.md", report(results))
     print(f"{table(results)}\n\n{verdict(results)}")
-    if not all(result.green for result in results):
+    if any(result.reason for result in results):
         sys.exit(1)
 
 

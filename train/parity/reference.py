@@ -46,9 +46,8 @@ class Step:
 
 @dataclass(frozen=True)
 class Reference:
-    """The expected results, with gradients clipped at `max_grad_norm` (0: not clipped)."""
+    """The expected results."""
 
-    max_grad_norm: float
     model: GPT2LMHeadModel
     probes: torch.Tensor  # (PROBES, positions), token ids
     steps: list[Step]
@@ -63,13 +62,7 @@ class Reference:
 def write_problem(folder: Path) -> None:
     """`model/`, a small stock GPT-2, and the token files `train.bin` and `val.bin`: bytes of Python's own source."""
     config = GPT2Config(
-        n_layer=4,
-        n_head=4,
-        n_embd=64,
-        n_positions=POSITIONS,
-        vocab_size=VOCABULARY,
-        bos_token_id=0,
-        eos_token_id=0,
+        n_layer=4, n_head=4, n_embd=64, n_positions=POSITIONS, vocab_size=VOCABULARY, bos_token_id=0, eos_token_id=0
     )
     torch.manual_seed(SEED)
     model = GPT2LMHeadModel(config)
@@ -110,7 +103,7 @@ def flags(folder: Path, max_grad_norm: float) -> list[str]:
 
 
 def train_reference(folder: Path, max_grad_norm: float) -> Reference:
-    """Train the model of `write_problem` in float64."""
+    """Train the model of `write_problem` in float64, with gradients clipped at `max_grad_norm` (0: not clipped)."""
     model = GPT2LMHeadModel.from_pretrained(folder / "model", dtype=torch.float64, attn_implementation="eager")
     model.eval()  # no dropout
     named = dict(model.named_parameters())
@@ -139,8 +132,9 @@ def train_reference(folder: Path, max_grad_norm: float) -> Reference:
         optimizer.step()
         with torch.no_grad():
             logits = model(probes, use_cache=False).logits
-        steps.append(Step(loss.item(), norm, _copied(gradients), _copied(named), logits))
-    return Reference(max_grad_norm, model, probes, steps)
+        weights = {name: p.detach().clone() for name, p in named.items()}
+        steps.append(Step(loss.item(), norm, gradients, weights, logits))
+    return Reference(model, probes, steps)
 
 
 def mean_loss(model: GPT2LMHeadModel, input_ids: torch.Tensor, shift_labels: torch.Tensor) -> torch.Tensor:
@@ -162,7 +156,3 @@ def clip(gradients: Mapping[str, torch.Tensor], max_norm: float) -> float:
         for gradient in gradients.values():
             gradient *= min(1.0, max_norm / (norm + 1e-6))
     return norm
-
-
-def _copied(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
