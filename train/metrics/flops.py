@@ -38,14 +38,10 @@ PEAKS: tuple[tuple[str, int, dict[str, float]], ...] = (
 class ForwardFlops:
     """FLOPs of the forward pass for one token: a multiply and an add for each element of a weight in a matmul."""
 
-    block_matmuls: int
-    """c_attn and attn.c_proj 2 · (3 + 1) · E², c_fc and mlp.c_proj 2 · 2 · E · I."""
-    mlp_projection: int
-    """mlp.c_proj alone, 2 · E · I: the last matmul of a block."""
-    attention: int
-    """Of one block: scores and weighted values, 2 · E · T each, without the causal mask's halving."""
-    head: int
-    """2 · V · E."""
+    block_matmuls: int  # c_attn and attn.c_proj 2 · (3 + 1) · E², c_fc and mlp.c_proj 2 · 2 · E · I
+    mlp_projection: int  # mlp.c_proj alone, 2 · E · I: the last matmul of a block
+    attention: int  # of one block: scores and weighted values, 2 · E · T each, without the causal mask's halving
+    head: int  # 2 · V · E
 
 
 def forward_flops(n_embd: int, n_inner: int | None, vocab_size: int, block_size: int) -> ForwardFlops:
@@ -69,8 +65,7 @@ class Flops:
     blocks: int
     head: int
     attention: int
-    recomputed: int
-    """What activation checkpointing and fused attention kernels compute a second time."""
+    recomputed: int  # what activation checkpointing and fused attention kernels compute a second time
 
     @property
     def model(self) -> int:
@@ -98,9 +93,7 @@ def count_flops(
 
     N counts the parameters that take part in matmuls: the blocks and the tied head. The backward pass has two matmuls
     for each one of `forward_flops`, so training costs three times the forward pass. By the convention the causal
-    mask's halving is *not* applied, and recomputed activations do not count, so the model's FLOPs are the same for
-    every kernel and every run. All micro-batches of a step are tokens of that step, so accumulation changes nothing
-    per token.
+    mask's halving is *not* applied.
 
     GPT-2 124M at 1024: blocks 12 · (4 · 768² + 2 · 768 · 3072) = 84,934,656; head 768 · 50257 = 38,597,376;
     6 · 123,532,032 = 741,192,192; attention 12 · 12 · 768 · 1024 = 113,246,208; together 854,438,400.

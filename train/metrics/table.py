@@ -24,27 +24,18 @@ class StepMetric:
 class Metric:
     """A figure of a finished run in `metrics.json`; null where it is unknown."""
 
-    key: str
-    """Dotted path in `metrics.json`."""
+    key: str  # dotted path in `metrics.json`
     title: str
-    kind: str
-    """What `units.unit_of` picks the unit by, or "text"."""
-    better: Literal[-1, 0, 1] = 0
-    """1: higher is better, -1: lower is better, 0: neither."""
-    ratio: bool = False
-    """Whether a change is also written as a ratio."""
-    required: bool = True
-    """Whether a `metrics.json` without the key is refused; a row of optional metrics that no run has is left out."""
-    same: str = ""
-    """Only runs with the same value of this key are compared by the metric."""
+    kind: str  # what `units.unit_of` picks the unit by, or "text"
+    better: Literal[-1, 0, 1] = 0  # 1: higher is better, -1: lower is better, 0: neither
+    ratio: bool = False  # whether a change is also written as a ratio
+    required: bool = True  # whether a file without the key is refused; an optional row that no run has is left out
+    same: str = ""  # only runs with the same value of this key are compared by the metric
+    # How the step metric with the same key becomes the run's: its last value, or the mean of the last steps.
     over_steps: Literal["", "last", "mean"] = ""
-    """How the step metric with the same key becomes the run's: its last value, or the mean of the last steps."""
-    chart: str = ""
-    """Name of the metric's bar chart in the report; also a short name for it in gates."""
-    tile: str = ""
-    """Heading of the metric's tile at the top of the report."""
-    card: bool = False
-    """Whether the model card has it."""
+    chart: str = ""  # name of the metric's bar chart in the report; also a short name for it in gates
+    tile: str = ""  # heading of the metric's tile at the top of the report
+    card: bool = False  # whether the model card has it
 
 
 STEP_METRICS = (
