@@ -27,9 +27,9 @@ def summary(records: list[dict[str, Any]], **changed: Any) -> dict[str, Any]:
 
 
 def test_throughput_leaves_the_first_step_out() -> None:
-    assert metrics.throughput(1000, [9.0, 1.0, 3.0]) == 500.0  # 2,000 tokens in 4 seconds, not 3,000 in 13
-    assert metrics.throughput(1000, [2.0]) == 500.0
-    assert metrics.throughput(1000, []) is None
+    uneven = [record(1, 9.0, 1.0), record(2, 1.0, 1.0), record(3, 3.0, 1.0)]
+    assert summary(uneven)["tokens_per_second"] == 500.0  # 2,000 tokens in 4 seconds, not 3,000 in 13
+    assert summary([record(1, 2.0, 1.0)])["tokens_per_second"] == 500.0
     records = [record(1, 9.0, 1.0), record(2, 2.0, 1.0)]
     assert summary(records)["time_per_epoch_seconds"] == 100.0
     assert summary([])["time_per_epoch_seconds"] is None
@@ -67,9 +67,10 @@ def test_energy_is_for_each_token_of_its_steps() -> None:
 
 
 def test_data_share() -> None:
-    assert metrics.data_share([5.0, 0.25, 0.75], [9.0, 1.0, 3.0]) == 0.25  # 1 of 4 seconds; the first step is left out
-    assert metrics.data_share([0.5], [2.0]) == 0.25
-    assert metrics.data_share([], []) is None
+    uneven = [(9.0, 5.0), (1.0, 0.25), (3.0, 0.75)]  # 1 of 4 seconds; the first step is left out
+    assert summary([record(1, time, 1.0, data_seconds=wait) for time, wait in uneven])["data_share"] == 0.25
+    assert summary([record(1, 2.0, 1.0, data_seconds=0.5)])["data_share"] == 0.25
+    assert summary([])["data_share"] is None
     waits = [record(step, 2.0, 1.0, data_seconds=0.5) for step in range(1, 4)]
     assert summary(waits)["data_share"] == 0.25
     assert summary([record(1, 2.0, 1.0), *waits[1:]])["data_share"] == 0.25

@@ -18,28 +18,8 @@ from train.metrics.table import METRICS, look_up
 from train.utils.errors import UserError
 from train.utils.files import from_json, json_safe
 
-SCHEMA = 1
-"""Version of the layout of `metrics.json`."""
-
-FINAL_STEPS = 10
-"""The reported training loss is the mean over this many last steps: a single step's loss is mostly noise."""
-
-# Derived figures
-
-
-def after_warmup(step_times: Sequence[float]) -> list[float]:
-    """The steps that count: all after the first (it allocates, compiles and tunes), when there are more than one."""
-    return list(step_times[1:] if len(step_times) > 1 else step_times)
-
-
-def throughput(tokens_per_step: int, step_times: Sequence[float]) -> float | None:
-    """Tokens per second: all tokens over all seconds of the steps after the first; None if no time was measured.
-
-    The total over the total is what decides how long a run takes; a mean of each step's rate would hide slow steps.
-    """
-    times = after_warmup(step_times)
-    seconds = math.fsum(times)
-    return tokens_per_step * len(times) / seconds if seconds > 0 else None
+SCHEMA = 1  # version of the layout of `metrics.json`
+FINAL_STEPS = 10  # whose mean is the reported training loss: a single step's loss is mostly noise
 
 
 def percentiles(values: Sequence[float], **percents: float) -> dict[str, float | None]:
@@ -47,12 +27,6 @@ def percentiles(values: Sequence[float], **percents: float) -> dict[str, float |
     if not values:
         return dict.fromkeys(percents)
     return dict(zip(percents, np.percentile(values, list(percents.values())).tolist(), strict=True))
-
-
-def data_share(data_times: Sequence[float], step_times: Sequence[float]) -> float | None:
-    """Share of the time of the steps after the first that was spent waiting for data; None if no time was measured."""
-    seconds = math.fsum(after_warmup(step_times))
-    return math.fsum(after_warmup(data_times)) / seconds if seconds > 0 else None
 
 
 def perplexity(loss: float) -> float:
@@ -70,9 +44,6 @@ def nan_for_null(value: float | None) -> float:
 
 def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-# The summary of a run
 
 
 @dataclass(frozen=True)
@@ -117,12 +88,16 @@ def summarize(
     - `flops`: per token; `device_peak_flops` is `flops.peak_flops(name, precision)` of one device.
 
     Training time is the sum of the step times: validation and checkpoints are not in it, every attempt of a run that
-    was resumed is. Throughput, step times and the share of waiting leave out the steps that are "profiled".
+    was resumed is. Throughput, step times and the share of waiting leave out the steps that are "profiled", and the
+    first, which allocates, compiles and tunes, unless it is the only one. Throughput is all their tokens over all
+    their seconds: a mean of each step's rate would hide slow steps.
     """
-    plain = [record for record in records if not record.get("profiled")]
-    times = [float(record["step_time_seconds"]) for record in plain]
-    waits = [nan_for_null(record.get("data_seconds")) for record in plain]  # records of older versions have none
-    tokens_per_second = throughput(facts.tokens_per_step, times)
+    counted = [record for record in records if not record.get("profiled")]
+    counted = counted[1:] or counted
+    times = [float(record["step_time_seconds"]) for record in counted]
+    waits = [nan_for_null(record.get("data_seconds")) for record in counted]  # records of older versions have none
+    seconds = math.fsum(times)
+    tokens_per_second = facts.tokens_per_step * len(times) / seconds if seconds > 0 else None
     metrics: dict[str, Any] = {
         **{metric.key: over_steps(records, metric.key, metric.over_steps) for metric in METRICS if metric.over_steps},
         "steps": len(records),
@@ -132,8 +107,8 @@ def summarize(
             tokens_per_epoch / tokens_per_second if tokens_per_second and tokens_per_epoch else None
         ),
         "tokens_per_second": tokens_per_second,
-        "step_time_seconds": percentiles(after_warmup(times), median=50, p10=10, p90=90),
-        "data_share": data_share(waits, times),
+        "step_time_seconds": percentiles(times, median=50, p10=10, p90=90),
+        "data_share": math.fsum(waits) / seconds if seconds > 0 else None,
         "train_loss": over_steps(records, "loss", "mean"),
         "val_tokens": next((r["val_tokens"] for r in reversed(records) if r.get("val_tokens")), None),
         "flops_per_token": flops.model,
