@@ -9,8 +9,9 @@ from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode
 
 from train.metrics.annotations import annotate
-from train.metrics.memory_profile import CATEGORIES, SCHEMA, read_memory, write_memory
+from train.metrics.memory_profile import CATEGORIES, SCHEMA, read_memory
 from train.metrics.memory_tracker import MemoryTracker
+from train.utils.files import write_json
 
 KB = 1024
 
@@ -118,7 +119,7 @@ def test_a_step_by_category(tmp_path: Path) -> None:
     with MemoryTracker(holdings, vocab_size=11, device_type="cpu") as tracker:
         step()
     (tmp_path / "profile").mkdir()
-    write_memory(tmp_path / "profile" / "memory.json", tracker.profile())
+    write_json(tmp_path / "profile" / "memory.json", asdict(tracker.profile()))
     found = read_memory(tmp_path)
     assert found is not None
     elements = 8 * 16 + 16 + 16 * 11

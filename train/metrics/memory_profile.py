@@ -1,10 +1,10 @@
 """Schema of `memory.json`: the bytes of tensors, by category, over one step. Imports no torch."""
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from train.utils.errors import UserError
-from train.utils.files import from_json, read_json, write_json
+from train.utils.files import from_json, read_json
 
 SCHEMA = 1
 
@@ -27,8 +27,7 @@ class Point(CategoryBytes):
     """The most that is allocated at one time in one of the intervals that a step is divided into."""
 
     phase: str
-    event: int
-    """Allocations and releases of the step before this point."""
+    event: int  # allocations and releases of the step before this point
 
 
 @dataclass(frozen=True)
@@ -37,10 +36,6 @@ class MemoryProfile:
     peak_bytes: int
     at_peak: CategoryBytes
     over_step: list[Point]
-
-
-def write_memory(file: Path, profile: MemoryProfile) -> None:
-    write_json(file, asdict(profile))
 
 
 def read_memory(run_folder: Path) -> MemoryProfile | None:

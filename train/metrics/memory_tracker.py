@@ -31,13 +31,9 @@ class Storage:
     def __init__(self, storage: torch.UntypedStorage, allocated: int, category: str) -> None:
         self.category = category
         self.spans: list[tuple[int, int | None, int]] = [(allocated, None, storage.nbytes())]
+        # Of an input that no tracked operator created. If it stays beyond the step, as DDP's buckets do, it was there
+        # before; otherwise communication allocated it, just before it was first seen.
         self.first_seen: int | None = None
-        """Of an input that no tracked operator created. If it stays beyond the step, as DDP's buckets do, it was there
-        before; otherwise communication allocated it, just before it was first seen."""
-
-    @property
-    def is_allocated(self) -> bool:
-        return self.spans[-1][1] is None
 
     def release(self, event: int) -> None:
         allocated, _, size = self.spans[-1]
@@ -145,7 +141,8 @@ class MemoryTracker(TorchDispatchMode):
 
     def _mark_activations(self, storages: Iterable[Storage]) -> None:
         for storage in storages:
-            if storage.is_allocated and storage.category == "workspace":
+            is_allocated = storage.spans[-1][1] is None
+            if is_allocated and storage.category == "workspace":
                 storage.category = "activations"
 
     def _enter_annotation(self, name: str) -> None:

@@ -10,6 +10,7 @@ import gzip
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import asdict
 from typing import Any
 
 from torch import nn
@@ -22,11 +23,10 @@ from train.kernels.traces import METADATA_KEY, ProfileFacts, trace_metadata
 from train.metrics.annotations import LOSS, module_annotation
 from train.metrics.flops import peak_bandwidth, peak_flops
 from train.metrics.hardware import versions
-from train.metrics.memory_profile import write_memory
 from train.metrics.memory_tracker import MemoryTracker
 from train.run.setup import ResolvedRun
 from train.utils import devices
-from train.utils.files import atomic_write
+from train.utils.files import atomic_write, write_json
 
 
 class Profiler(AbstractContextManager):
@@ -86,7 +86,7 @@ class Profiler(AbstractContextManager):
         self.tracking.close()
         if self.memory is not None:
             self.folder.mkdir(exist_ok=True)
-            write_memory(self.folder / "memory.json", self.memory.profile())
+            write_json(self.folder / "memory.json", asdict(self.memory.profile()))
             self.memory = None
         if self.done == self.recorded.start - 2 and self.engine.device.type == "cpu":
             self.peak_before = devices.peak_memory(self.engine.device)
