@@ -211,10 +211,11 @@ def row_figure(rows: Sequence[ChartRow]) -> "Figure":
         write(axes, WIDTH, top + 16, row.figure, INK, size=FONT_SIZE + 1, ha="right", weight="bold")
         bars = top + 22
         if len(row.values) < 2 and not row.dots[1]:
-            bar(axes, 0, bars, WIDTH, size, TRACK)
+            axes.barh(bars, WIDTH, size, align="edge", color=TRACK)
         for place, (index, value) in enumerate(row.values):
             gap = 1 if len(row.values) > 1 else 0
-            bar(axes, 0, bars + size * place, max(1.0, value / largest * WIDTH), size - gap, color_of(index))
+            width = max(1.0, value / largest * WIDTH)
+            axes.barh(bars + size * place, width, size - gap, align="edge", color=color_of(index))
         if row.dots[1]:
             index, values = row.dots
             across = [5 + value / largest * (WIDTH - 10) for value in values]
@@ -224,12 +225,6 @@ def row_figure(rows: Sequence[ChartRow]) -> "Figure":
                       markeredgewidth=0)  # fmt: skip
         top += height
     return figure
-
-
-def bar(axes: "Axes", x: float, y: float, width: float, height: float, color: str, **options: Any) -> "Artist":
-    from matplotlib.patches import Rectangle
-
-    return axes.add_patch(Rectangle((x, y), width, height, facecolor=color, edgecolor="none", **options))
 
 
 def pngs(charts: Sequence[Chart]) -> dict[str, bytes]:

@@ -1,6 +1,6 @@
 """The chart of a pipeline's step, of runs whose `profile/kernels.json` has a pipeline."""
 
-from train.compare.charts import ON_BAR, RIGHT, TOP, WAITING, WIDTH, Chart, bar, canvas, color_of, write
+from train.compare.charts import ON_BAR, RIGHT, TOP, WAITING, WIDTH, Chart, canvas, color_of, write
 from train.kernels.summary import PipelineTimeline
 
 COLORS: dict[str, int | str] = {"forward": 0, "backward": 1, "optimizer": 2, "data": 4, "communication": WAITING}
@@ -38,8 +38,8 @@ def pipeline_chart(label: str, pipeline: PipelineTimeline) -> Chart:
             tooltips[gid] = f"{what}: {1e3 * seconds:,.2f} ms from {1e3 * span.start:,.2f} ms"
             second_chunk = bool(stages) and span.stage not in (None, stages[0])
             wide = max(0.4 / units_per_second, seconds)
-            bar(axes, 1e3 * span.start, top, 1e3 * wide, ROW, color_of(COLORS.get(span.phase, 5)), gid=gid,
-                alpha=0.6 if second_chunk else None)  # fmt: skip
+            axes.barh(top, 1e3 * wide, ROW, left=1e3 * span.start, align="edge", gid=gid,
+                      color=color_of(COLORS.get(span.phase, 5)), alpha=0.6 if second_chunk else None)  # fmt: skip
             if span.micro_batch is not None and seconds * units_per_second >= NARROWEST_NUMBER:
                 middle = 1e3 * (span.start + seconds / 2)
                 write(axes, middle, top + ROW / 2, f"{span.micro_batch}", ON_BAR, ha="center", va="center", size=8)
