@@ -23,8 +23,7 @@ MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
 
 def series(run: FinishedRun, key: str) -> Curve:
     """One value a step; null (a loss that was not a number) as NaN, which leaves a gap in a curve."""
-    values = [record.get(key) for record in run.steps]
-    return np.array([math.nan if value is None else value for value in values], dtype=np.float64)
+    return np.array([record.get(key) for record in run.steps], dtype=np.float64)
 
 
 def smoothing_steps(steps: int) -> int:

@@ -7,20 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from train.checkpoints.run_folder import FinishedRun
-from train.compare.charts import (
-    AXIS,
-    HEIGHT,
-    LEFT,
-    RIGHT,
-    WIDTH,
-    Chart,
-    ChartRow,
-    canvas,
-    color_of,
-    nothing,
-    row_figure,
-    write,
-)
+from train.compare.charts import AXIS, HEIGHT, WIDTH, Chart, ChartRow, canvas, color_of, nothing, row_figure, write
 from train.metrics.memory_profile import CATEGORIES, MemoryProfile, Point
 from train.metrics.units import in_unit, short_count, unit_of
 
@@ -63,7 +50,7 @@ def step_chart(label: str, points: Sequence[Point], largest: float) -> Chart:
 
 
 def stacked_areas(points: Sequence[Point], largest: float, divisor: float) -> "Figure":
-    figure, axes = canvas(HEIGHT - 20, LEFT, BOTTOM)
+    figure, axes = canvas(HEIGHT - 20, bottom=BOTTOM)
     axes.set(xlim=(0, len(points)), ylim=(0, largest / divisor))
     axes.yaxis.set_major_formatter(short_count)
     edges = np.arange(len(points) + 1)
@@ -73,7 +60,7 @@ def stacked_areas(points: Sequence[Point], largest: float, divisor: float) -> "F
         axes.stairs(tops[:, color], edges, baseline=below, fill=True, color=color_of(color), gid=f"area-{name}",
                     linewidth=0)  # fmt: skip
         below = tops[:, color]
-    starts, units_per_point = [0], (WIDTH - LEFT - RIGHT) / len(points)
+    starts, units_per_point = [0], axes.get_position().width * WIDTH / len(points)
     for phase, own in groupby(point.phase for point in points):
         count = len(list(own))
         if count * units_per_point >= LETTER * len(phase):
