@@ -30,8 +30,6 @@ from train.metrics.table import METRICS, Metric
 from train.metrics.units import milliseconds, times, unit_of
 from train.utils.tables import markdown_table
 
-POLICY = "default-src 'none'; style-src 'unsafe-inline'"
-
 
 @dataclass(frozen=True)
 class Tile:
@@ -107,15 +105,12 @@ class Report:
         """The page `report.html`, which carries the content of `comparison.json` for programs."""
         return self._render(
             "page.html.jinja",
-            policy=Markup(POLICY),
             answers=[(run.label, tiles(self.runs[0], run, self.differences)) for run in self.runs[1:]],
             figure_rows=figure_rows(self.runs),
             shown=shown,
             page_color=page_color,
             milliseconds=milliseconds,
             signed_milliseconds=signed_milliseconds,
-            # The only text of the page that a browser does not parse as markup; "<" could end it.
-            island=quoted(self.as_json()).replace("<", "\\u003c"),
         )
 
     def _render(self, template: str, **context: Any) -> str:
