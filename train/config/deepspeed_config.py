@@ -22,12 +22,6 @@ ENGINE_KEYS = frozenset({
     "train_batch_size", "train_micro_batch_size_per_gpu", "wall_clock_breakdown", "wandb",
     "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "zero_optimization",
 })  # fmt: skip
-UNCHECKED_BLOCKS = {  # DeepSpeed reads these key by key and does not see the others
-    "flops_profiler": {"enabled", "recompute_fwd_factor", "profile_step", "module_depth", "top_modules", "detailed",
-                       "output_file"},
-    "aio": {"block_size", "queue_depth", "intra_op_parallelism", "thread_count", "single_submit", "overlap_events",
-            "use_gds"},
-}  # fmt: skip
 PIPELINE_KEYS = ("stages", "partition", "activation_checkpoint_interval")
 BLOCKS = {  # that are read here, and what to write for one that is not an object
     "bf16": '{"enabled": "auto"}',
@@ -161,10 +155,6 @@ def read(file: Path) -> dict[str, Any]:
     for block, example in BLOCKS.items():
         if not isinstance(settings.get(block, {}), dict):
             raise UserError(f'{file}: "{block}" is {settings[block]!r}; write {example}')
-    for block, keys in UNCHECKED_BLOCKS.items():
-        for key in settings.get(block, {}):
-            if key not in keys:
-                raise UserError(f'{file}: nothing reads the key "{block}.{key}"; correct its spelling or remove it')
     return settings
 
 
@@ -271,7 +261,7 @@ def _check_with_deepspeed(settings: dict[str, Any], file: str) -> None:
     trial["train_batch_size"] = trial["train_micro_batch_size_per_gpu"] * trial["gradient_accumulation_steps"]
     trial["zero_optimization"] = {key: v for key, v in trial["zero_optimization"].items() if v != "auto"}
     try:
-        DeepSpeedConfig(trial)
+        known = DeepSpeedConfig(trial)
     except ValidationError as error:
         first = error.errors()[0]
         block = next((f"{name}." for name, v in settings.items() if isinstance(v, dict) and first["loc"][0] in v), "")
@@ -279,3 +269,8 @@ def _check_with_deepspeed(settings: dict[str, Any], file: str) -> None:
         raise UserError(f'{file}: DeepSpeed refuses "{key}", {first["input"]!r}: {first["msg"]}') from None
     except Exception as error:  # each block has its own way to fail
         raise UserError(f"{file}: DeepSpeed refuses it: {' '.join(str(error).split())[:200]}") from None
+    # DeepSpeed reads these blocks key by key and does not see the others.
+    for block, keys in (("flops_profiler", vars(known.flops_profiler_config)), ("aio", known.aio_config)):
+        for key in settings.get(block, {}):
+            if key not in keys:
+                raise UserError(f'{file}: nothing reads the key "{block}.{key}"; correct its spelling or remove it')
