@@ -27,19 +27,11 @@ from train.engines.pipeline.engine import PipelinedEngine
 from train.generate.decoding import Decoding
 from train.generate.texts import generate_text
 from train.metrics.memory_tracker import MemoryTracker
-from train.run.loop import build, save
+from train.run.loop import build, micro_batches, save, validate
 from train.run.setup import ResolvedRun, resolve
-from train.run.validate import validate
 
 Batch = dict[str, torch.Tensor]
 LEARNING_RATE = 1e-3
-
-
-def micro_batches(engine: Engine, run: ResolvedRun, step: int) -> Iterator[Batch]:
-    for micro_step in range(run.config.gradient_accumulation_steps):
-        yield run.train.micro_batch(
-            step, micro_step, engine.data_rank, engine.data_world_size, run.config.train_micro_batch_size_per_gpu
-        )
 
 
 def packed(batch: Batch) -> Batch:
@@ -128,7 +120,7 @@ def tracked(engine: Engine, run: ResolvedRun) -> Iterator[dict[str, Any]]:
     """Where the memory of the last step goes; in the ones before, buckets and gathered parameters find their sizes."""
     for step in range(run.total_steps):
         tracker = MemoryTracker(engine.held_tensors, run.model.vocab_size, engine.device.type)
-        batches = list(micro_batches(engine, run, step))
+        batches = micro_batches(engine, run, step)
         with tracker if step == run.total_steps - 1 else nullcontext():
             result = engine.train_step(step, batches, LEARNING_RATE)
         yield {**vars(result), **asdict(tracker.profile())}

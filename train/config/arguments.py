@@ -5,6 +5,7 @@ A field made by `flag` is one flag. Its type, choices and bounds are those of it
 
 import argparse
 import math
+import operator
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -14,12 +15,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from train.utils.errors import UserError, did_you_mean
 
-BOUNDS: dict[str, tuple[Callable[[float, float], bool], str]] = {
-    "at_least": (lambda value, bound: value >= bound, "at least"),
-    "above": (lambda value, bound: value > bound, "above"),
-    "at_most": (lambda value, bound: value <= bound, "at most"),
-    "below": (lambda value, bound: value < bound, "below"),
-}
+BOUNDS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
 
 
 def flag(default: Any, help: str, **metadata: Any) -> Any:
@@ -100,7 +96,7 @@ def _boolean(text: str) -> bool:
 
 def number(kind: type[int] | type[float], **bounds: float) -> Callable[[str], Any]:
     """The `type` of an argument that is a finite number; `bounds` are those of `flag`."""
-    expected = " and ".join(f"{BOUNDS[key][1]} {bound:,}" for key, bound in bounds.items())
+    expected = " and ".join(f"{key.replace('_', ' ')} {bound:,}" for key, bound in bounds.items())
 
     def parse(text: str) -> float:
         try:
@@ -109,7 +105,7 @@ def number(kind: type[int] | type[float], **bounds: float) -> Callable[[str], An
             value = math.nan
         if not math.isfinite(value):
             raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole number' if kind is int else 'a number'}")
-        if not all(BOUNDS[key][0](value, bound) for key, bound in bounds.items()):
+        if not all(BOUNDS[key](value, bound) for key, bound in bounds.items()):
             raise argparse.ArgumentTypeError(f"{text} must be {expected}")
         return value
 

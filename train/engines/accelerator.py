@@ -34,11 +34,7 @@ def plain_accelerator(config: RunConfig) -> Accelerator:
     if fsdp and on_cpu:
         # Accelerate 1.15 shards on accelerators only; on a CPU it would silently train unsharded.
         PartialState(cpu=True).distributed_type = DistributedType.MULTI_GPU
-    return Accelerator(
-        cpu=on_cpu and not fsdp,
-        fsdp_plugin=fsdp,
-        **_common_arguments(config),
-    )
+    return Accelerator(cpu=on_cpu and not fsdp, fsdp_plugin=fsdp, **_common_arguments(config))
 
 
 def deepspeed_accelerator(config: RunConfig, deepspeed: dict[str, Any]) -> Accelerator:

@@ -110,7 +110,7 @@ def resolve(config: RunConfig) -> ResolvedRun:
     config = replace(config, block_size=config.block_size or model.n_positions)
     tokenizer = resolve_tokenizer(config, model)
     attention = resolve_attention(config, model)
-    stages = resolve_partition(config, deepspeed, model) if config.pipeline_stages > 1 else None
+    stages = resolve_partition(config, deepspeed, model)
     train, val = resolve_data(config, model, tokenizer)
     total_steps = config.max_steps or train.updates(config.epochs)
     if config.profiled is not None and config.profiled.stop - 1 > total_steps:
@@ -227,8 +227,10 @@ def resolve_attention(config: RunConfig, model: GPT2FlashConfig) -> tuple[str, s
     return attention
 
 
-def resolve_partition(config: RunConfig, deepspeed: dict[str, Any], model: GPT2FlashConfig) -> Partition:
-    """The layers of each pipeline stage."""
+def resolve_partition(config: RunConfig, deepspeed: dict[str, Any], model: GPT2FlashConfig) -> Partition | None:
+    """The layers of each pipeline stage; None without a pipeline."""
+    if config.pipeline_stages == 1:
+        return None
     stages, asked = config.pipeline_stages, f"--pipeline_stages {config.pipeline_stages}"
     if config.pipeline_schedule == "dualpipev":
         stages, asked = 2 * stages, f"{asked} --pipeline_schedule dualpipev"
