@@ -233,7 +233,6 @@ def test_an_explicit_list_is_taken_as_it_is() -> None:
     ("stages", "method", "names"),
     [
         (16, "cost", ["16 pipeline stages", "15 layers", "12 blocks", "15 stages or fewer"]),
-        (0, "cost", ["0 pipeline stages", "at least 1"]),
         (2, "best", ["'best'", "uniform, parameters, cost"]),
         (2, [7, 7], ["[7, 7]", "sums to 14", "15 layers"]),
         (2, [7, 4, 4], ["lists 3 stages", "there are 2"]),

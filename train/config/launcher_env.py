@@ -58,12 +58,7 @@ def deepspeed_fields() -> dict[str, Any] | None:
 def check(config: RunConfig, zero: dict[str, Any]) -> None:
     """Refuse settings of the launcher that contradict the run's.
 
-    Args:
-        config: with all flags resolved.
-        zero: the block of this name in the DeepSpeed JSON; empty in a baseline.
-
-    Raises:
-        UserError: naming the setting, both values and the remedy.
+    `config` has all flags resolved; `zero` is the JSON's block "zero_optimization", empty in a baseline.
     """
     for kind, remedy in (
         ("MEGATRON_LM", "use --pipeline_stages"),

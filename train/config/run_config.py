@@ -233,11 +233,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 def parse(argv: list[str] | None = None) -> RunConfig:
-    """Command line and YAML file to a checked `RunConfig`.
-
-    Raises:
-        UserError: for an unknown flag, a wrong type or an impossible value; names the flag, the value, the remedy.
-    """
+    """Command line and YAML file to a checked `RunConfig`; a `UserError` names flag, value and remedy."""
     parser = ArgumentParser(prog="python -m train", usage="python -m train [FLAGS]", description=DESCRIPTION)
     parser.add_argument(
         "--config", metavar="RUN.yaml", help="YAML file with any of the flags below, for example recipes/demo_cpu.yaml"
@@ -289,11 +285,7 @@ def _read_yaml(file: Path) -> list[tuple[str, str]]:
 
 
 def check(config: RunConfig) -> None:
-    """Refuse combinations that are impossible, and values whose bounds are no numbers.
-
-    Raises:
-        UserError: naming the flag, the value and the remedy.
-    """
+    """Refuse combinations that are impossible, and values whose bounds are no numbers."""
 
     def refuse(key: str, remedy: str) -> None:
         raise UserError(f"--{key} {getattr(config, key)}: {remedy}")

@@ -68,8 +68,7 @@ class Engine(ABC):
     def prepare(self, model: GPT2FlashForCausalLM) -> None:
         """Transform the model, create its optimizer, and wrap or shard both; `layout` is then a table of the ranks.
 
-        Raises:
-            UserError: on all processes, if the placement of one of them is not the requested one.
+        All processes refuse to train if the placement of one of them is not the requested one.
         """
         config = self.config
         if config.optimized:

@@ -36,11 +36,7 @@ class RankPlacement(NamedTuple):
 
 
 def check_launch(world_size: int) -> None:
-    """Refuse to train with fewer processes than the launcher or the cluster was asked to start.
-
-    Raises:
-        UserError: naming the number that was requested, where, and the remedy.
-    """
+    """Refuse to train with fewer processes than the launcher or the cluster was asked to start."""
     for name in TASKS:
         tasks = int(os.environ.get(name, "1"))
         if tasks > world_size:
@@ -92,12 +88,9 @@ def _requested_of_accelerate(command: list[str], folder: str) -> tuple[int | Non
 
 
 def check_placements(ranks: Sequence[tuple[RankPlacement, RankPlacement]]) -> str:
-    """Return a table of the layout with a line for each host and stage, if it is the requested one.
+    """Return a table of the layout with a line for each host and stage; refuse one that is not the requested one.
 
     `ranks` has the actual and the requested placement of each rank.
-
-    Raises:
-        UserError: naming the rank and field that differ.
     """
     for actual, requested in ranks:
         for field, value, expected in zip(RankPlacement._fields, actual, requested, strict=True):

@@ -94,11 +94,7 @@ class ResolvedRun:
 
 
 def resolve(config: RunConfig) -> ResolvedRun:
-    """Resolve and check everything that flags and files decide.
-
-    Raises:
-        UserError: naming what is impossible, before anything is written or built.
-    """
+    """Resolve everything that flags and files decide; refuse what is impossible."""
     check_environment(config)
     restarted = rendezvous.is_claimed(config.run_folder)
     if restarted:  # from its last complete checkpoint, else from where it started

@@ -39,8 +39,7 @@ def check(names: Iterable[str]) -> None:
 def start(accelerator: Accelerator, config: RunConfig, step: int) -> None:
     """Start the trackers of a run at `step`; hyper-parameters are recorded at the first start.
 
-    Raises:
-        UserError: when one cannot be started, for example without a login or a server.
+    A `UserError` if one cannot be started, for example without a login or a server.
     """
     folder, file = config.run_folder.resolve(), config.run_folder / RECORDS
     folders = {

@@ -75,12 +75,9 @@ def partition(
 ) -> Partition:
     """Split the layers into `stages` so that the largest stage is as small as possible.
 
-    Args:
-        config: of the model.
-        stages: their number; each gets at least one layer.
-        method: the size of a stage. "uniform": its number of layers; "parameters": their number; "cost": its FLOPs, of
-            which GPT-2's head has as many as several blocks. Or the number of layers of each stage.
-        block_size: tokens in a sequence, for the cost of attention; None: the model's positions.
+    By `method` the size of a stage is "uniform": its number of layers; "parameters": their number; "cost": its FLOPs
+    in a sequence of `block_size` (default: the model's positions), of which GPT-2's head has as many as several
+    blocks. `method` may also be the number of layers of each stage, at least 1.
 
     Raises:
         ValueError: naming the wrong number and the remedy.
@@ -89,8 +86,6 @@ def partition(
     sizes = (config.n_layer, config.n_embd, config.n_inner, config.vocab_size)
     parameters = parameter_counts(*sizes, config.n_positions)
     flops = layer_flops(*sizes, config.n_positions if block_size is None else block_size)
-    if stages < 1:
-        raise ValueError(f"{stages} pipeline stages: ask for at least 1.")
     if stages > len(names):
         raise ValueError(
             f"{stages} pipeline stages for {len(names)} layers ({config.n_layer} blocks, embeddings, final norm, "
