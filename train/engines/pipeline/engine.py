@@ -51,11 +51,12 @@ class PipelinedEngine(Engine):
         assert partition.stages == self.pipeline_size * (2 if self.dualpipev else 1)
         self.data_world_size = self.world_size // self.pipeline_size
         self.pipeline_rank, self.data_rank = divmod(self.rank, self.data_world_size)
-        self.has_loss = self.pipeline_rank == self._rank_of(partition.stages - 1)
+        self.has_loss = self.pipeline_rank == self._rank_of(partition.bounds[-1] - 1)
         self.shapes_sent: dict[str, torch.Size] = {}
 
-    def _rank_of(self, stage: int) -> int:
-        """The pipeline rank that has a stage."""
+    def _rank_of(self, layer: int) -> int:
+        """The pipeline rank that has a layer."""
+        stage = self.partition.stage_of(layer)
         return min(stage, self._second_chunk(stage)) if self.dualpipev else stage
 
     def _second_chunk(self, pipeline_rank: int) -> int:
@@ -68,10 +69,7 @@ class PipelinedEngine(Engine):
         self.tied = is_tied(model)
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         self.layers = {
-            index: layers[index]
-            for stage in range(self.partition.stages)
-            for index in self.partition.layers(stage)
-            if self._rank_of(stage) == self.pipeline_rank
+            index: layer for index, layer in enumerate(layers) if self._rank_of(index) == self.pipeline_rank
         }
         # Not DeepSpeed's own checkpoint function, which needs inputs with gradients: tokens have none. The interval is
         # in the JSON.
@@ -79,8 +77,7 @@ class PipelinedEngine(Engine):
         # DeepSpeed prints random seeds that nothing here uses, and broadcasts the tied weight while autograd records.
         with contextlib.redirect_stdout(None), torch.no_grad():
             module = (DualPipeVStageModule if self.dualpipev else StageModule)(
-                layers,
-                self.layers,
+                [self.layers.get(index) for index in range(len(layers))],
                 self.partition.bounds,
                 self.pipeline_size,
                 self.tied,
@@ -175,7 +172,7 @@ class PipelinedEngine(Engine):
         own = dict(self.parameters())
         for name, shape in self.shapes.items():
             # A tied weight comes from the first stage: its copies are equal.
-            owner = self._rank_of(self.partition.stage_of(locate(name, self.n_layer)[0]))
+            owner = self._rank_of(locate(name, self.n_layer)[0])
             state = self._full_state(name, own[name]) if self.pipeline_rank == owner else {}
             sender = owner * self.data_world_size
             for key in ("weight", *moments_of(self.config.optimizer, name)):

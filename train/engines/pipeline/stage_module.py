@@ -5,7 +5,7 @@ a copy. DeepSpeed sums their gradients, so the copies stay equal; with one stage
 share the copy. Checkpoints have the weight once, under the name of the embeddings.
 """
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,8 +23,7 @@ class StageModule(PipelineModule):
     """The layers of one pipeline rank; it has no reference to the layers of others.
 
     Args:
-        layers: all layers of the model.
-        own: the indices of those of this pipeline rank.
+        layers: those of the model in order, None where another pipeline rank has it.
         bounds: the first layer of each stage, and the number of layers.
         size: the number of pipeline ranks.
         tied: whether embeddings and head share their weight.
@@ -33,16 +32,14 @@ class StageModule(PipelineModule):
 
     def __init__(
         self,
-        layers: list[nn.Module],
-        own: Container[int],
+        layers: Sequence[nn.Module | None],
         bounds: Sequence[int],
         size: int,
         tied: bool,
         checkpoint: Callable,
     ) -> None:
         self.bounds = bounds
-        held = [layer if index in own else None for index, layer in enumerate(layers)]
-        embeddings, *blocks_and_norm, head = held
+        embeddings, *blocks_and_norm, head = layers
 
         def loss(hidden_states: torch.Tensor, shift_labels: torch.Tensor) -> torch.Tensor:
             """The mean over a micro-batch while training, the sum while evaluating."""
