@@ -20,20 +20,6 @@ def moments_of(optimizer: str, name: str) -> tuple[str, ...]:
     return MUON_MOMENTS if optimizer == "muon" and is_hidden_matrix(name) else ADAMW_MOMENTS
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Two groups for an optimizer: tensors of two or more dimensions decay, vectors do not (GPT-3, arXiv:2005.14165).
-
-    Tied parameters are listed once, under their first name.
-    """
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        # `ds_shape` is the full shape of a ZeRO-3 parameter, whose `shape` is that of an empty placeholder.
-        {"params": [p for p in parameters if len(getattr(p, "ds_shape", p.shape)) >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if len(getattr(p, "ds_shape", p.shape)) < 2], "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
-
-
 def build_optimizer(
     model: nn.Module,
     optimizer: str,
@@ -43,16 +29,28 @@ def build_optimizer(
     betas: tuple[float, float],
     fused: bool,
 ) -> torch.optim.AdamW | MuonAndAdamW:
-    """AdamW (arXiv:1711.05101) over `parameter_groups`; with "muon", Muon for the matrices of the blocks instead.
+    """AdamW (arXiv:1711.05101); with "muon", Muon for the matrices of the blocks instead.
 
+    Tensors of two or more dimensions decay, vectors do not (GPT-3, arXiv:2005.14165). Tied parameters are listed once.
     `fused` selects PyTorch's fused AdamW.
     """
-    groups = parameter_groups(model, weight_decay)
-    hidden = [p for name, p in model.named_parameters() if p.requires_grad and is_hidden_matrix(name)]
-    matrices = hidden if optimizer == "muon" else []
-    for group in groups:
-        group["params"] = [p for p in group["params"] if not any(p is matrix for matrix in matrices)]
-    adamw = torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=1e-8, fused=fused or None)
+    matrices, decaying, vectors = [], [], []
+    for name, parameter in model.named_parameters():
+        # `ds_shape` is the full shape of a ZeRO-3 parameter, whose `shape` is that of an empty placeholder.
+        if len(getattr(parameter, "ds_shape", parameter.shape)) < 2:
+            vectors.append(parameter)
+        elif optimizer == "muon" and is_hidden_matrix(name):
+            matrices.append(parameter)
+        else:
+            decaying.append(parameter)
+    groups = [(decaying, weight_decay), (vectors, 0.0)]
+    adamw = torch.optim.AdamW(
+        [{"params": parameters, "weight_decay": decay} for parameters, decay in groups if parameters],
+        lr=learning_rate,
+        betas=betas,
+        eps=1e-8,
+        fused=fused or None,
+    )
     if not matrices:
         return adamw
     muon = Muon(matrices, lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
