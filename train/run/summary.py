@@ -20,7 +20,7 @@ from train.run.setup import ResolvedRun
 from train.utils.devices import device_name
 from train.utils.files import write_json
 
-LATENCY_TOKENS = 32  # generated for each timing, after a prompt of as many
+LATENCY_TOKENS = 32  # generated for each timing, after a prompt of as many from the validation data
 
 
 def write_summary(run: ResolvedRun, records: list[dict[str, Any]], world_size: int, measured: dict[str, Any]) -> None:
@@ -55,10 +55,12 @@ def write_summary(run: ResolvedRun, records: list[dict[str, Any]], world_size: i
         activation_checkpointing_interval=config.activation_checkpointing_interval,
         fused_attention=run.attention[0] != "eager",
     )
+    length = min(LATENCY_TOKENS, run.model.n_positions // 2)
+    prompt_ids = torch.tensor(run.val.tokens.ids[None, :length].astype("int64"), device=model.device)
     summary = summarize(
         facts,
         records,
-        measured | measure_inference(run, model),
+        measured | measure_latency(model, prompt_ids, length),
         flops,
         tokens_per_epoch=run.train.blocks * run.train.block_size,
         device_peak_flops=peak_flops(device_name(model.device), run.precision),
@@ -78,10 +80,3 @@ def generate_sample(run: ResolvedRun, model: PreTrainedModel) -> dict[str, str] 
     room = run.model.n_positions - len(tokenizer(config.prompt).input_ids)
     text = generate_text(model, tokenizer, config.prompt, Decoding(min(config.max_new_tokens, room)))
     return {"prompt": config.prompt, "text": text}
-
-
-def measure_inference(run: ResolvedRun, model: PreTrainedModel) -> dict[str, Any]:
-    """Latency of one sequence at a time, after a prompt of the validation data."""
-    length = min(LATENCY_TOKENS, run.model.n_positions // 2)
-    prompt_ids = torch.tensor(run.val.tokens.ids[None, :length].astype("int64"), device=model.device)
-    return measure_latency(model, prompt_ids, length)
