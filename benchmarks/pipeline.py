@@ -13,12 +13,7 @@ idle.
 The sides alternate within each round.
 """
 
-import argparse
 import copy
-import json
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -27,9 +22,10 @@ from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from benchmarks.arguments import make_parser
-from benchmarks.rounds import spread
+from benchmarks.rounds import spread, take_turns
 from modeling_gpt2flash import GPT2FlashConfig, GPT2FlashForCausalLM
 from modeling_gpt2flash.pipeline import HeadLayer
 from train.checkpoints.loading import model_config
@@ -37,6 +33,7 @@ from train.config import deepspeed_config
 from train.config.run_config import RunConfig
 from train.engines.pipeline.engine import PipelinedEngine
 from train.engines.pipeline.partition import Partition, partition
+from train.utils.command import run_command
 from train.utils.tables import markdown_table
 
 SHAPES = ("gpt2", "gpt2-medium")
@@ -44,6 +41,7 @@ METHODS = ("uniform", "cost")
 STAGES = (2, 4)
 MICRO_BATCHES = (2, 8, 16)
 DS_CONFIG = Path(__file__).parent.parent / "ds_configs" / "pipeline.json"
+IdleShares = dict[tuple[str, str, int], list[float]]  # of each round, by shape, method and micro-batches
 NARROW: dict[str, Any] = {"n_embd": 16, "n_head": 2, "n_positions": 16, "vocab_size": 64, "bos_token_id": 0,
                           "eos_token_id": 0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}  # fmt: skip
 
@@ -108,58 +106,48 @@ def idle_share(engine: PipelinedEngine, pace: Pace, micro_batches: int) -> float
     return 1 - busy / walls
 
 
-def measure(stages: int, rounds: int, seconds: float, out: Path) -> None:
-    """One process of the pipeline; the first writes {"shape method micro-batches": [idle share of each round]}."""
+def measure(stages: int, rounds: int, seconds: float) -> IdleShares:
+    """One process of the pipeline."""
+    torch.set_num_threads(1)
     config = RunConfig(
         run_type="optimized",
         deepspeed_config=str(DS_CONFIG),
         pipeline_stages=stages,
         train_micro_batch_size_per_gpu=1,
+        learning_rate=1e-4,
         mixed_precision="no",
         report_to="none",
     )
     resolved = deepspeed_config.resolve(config, stages, bf16_is_fast=False)
     engines = {(shape, method): build(*resolved, shape, method, seconds) for shape in SHAPES for method in METHODS}
-    found: dict[str, list[float]] = {}
-    for round_number in range(rounds + 1):
-        for micro_batches in MICRO_BATCHES:
-            for (shape, method), (engine, pace) in engines.items():
-                share = idle_share(engine, pace, micro_batches)
-                if round_number > 0:  # the first is a warm-up
-                    found.setdefault(f"{shape} {method} {micro_batches}", []).append(share)
-    if engine.is_main:
-        out.write_text(json.dumps(found))
-    engine.close()
+    sides = {
+        (*side, micro_batches): partial(idle_share, *engines[side], micro_batches)
+        for micro_batches in MICRO_BATCHES
+        for side in engines
+    }
+    take_turns(sides, rounds=1)  # a warm-up
+    found = take_turns(sides, rounds)
+    engines[SHAPES[-1], METHODS[-1]][0].close()
+    return found
 
 
-def launch(stages: int, rounds: int, seconds: float) -> dict[str, list[float]]:
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "found.json"
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(stages),
-                    "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]  # fmt: skip
-        own = ["--stages", str(stages), "--rounds", str(rounds), "--seconds", str(seconds), "--out", str(out)]
-        done = subprocess.run([*torchrun, "-m", "benchmarks.pipeline", *own], capture_output=True, text=True)
-        if done.returncode:
-            sys.exit(done.stderr)
-        return json.loads(out.read_text())
+def launch(stages: int, rounds: int, seconds: float) -> IdleShares:
+    """What `measure` returns in the first of `stages` processes."""
+    config = LaunchConfig(
+        1, 1, stages, run_id="stages", rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0
+    )
+    return elastic_launch(config, measure)(stages, rounds, seconds)[0]
 
 
 def main() -> None:
-    parser = make_parser(__doc__, rounds=5, seconds=0.2)  # seconds: of a micro-batch in an average stage
-    parser.add_argument("--stages", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.out:
-        measure(args.stages, args.rounds, args.seconds, args.out)
-        return
-
+    args = make_parser(__doc__, rounds=5, seconds=0.2).parse_args()  # seconds: of a micro-batch in an average stage
     rows = []
     for stages in STAGES:
         found = launch(stages, args.rounds, args.seconds)
         for shape in SHAPES:
             for micro_batches in MICRO_BATCHES:
                 theory = (stages - 1) / (micro_batches + stages - 1)
-                idle = [spread(found[f"{shape} {method} {micro_batches}"], 1, "%") for method in METHODS]
+                idle = [spread(found[shape, method, micro_batches], 1, "%") for method in METHODS]
                 rows.append([shape, str(stages), str(micro_batches), f"{theory:.1%}", *idle])
     header = ["shape", "stages", "micro-batches", "theory", "uniform, idle (range)", "by cost, idle (range)"]
     print(markdown_table(header, rows))
@@ -172,4 +160,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)
