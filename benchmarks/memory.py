@@ -14,8 +14,7 @@ import torch
 
 from benchmarks import sides
 from benchmarks.rounds import machine
-from benchmarks.side_process import side_process
-from benchmarks.sides import Case
+from benchmarks.sides import Case, side_process
 from train.utils.command import run_command
 from train.utils.devices import peak_memory
 from train.utils.tables import markdown_table

@@ -12,7 +12,6 @@ is the speed divided by the number of GPUs. AdamW is fused in the optimized runs
 import statistics
 import sys
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ import torch
 from benchmarks import training_runs
 from benchmarks.arguments import make_parser
 from benchmarks.rounds import machine, spread
+from train.checkpoints.run_folder import FinishedRun
 from train.plan.shapes import Layout
 from train.utils.command import run_command
 from train.utils.devices import device_type
@@ -46,37 +46,33 @@ def name_of(layout: Layout) -> str:
     return f"{kind} x {layout.world_size}"
 
 
-@dataclass(frozen=True)
-class Finished:
-    """One run: seconds of its steps after the first, its losses, and peak bytes of the process with the most."""
-
-    times: list[float]
-    losses: list[float]
-    memory: int
-
-
-def train(layout: Layout, flags: list[str], threads: int, folder: Path) -> Finished:
-    """One run of `python -m train`."""
+def train(layout: Layout, flags: list[str], threads: int, folder: Path) -> FinishedRun:
     command = ["env", f"OMP_NUM_THREADS={max(1, threads // layout.world_size)}", *layout.command]
-    run = training_runs.train(flags, folder, command, layout.run_type)
-    times = [record["step_time_seconds"] for record in run.steps[WARM_UP_STEPS:]]
-    return Finished(times, [record["loss"] for record in run.steps], run.summary["peak_memory_bytes"])
+    return training_runs.train(flags, folder, command, layout.run_type)
 
 
-def check_same(found: dict[Layout, list[Finished]], tolerance: float) -> None:
+def median_step(run: FinishedRun) -> float:
+    return statistics.median(record["step_time_seconds"] for record in run.steps[WARM_UP_STEPS:])
+
+
+def losses(run: FinishedRun) -> list[float]:
+    return [record["loss"] for record in run.steps]
+
+
+def check_same(found: dict[Layout, list[FinishedRun]], tolerance: float) -> None:
     """Exit with a message unless all runs have the losses of the first one."""
-    expected = next(iter(found.values()))[0].losses
+    expected = losses(next(iter(found.values()))[0])
     for layout, runs in found.items():
         for run in runs:
-            if not np.allclose(run.losses, expected, rtol=tolerance, atol=0):
-                raise SystemExit(f"{name_of(layout)} does not train as the first does: {run.losses}, not {expected}")
+            if not np.allclose(losses(run), expected, rtol=tolerance, atol=0):
+                raise SystemExit(f"{name_of(layout)} does not train as the first does: {losses(run)}, not {expected}")
 
 
-def row(layout: Layout, runs: list[Finished], base: list[Finished], tokens: int, devices: int) -> list[str]:
+def row(layout: Layout, runs: list[FinishedRun], base: list[FinishedRun], tokens: int, devices: int) -> list[str]:
     """Each round's rate by its median step; the efficiency is taken round by round."""
-    rates, bases = ([tokens / statistics.median(run.times) for run in side] for side in (runs, base))
+    rates, bases = ([tokens / median_step(run) for run in side] for side in (runs, base))
     efficiency = [own / (devices * theirs) for own, theirs in zip(rates, bases, strict=True)]
-    memory = statistics.median(run.memory for run in runs)
+    memory = statistics.median(run.summary["peak_memory_bytes"] for run in runs)
     return [name_of(layout), spread(rates, 0), spread(efficiency), f"{memory / 2**30:.2f}"]
 
 
@@ -92,7 +88,7 @@ def main() -> None:
     if args.steps <= WARM_UP_STEPS:
         raise UserError(f"--steps {args.steps}: the first {WARM_UP_STEPS} are not counted; give more")
     chosen = [("ddp", 1), *((kind, number) for number in args.processes for kind in args.kinds)]
-    found: dict[Layout, list[Finished]] = {layout_of(kind, number, args.batch): [] for kind, number in chosen}
+    found: dict[Layout, list[FinishedRun]] = {layout_of(kind, number, args.batch): [] for kind, number in chosen}
     tokens = args.batch * args.block
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -101,8 +97,8 @@ def main() -> None:
         for number in range(args.rounds):
             for layout, runs in found.items():
                 runs.append(train(layout, flags, args.threads, folder))
-                rate = tokens / statistics.median(runs[-1].times)
-                print(f"round {number + 1}, {name_of(layout)}: {rate:,.0f} tokens/s", file=sys.stderr)
+                rate = f"{tokens / median_step(runs[-1]):,.0f} tokens/s"
+                print(f"round {number + 1}, {name_of(layout)}: {rate}", file=sys.stderr)
             check_same(found, LOSS_TOLERANCE[args.dtype])
     device = device_type()
     print(

@@ -18,10 +18,13 @@ gradient norm of clipping are the same in all.
 import contextlib
 import importlib.util
 import math
+import resource
 import sys
 from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,7 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from benchmarks.arguments import make_parser
+from benchmarks.rounds import Round, measure
 from modeling_gpt2flash import GPT2FlashConfig, GPT2FlashForCausalLM
 from modeling_gpt2flash.attention import choose_attention
 from train.checkpoints.loading import SIZES
@@ -44,6 +48,7 @@ from train.engines.transforms import (
 from train.optim.parameter_groups import build_optimizer
 from train.utils.devices import device_type
 from train.utils.errors import UserError
+from train.utils.third_party_warnings import silence_third_party_warnings
 
 SHAPES = SIZES | {"small": (4, 4, 256, 0.035)}  # 16M parameters, of which 12.9M are the vocabulary's
 VOCABULARY = 50257
@@ -231,6 +236,34 @@ def warm_up(side: Side, case: Case) -> WarmedUp:
     """Take some steps: the first loss depends on the weights, the others on gradients, clipping and update."""
     ids, targets = case.tokens()
     return WarmedUp([side.step(ids, targets).item() for _ in range(WARM_UP_STEPS)], side.dtype, side.padding)
+
+
+# A process for each side: some keep freed memory, and others do not
+
+
+def side_process(threads: int, memory_limit: int | None = None) -> ProcessPoolExecutor:
+    """A new process for the functions of one side, with that many threads and at most that many bytes of memory."""
+    return ProcessPoolExecutor(1, get_context("spawn"), initializer=_prepare, initargs=(threads, memory_limit))
+
+
+def first_steps(name: str, case: Case) -> WarmedUp:
+    return warm_up(_side(name, case), case)
+
+
+def further_step(name: str, case: Case) -> Round:
+    return measure(partial(_side(name, case).step, *case.tokens()))
+
+
+@cache
+def _side(name: str, case: Case) -> Side:
+    return build(name, case)
+
+
+def _prepare(threads: int, memory_limit: int | None) -> None:
+    silence_third_party_warnings()
+    torch.set_num_threads(threads)
+    if memory_limit is not None:
+        resource.setrlimit(resource.RLIMIT_DATA, (memory_limit, memory_limit))
 
 
 def check_same(found: Mapping[str, WarmedUp]) -> str:

@@ -10,18 +10,16 @@ adds the peak of each side, measured over one step in another process.
 """
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import TypeVar
 
 import psutil
 import torch
 
 from benchmarks import memory, sides
 from benchmarks.rounds import SPEED_UP_HEADERS, Round, machine, speed_up, spread, take_turns
-from benchmarks.side_process import first_steps, further_step, side_process
-from benchmarks.sides import VOCABULARY, Case
+from benchmarks.sides import VOCABULARY, Case, first_steps, further_step, side_process
 from train.metrics.flops import count_flops, peak_flops, utilization
 from train.utils.command import run_command
 from train.utils.devices import device_name
@@ -29,7 +27,6 @@ from train.utils.tables import markdown_table
 
 DEFAULT_SIDES = ("baseline", "optimized", "hf-eager", "hf-sdpa", "hf-compiled")
 NANOGPT_SIDES = ("nanogpt", "nanogpt-compiled")
-Result = TypeVar("Result")
 PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}
 
 
@@ -68,11 +65,12 @@ def main() -> None:
     with ExitStack() as stack:
         processes = {name: stack.enter_context(side_process(args.threads)) for name in names}
 
-        def call(function: Callable[[str, Case], Result], name: str) -> Result:
-            return processes[name].submit(function, name, case).result()
+        def step(name: str) -> Round:
+            return processes[name].submit(further_step, name, case).result()
 
-        print(sides.check_same({name: call(first_steps, name) for name in names}), flush=True)
-        taken = take_turns({name: partial(call, further_step, name) for name in names}, args.rounds)
+        warmed_up = {name: processes[name].submit(first_steps, name, case).result() for name in names}
+        print(sides.check_same(warmed_up), flush=True)
+        taken = take_turns({name: partial(step, name) for name in names}, args.rounds)
     header = ["side", "step (s)", "tokens/s", *SPEED_UP_HEADERS, "MFU"]
     rows = [row(name, case, taken[names[0]], taken[name]) for name in names]
     if peaks:

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import scaling, startup, training_runs
-from benchmarks.scaling import Finished, layout_of
+from benchmarks.scaling import layout_of
+from train.checkpoints.run_folder import FinishedRun
 from train.config.run_config import parse
 from train.utils.errors import UserError
 
@@ -25,9 +26,16 @@ def test_layouts_are_started_as_people_start_them() -> None:
     assert scaling.name_of(layout_of("ddp", 1, batch=4)) == "plain x 1"
 
 
+def finished(seconds: list[float], memory: int = 0, losses: tuple[float, float] = (3.0, 2.0)) -> FinishedRun:
+    """A run of two steps for the warm-up and a step for each of `seconds`."""
+    steps = [{"step_time_seconds": 99.0, "loss": loss} for loss in losses]
+    steps += [{"step_time_seconds": each, "loss": 1.0} for each in seconds]
+    return FinishedRun("run", Path(), {"peak_memory_bytes": memory}, steps)
+
+
 def test_efficiency_is_taken_round_by_round() -> None:
-    base = [Finished([1.0, 1.0, 9.0], [3.0], 2**30), Finished([2.0], [3.0], 2**30)]
-    runs = [Finished([2.0], [3.0], 2**29), Finished([1.0], [3.0], 2**29)]
+    base = [finished([1.0, 1.0, 9.0], 2**30), finished([2.0], 2**30)]
+    runs = [finished([2.0], 2**29), finished([1.0], 2**29)]
     # 8 tokens: 8 and 4 a second alone, 4 and 8 shared.
     zero1 = layout_of("zero1", 2, batch=4)
     assert scaling.row(zero1, runs, base, tokens=8, devices=1) == [
@@ -38,8 +46,8 @@ def test_efficiency_is_taken_round_by_round() -> None:
 
 def test_runs_with_other_losses_end_the_comparison() -> None:
     found = {
-        layout_of("ddp", 1, batch=4): [Finished([1.0], [3.0, 2.0], 0)],
-        layout_of("zero2", 2, batch=4): [Finished([1.0], [3.0, 2.1], 0)],
+        layout_of("ddp", 1, batch=4): [finished([1.0])],
+        layout_of("zero2", 2, batch=4): [finished([1.0], losses=(3.0, 2.1))],
     }
     scaling.check_same(found, 0.1)
     with pytest.raises(SystemExit, match="zero2 x 2 does not train as the first does"):

@@ -9,8 +9,7 @@ import torch
 
 from benchmarks import ranking, sides, train_step
 from benchmarks.rounds import Round
-from benchmarks.side_process import first_steps, side_process
-from benchmarks.sides import Case
+from benchmarks.sides import Case, first_steps, side_process
 from train.utils.errors import UserError
 
 # The names, layouts and methods of nanoGPT's model.py, as far as the benchmark knows of them.
