@@ -3,7 +3,7 @@
 import pytest
 from torch._inductor import config, cpp_builder
 
-from train.utils.compilers import check_cpp_compiler
+from train.engines.transforms import check_cpp_compiler
 from train.utils.errors import UserError, first_line
 
 

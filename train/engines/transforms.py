@@ -4,6 +4,8 @@ And to the process that trains it on a CPU: the allocator keeps freed memory.
 """
 
 import ctypes
+import os
+import shutil
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -16,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.activations import NewGELUActivation
 
 from modeling_gpt2flash import GPT2FlashForCausalLM
+from train.utils.errors import UserError
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 
@@ -93,6 +96,19 @@ def _checkpointed(forward: Callable[..., Any], arguments: dict[str, Any]) -> Cal
         return checkpoint(partial(forward, **more), *inputs, **arguments)
 
     return checkpointed
+
+
+def check_cpp_compiler(flag: str) -> None:
+    """Raise a `UserError` that names `flag` if torch.compile would find no C++ compiler, which it needs on a CPU.
+
+    The rule is `torch._inductor.config.cpp.cxx`, without the seconds that importing Inductor takes.
+    """
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if shutil.which(compiler) is None:
+        raise UserError(
+            f"{flag}: needs a C++ compiler on the CPU, and {compiler} is not there; install it, name another in the "
+            "environment variable CXX, or drop the flag"
+        )
 
 
 # The process

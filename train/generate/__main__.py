@@ -10,8 +10,8 @@ from typing import Any
 from train.config.arguments import ArgumentParser, flags_of, number
 from train.generate.decoding import Decoding
 from train.utils.command import run_command
-from train.utils.compilers import check_cpp_compiler
 from train.utils.errors import UserError
+from train.utils.files import read_text
 
 BENCHMARK_PROMPT_TOKENS = 32
 BENCHMARK_BATCH_SIZES = (1, 8, 32)
@@ -46,7 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="TEXT",
         help="texts to continue; an empty one, or none at all: from the start of a document",
     )
-    add("--prompt_file", metavar="FILE", help="a file with a prompt on each line that is not empty")
+    add("--prompt_file", metavar="FILE", type=Path, help="a file with a prompt on each line that is not empty")
     add = parser.add_flags(Decoding, "generation").add_argument
     add("--seed", type=int, default=0, help="of the sampling: the same command generates the same texts")
     add = parser.add_argument_group("output").add_argument
@@ -79,11 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    """Refuse combinations that no model supports, before one is loaded.
-
-    Raises:
-        UserError: naming the flags.
-    """
+    """Refuse combinations that no model supports, before one is loaded."""
     if args.num_return_sequences > 1 and args.temperature == 0:
         raise UserError(
             f"--num_return_sequences {args.num_return_sequences}: at --temperature 0 all texts would be the same; "
@@ -105,6 +101,8 @@ def check_flags(args: argparse.Namespace) -> None:
     if args.quantize and args.compile:
         raise UserError("--quantize int8: its kernels cannot be compiled; drop --compile")
     if args.compile:
+        from train.engines.transforms import check_cpp_compiler
+
         check_cpp_compiler("--compile")
     if not args.benchmark and args.batch_sizes:
         raise UserError("--batch_sizes: belongs to --benchmark; add it, or use --batch_size")
@@ -120,23 +118,12 @@ def check_flags(args: argparse.Namespace) -> None:
 
 
 def read_prompts(args: argparse.Namespace) -> list[str]:
-    """All prompts, those of the command line first; one empty prompt if there are none.
-
-    Raises:
-        UserError: if the file cannot be read or has no prompts.
-    """
+    """All prompts, those of the command line first; one empty prompt if there are none."""
     prompts = list(args.prompt or [])
     if args.prompt_file is not None:
-        path = Path(args.prompt_file)
-        if not path.is_file():
-            raise UserError(f"--prompt_file {path}: there is no such file")
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except UnicodeDecodeError:
-            raise UserError(f"--prompt_file {path}: is not UTF-8 text; convert it") from None
-        found = [line for line in lines if line]
+        found = [line for line in read_text(args.prompt_file).splitlines() if line]
         if not found:
-            raise UserError(f"--prompt_file {path}: has no prompts; write one on each line")
+            raise UserError(f"--prompt_file {args.prompt_file}: has no prompts; write one on each line")
         prompts += found
     return prompts or [""]
 

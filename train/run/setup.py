@@ -22,11 +22,10 @@ from train.data.token_file import open_tokens
 from train.data.tokenizer import TOKENIZER_NAME, gpt2_encoding
 from train.engines import rendezvous
 from train.engines.pipeline.partition import Partition, partition
-from train.engines.transforms import SELECTIVE_ATTENTION
+from train.engines.transforms import SELECTIVE_ATTENTION, check_cpp_compiler
 from train.hub import upload
 from train.run import trackers
 from train.utils import processes
-from train.utils.compilers import check_cpp_compiler
 from train.utils.devices import device_type, has_fast_bf16, has_memory_history, matmul_precision
 from train.utils.errors import UserError
 
