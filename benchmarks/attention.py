@@ -40,11 +40,7 @@ Attention = Callable[[Tensor], Tensor]  # (B, T, 3D) -> (B, T, D)
 
 
 def make_side(name: str, size: str, dtype: torch.dtype, device: str) -> Attention:
-    """The attention of one layer of `size`, without its projections.
-
-    Raises:
-        UserError: when this kernel cannot run here.
-    """
+    """The attention of one layer of `size`, without its projections; a `UserError` if the kernel cannot run here."""
     _, n_head, n_embd, _ = SIZES[size]
     implementation = "sdpa" if name in BACKENDS else name
     try:

@@ -211,11 +211,7 @@ def build(name: str, case: Case) -> Side:
 
 
 def resolve_name(side: str, default: str) -> str:
-    """A side's name with its precision: its own, else `default`. The baseline's default is fp32.
-
-    Raises:
-        UserError: when there is no such side or precision.
-    """
+    """A side's name with its precision: its own, else `default`. The baseline's default is fp32."""
     name, _, dtype = side.partition(":")
     dtype = dtype or ("float32" if name == "baseline" else default)
     if name not in SIDES or dtype not in DTYPES:

@@ -106,9 +106,6 @@ def load_for_inference(
 
     `path` is a run folder, a step folder in it, any other GPT-2 folder, or the file; `dtype` and `flag` are those of
     `load_model`.
-
-    Raises:
-        UserError: if there is no such folder, or it holds no GPT-2.
     """
     if not nanogpt.is_checkpoint(path):
         if not Path(path).is_dir():
@@ -124,9 +121,6 @@ def check_shards(folder: Path) -> None:
     """Refuse an index that names weights outside of its folder: transformers would read them.
 
     For a repository of the Hub, huggingface_hub refuses such names itself.
-
-    Raises:
-        UserError: naming the index and the file.
     """
     for index in folder.glob("*.index.json"):
         try:
@@ -144,11 +138,7 @@ def load_tokenizer(name: str | Path, config: GPT2FlashConfig, *, flag: str = "--
 
 
 def own_tokenizer(name: str, n_positions: int, *, flag: str = "--model") -> PreTrainedTokenizerBase | None:
-    """The tokenizer in a model folder or Hub repository, with a padding token; None if it has none.
-
-    Raises:
-        UserError: if it cannot be read.
-    """
+    """The tokenizer in a model folder or Hub repository, with a padding token; None if it has none."""
     if name in SIZES or nanogpt.is_checkpoint(name):
         return None
     folder = Path(name)

@@ -45,11 +45,7 @@ def is_checkpoint(name: str | Path) -> bool:
 
 
 def read_config(path: Path, **fields: Any) -> GPT2FlashConfig:
-    """The configuration of a `ckpt.pt`; `fields` are set in addition to its sizes.
-
-    Raises:
-        UserError: if the file is not a nanoGPT checkpoint.
-    """
+    """The configuration of a `ckpt.pt`, with `fields` besides its sizes; a `UserError` if nanoGPT did not write it."""
     found = _read(path)["model_args"]
     sizes = {ours: found.get(theirs) for theirs, ours in SIZES.items()}
     wrong = {name: size for name, size in sizes.items() if type(size) is not int}
@@ -110,11 +106,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def check_writable(config: GPT2FlashConfig) -> None:
-    """Refuse a model that nanoGPT's code would compute differently.
-
-    Raises:
-        UserError: naming the field.
-    """
+    """Refuse a model that nanoGPT's code would compute differently."""
     fields = {**FIXED, "n_inner": (None, 4 * config.n_embd)}
     for name, known in fields.items():
         if getattr(config, name) not in known:

@@ -126,11 +126,7 @@ def _step_folders(run_folder: Path) -> list[tuple[int, Path]]:
 
 
 def latest(run_folder: Path) -> Path:
-    """The step folder that the run folder's `latest` names.
-
-    Raises:
-        UserError: if it names something else.
-    """
+    """The step folder that the run folder's `latest` names; a `UserError` if it names something else."""
     name = (run_folder / LATEST).read_text(encoding="utf-8", errors="replace").strip()
     if not re.fullmatch(r"step-\d+", name):
         raise UserError(

@@ -15,11 +15,7 @@ from train.utils.files import write_text
 
 
 def check(repo: str, flag: str = "--push_to_hub") -> None:
-    """Refuse a repository that could not be pushed to, before a run begins; messages name it by `flag`.
-
-    Raises:
-        UserError: when `repo` is not owner/name, or nobody is logged in.
-    """
+    """Refuse a `repo` that is not owner/name, or a user who is not logged in; messages name it by `flag`."""
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
@@ -35,11 +31,7 @@ def check(repo: str, flag: str = "--push_to_hub") -> None:
 
 
 def push(run_folder: Path, repo: str, flag: str = "--push_to_hub") -> str:
-    """Write the card and its chart into the run folder, upload them with the latest model, and return its address.
-
-    Raises:
-        UserError: when the run is not finished, or the Hub refuses.
-    """
+    """Write the card and its chart into the run folder, upload them with the latest model, and return its address."""
     run = read_run(run_folder, repo.rpartition("/")[2])
     write_text(run_folder / "README.md", str(card(run, repo)))
     (run_folder / CHART).write_bytes(training_loss_chart([run]).png())
