@@ -19,7 +19,7 @@ from train.config.arguments import flag
 from train.data.token_file import read_sidecar, sidecar_path, token_dtype
 from train.data.tokenizer import END_OF_TEXT, RANKS_SHA256, TOKENIZER_NAME, VOCABULARY_SIZE
 from train.data.workers import in_parallel
-from train.preprocess_data.preparation import PARTS, WORK_FOLDER, Chunk, Preparation, is_finished, locked
+from train.preprocess_data.preparation import PARTS, WORK_FOLDER, Chunk, Preparation, locked
 from train.preprocess_data.sources import FILE_KINDS, HUB_DATASETS, STDLIB, Source, file_kinds, resolve_source
 from train.preprocess_data.splits import SplitRule, hash_rule, nanogpt_rows, nanogpt_rule
 from train.preprocess_data.streams import Documents, count_rows, expected_rows, load_documents, read_documents
@@ -152,10 +152,12 @@ def prepare(config: PreparationConfig) -> None:
         out_dir.mkdir(parents=True, exist_ok=True)
         with locked(out_dir):
             is_unfinished = (out_dir / WORK_FOLDER / "journal.json").exists()
-            present = [str(path) for path in (out_dir / f"{name}.bin" for name in PARTS) if path.exists()]
+            present = [path for path in (out_dir / f"{name}.bin" for name in PARTS) if path.exists()]
             if present and not is_unfinished and not config.overwrite:
-                if not is_finished(out_dir, request):
-                    raise UserError(f"{' and '.join(present)} exist already: give --overwrite, or another --out_dir")
+                sidecars = [read_sidecar(path) for path in present]
+                if len(present) < len(PARTS) or any(not each or each.request != request for each in sidecars):
+                    files = " and ".join(map(str, present))
+                    raise UserError(f"{files} exist already: give --overwrite, or another --out_dir")
                 shutil.rmtree(out_dir / WORK_FOLDER, ignore_errors=True)  # a kill at the very end leaves it, empty
                 print("already prepared; --overwrite prepares it again", file=sys.stderr)
                 return

@@ -27,7 +27,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from filelock import FileLock, Timeout
 
-from train.data.token_file import Sidecar, TokenWriter, read_sidecar, sidecar_path, token_dtype, write_token_file
+from train.data.token_file import Sidecar, TokenWriter, sidecar_path, token_dtype, write_token_file
 from train.data.tokenizer import VOCABULARY_SIZE
 from train.preprocess_data.splits import in_order
 from train.preprocess_data.streams import BEGINNING, Position
@@ -86,13 +86,6 @@ def locked(out_dir: Path) -> Iterator[None]:
     finally:
         (out_dir / LOCK).unlink(missing_ok=True)  # still held: a process that waits finds no name, and tries again
         lock.release()
-
-
-def is_finished(out_dir: Path, request: Mapping[str, Any]) -> bool:
-    """Whether both files are in place and were prepared by the same request."""
-    paths = [out_dir / f"{name}.bin" for name in PARTS]
-    sidecars = [read_sidecar(path) for path in paths if path.exists()]
-    return len(sidecars) == len(PARTS) and all(sidecar and sidecar.request == request for sidecar in sidecars)
 
 
 class Preparation:
