@@ -4,6 +4,7 @@ A file or folder is complete or absent: it is written under another name, flushe
 """
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -102,7 +103,7 @@ def read_text(path: Path) -> str:
 def parse_json(text: str, path: Path, line: int = 1) -> Any:
     """JSON whose first line is `line` of `path`. NaN and Infinity, which Python writes by default, become null."""
     try:
-        value = json.loads(text, parse_constant=lambda name: None)
+        value = json.loads(text, parse_constant=lambda name: None, parse_float=_finite)
     except json.JSONDecodeError as error:
         where = f"{path}, line {line + error.lineno - 1}, column {error.colno}"
         raise UserError(f"{where}: broken JSON ({error.msg})") from None
@@ -140,3 +141,9 @@ def from_json(schema: type[T], value: Any, path: Path, writer: str) -> T:
 def json_safe(value: Any) -> Any:
     """The same value with every NaN and infinity, at any depth, as None: strict JSON has neither."""
     return json.loads(json.dumps(value), parse_constant=lambda name: None)
+
+
+def _finite(text: str) -> float | None:
+    """A JSON number as a float; None beyond a float's range ("1e999")."""
+    value = float(text)
+    return value if math.isfinite(value) else None
