@@ -5,11 +5,9 @@ on a CPU as long as the call takes. Everything else between a pipeline's first f
 time, communication included. The processes of one machine share a clock; those of several machines need not.
 """
 
-from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from operator import itemgetter
 
 from train.kernels.attribution import communicates
 from train.kernels.summary import PipelineTimeline, ProcessTimeline, Span
@@ -25,10 +23,9 @@ def timeline(recording: Recording) -> PipelineTimeline | None:
     size = facts.pipeline_stages or 1
     if size < 2 or len(recording.traces) < facts.world_size:
         return None
-    launched = [_launched(trace) for trace in recording.traces]
     steps = [
-        [_spans(trace, trace.steps[index], own) for trace, own in zip(recording.traces, launched, strict=True)]
-        for index in range(min(len(trace.steps) for trace in recording.traces))
+        [_spans(step, trace.kernels) for step, trace in zip(of_all, recording.traces, strict=True)]
+        for of_all in zip(*(trace.steps for trace in recording.traces), strict=False)
     ]
     works = [_work(step) for step in steps]
     shares = [1 - busy / total for busy, total in works if total > 0]
@@ -48,13 +45,7 @@ def timeline(recording: Recording) -> PipelineTimeline | None:
     )
 
 
-def _launched(trace: Trace) -> list[tuple[float, Kernel]]:
-    """Return the kernels of a trace by the times of the calls that launched them."""
-    found = ((kernel.launch.start, kernel) for kernel in trace.kernels if kernel.launch is not None)
-    return sorted(found, key=itemgetter(0))
-
-
-def _spans(trace: Trace, step: Event, launched: Sequence[tuple[float, Kernel]]) -> list[Span]:
+def _spans(step: Event, kernels: Sequence[Kernel]) -> list[Span]:
     """Return what a process does in a step, in seconds of its own clock since the step began there."""
     counted: Counter[tuple[str, int | None]] = Counter()
     spans = []
@@ -65,7 +56,7 @@ def _spans(trace: Trace, step: Event, launched: Sequence[tuple[float, Kernel]]) 
         if event.name in AT_WORK:
             micro_batch = counted[event.name, stage]
             counted[event.name, stage] += 1
-        extent = _extent(event, launched) if trace.kernels else (event.start, event.end)
+        extent = _extent(event, kernels) if kernels else (event.start, event.end)
         if extent is not None:
             start, end = ((time - step.start) * MICROSECOND for time in extent)
             spans.append(Span(event.name, stage, micro_batch, start, end))
@@ -84,20 +75,19 @@ def _phases(step: Event) -> list[Event]:
     return found
 
 
-def _extent(event: Event, launched: Sequence[tuple[float, Kernel]]) -> tuple[float, float] | None:
+def _extent(event: Event, kernels: Sequence[Kernel]) -> tuple[float, float] | None:
     """Return when the kernels of a phase begin and end, whichever thread launched them, or None if it has none.
 
     Communication that overlaps with a forward or backward pass does not prolong it.
     """
-    first, last = (bisect_left(launched, time, key=itemgetter(0)) for time in (event.start, event.end))
-    kernels = [
+    own = [
         kernel
-        for _, kernel in launched[first:last]
-        if event.name not in AT_WORK or not communicates(kernel.name, kernel.launch)
+        for kernel in kernels
+        if kernel.launch is not None
+        and event.start <= kernel.launch.start < event.end
+        and not (event.name in AT_WORK and communicates(kernel.name, kernel.launch))
     ]
-    if not kernels:
-        return None
-    return min(kernel.start for kernel in kernels), max(kernel.end for kernel in kernels)
+    return (min(kernel.start for kernel in own), max(kernel.end for kernel in own)) if own else None
 
 
 def _work(processes: Sequence[Sequence[Span]]) -> tuple[float, float]:
