@@ -37,9 +37,8 @@ def trailing_mean(values: Curve, steps: int) -> Curve:
     Trailing, not centred: a curve must not know its future.
     """
     known = np.isfinite(values)
-    sums, counts = np.cumsum(np.where(known, values, 0.0)), np.cumsum(known)
-    for total in (sums, counts):
-        total[steps:] -= total[:-steps].copy()
+    numbers = np.where(known, values, 0.0)
+    sums, counts = (np.convolve(each, np.ones(steps))[: len(values)] for each in (numbers, known))
     return np.where(counts > 0, sums / np.maximum(counts, 1), math.nan)
 
 
@@ -138,7 +137,7 @@ def curves_chart(
         steps = 1 if marks else smoothing_steps(len(y))
         if steps > 1:
             axes.plot(x, y, color=color_of(index), linewidth=1, alpha=0.3, zorder=1.5)
-        y = trailing_mean(y, steps)
+            y = trailing_mean(y, steps)
         axes.plot(x, y, **stroke(index))
         there = np.isfinite(x) & np.isfinite(y)
         if marks or there.sum() == 1:  # a single point draws no line
