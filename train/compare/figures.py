@@ -49,18 +49,14 @@ def data_names(runs: Sequence[FinishedRun], split: str) -> list[str]:
     """One name for each run's data: equal names are the same data. The hash decides if every run has one."""
     found = [run.get(f"data.{split}") or {} for run in runs]
     by_hash = all(data.get("sha256") for data in found)
-    first_path: dict[Any, str] = {}
+    first_path: dict[Any, Any] = {}
     names = []
     for data in found:
-        if not data:
-            names.append("none")
-            continue
-        digest = data.get("sha256")
-        # With the same hash under two paths, the first path stands for both.
-        path = first_path.setdefault(digest, str(data.get("path"))) if by_hash else str(data.get("path"))
-        tokens = data.get("tokens")
+        path, tokens, digest = (data.get(key) for key in ("path", "tokens", "sha256"))
         size = f"{tokens:,} tokens" if isinstance(tokens, int) else "unknown size"
-        names.append(f"{path} ({size}, sha256 {str(digest)[:12]})" if by_hash else f"{path} ({size})")
+        if by_hash:  # with the same hash under two paths, the first path stands for both
+            path, size = first_path.setdefault(digest, path), f"{size}, sha256 {str(digest)[:12]}"
+        names.append(f"{path} ({size})" if data else "none")
     return names
 
 
