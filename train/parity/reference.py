@@ -1,13 +1,13 @@
 """The reference implementation of the parity test: stock GPT-2 trained in float64 in one process.
 
-It shares only the order of the data (`train.data.batches`) with the trainer: the model is transformers' own, loss and
-clipping are written out here, and the optimizer is torch's AdamW on float64 tensors. Every hyperparameter of the
-compared runs is defined here.
+It shares only the order of the data (`train.data.batches`) with the trainer: the model is transformers' own, and the
+loss, clipping and AdamW are torch's on float64 tensors. Every hyperparameter of the compared runs is defined here.
 """
 
 import argparse
 import inspect
 import json
+import math
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from train.data.batches import TrainBatches
@@ -122,37 +123,16 @@ def train_reference(folder: Path, max_grad_norm: float) -> Reference:
     steps = []
     for index in range(STEPS):
         batch = batches.micro_batch(index, 0, 0, 1, SEQUENCES)
-        loss = mean_loss(model, batch["input_ids"], batch["shift_labels"])
+        logits = model(batch["input_ids"], use_cache=False).logits  # transformers' own loss is computed in float32
+        loss = F.cross_entropy(logits.flatten(0, 1), batch["shift_labels"].flatten())
         model.zero_grad()
         loss.backward()
         gradients = {name: p.grad for name, p in named.items() if p.grad is not None}
         assert gradients.keys() == named.keys()
-        norm = clip(gradients, max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(named.values(), max_grad_norm or math.inf).item()
         assert max_grad_norm == 0 or norm > max_grad_norm, f"a norm of {norm} is not clipped at {max_grad_norm}"
         optimizer.step()
-        with torch.no_grad():
-            logits = model(probes, use_cache=False).logits
         weights = {name: p.detach().clone() for name, p in named.items()}
-        steps.append(Step(loss.item(), norm, gradients, weights, logits))
+        with torch.no_grad():
+            steps.append(Step(loss.item(), norm, gradients, weights, model(probes, use_cache=False).logits))
     return Reference(model, probes, steps)
-
-
-def mean_loss(model: GPT2LMHeadModel, input_ids: torch.Tensor, shift_labels: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy in nats by its definition: transformers' own computes in float32."""
-    logits = model(input_ids, use_cache=False).logits
-    assert logits.dtype == torch.float64
-    of_labels = logits.gather(-1, shift_labels[..., None]).squeeze(-1)
-    return (logits.logsumexp(-1) - of_labels).mean()
-
-
-@torch.no_grad()
-def clip(gradients: Mapping[str, torch.Tensor], max_norm: float) -> float:
-    """Scale `gradients` in place to a global norm of at most `max_norm` (0: no limit); return their norm before.
-
-    The divisor is the norm + 1e-6, as in torch and DeepSpeed.
-    """
-    norm = sum(float(gradient.square().sum()) for gradient in gradients.values()) ** 0.5
-    if max_norm > 0:
-        for gradient in gradients.values():
-            gradient *= min(1.0, max_norm / (norm + 1e-6))
-    return norm
