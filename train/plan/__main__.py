@@ -13,6 +13,7 @@ import re
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import get_args
 
 from train.checkpoints.loading import load_config
@@ -63,14 +64,13 @@ def plans(
     for layout in _layouts(world_size, len(shape.layers), device):
         bounds = partition(config, layout.stages, block_size=block_size).bounds if layout.stages > 1 else ()
         layout = replace(layout, bf16=device.has_bf16, device=device.kind, bounds=bounds)
-        for micro_batch in _micro_batches(sequences, layout.data_parallel):
-            accumulation = sequences // layout.data_parallel // micro_batch
-            for mode in get_args(ActivationCheckpointing):
-                variant = replace(
-                    layout, micro_batch=micro_batch, accumulation=accumulation, activation_checkpointing=mode
-                )
-                speed = predict_speed(shape, variant, device, efficiency)
-                found.append(Plan(shape, variant, predict(shape, variant), speed))
+        share, rest = divmod(sequences, layout.data_parallel)
+        micro_batches = [number for number in range(1, share + 1) if not rest and share % number == 0]
+        for micro_batch, mode in product(micro_batches, get_args(ActivationCheckpointing)):
+            accumulation = share // micro_batch
+            layout = replace(layout, micro_batch=micro_batch, accumulation=accumulation, activation_checkpointing=mode)
+            speed = predict_speed(shape, layout, device, efficiency)
+            found.append(Plan(shape, layout, predict(shape, layout), speed))
     if not found:
         raise UserError(
             f"--sequences_per_step {sequences}: cannot be divided among {world_size} processes; give a multiple of it"
@@ -94,12 +94,6 @@ def _layouts(world_size: int, layers: int, device: Device) -> Iterator[Layout]:
     for stages in range(2, min(world_size, layers) + 1):
         if world_size % stages == 0:
             yield Layout("zero", world_size, zero_stage=1, stages=stages)
-
-
-def _micro_batches(sequences: int, data_parallel: int) -> list[int]:
-    """The divisors of a process's share of a step; empty if the step cannot be divided."""
-    share, rest = divmod(sequences, data_parallel)
-    return [] if rest else [number for number in range(1, share + 1) if share % number == 0]
 
 
 def command(plan: Plan, model: str) -> str:
@@ -127,7 +121,6 @@ def table(chosen: Sequence[Plan]) -> str:
     rows = []
     for plan in chosen:
         layout, speed = plan.layout, plan.speed
-        seconds = speed.arithmetic + speed.bubble + speed.communication + speed.update
         rows.append([
             plan.name,
             str(layout.micro_batch),
@@ -135,8 +128,8 @@ def table(chosen: Sequence[Plan]) -> str:
             layout.activation_checkpointing,
             f"{plan.memory.peak / 1e9:.3g}",
             f"{speed.tokens_per_second:,.0f}",
-            f"{speed.bubble / seconds:.1%}",
-            f"{speed.communication / seconds:.1%}",
+            f"{speed.bubble / speed.seconds:.1%}",
+            f"{speed.communication / speed.seconds:.1%}",
         ])  # fmt: skip
     return markdown_table(columns.split(", "), rows)
 

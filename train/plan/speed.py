@@ -65,12 +65,12 @@ DEVICES = {
 
 @dataclass(frozen=True)
 class Speed:
-    """The parts of a step in seconds, and tokens/s of all processes."""
+    """A step and its parts in seconds, and tokens/s of all processes."""
 
     arithmetic: float
     bubble: float
     communication: float  # what does not overlap with computation
-    update: float
+    seconds: float  # of the step: its parts and the update
     tokens_per_second: float
 
 
@@ -101,9 +101,8 @@ def predict_speed(shape: Shape, layout: Layout, device: Device, efficiency: floa
     overlapping, after = traffic(shape, layout)
     overlapped = OVERLAPPED * arithmetic
     communication = max(0.0, overlapping / device.link - overlapped) + after / device.link
-    update = _update(shape, layout, device)
-    seconds = arithmetic + bubble + communication + update
-    return Speed(arithmetic, bubble, communication, update, tokens * layout.data_parallel / seconds)
+    seconds = arithmetic + bubble + communication + _update(shape, layout, device)
+    return Speed(arithmetic, bubble, communication, seconds, tokens * layout.data_parallel / seconds)
 
 
 def traffic(shape: Shape, layout: Layout) -> tuple[float, float]:
