@@ -82,7 +82,7 @@ def test_no_section_where_nothing_was_tracked(tmp_path: Path) -> None:
     [
         ("", "broken JSON"),
         ('{"schema": 1', "broken JSON"),
-        ("[]", "is JSON, but not what python -m train --profile writes"),
+        ("[]", "its content is [], not an object: it is not what python -m train --profile writes"),
         (memory(schema=2), "has schema 2; this version reads schema 1"),
         (memory(peak_bytes="much"), "\"peak_bytes\" is 'much', not an integer"),
         (memory(at_peak=None), '"at_peak" is None, not an object'),

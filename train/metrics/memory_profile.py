@@ -44,8 +44,6 @@ def read_memory(run_folder: Path) -> MemoryProfile | None:
     if not file.is_file():
         return None
     content = read_json(file)
-    if not isinstance(content, dict) or "schema" not in content:
-        raise UserError(f"{file} is JSON, but not what python -m train --profile writes")
-    if content["schema"] != SCHEMA:
+    if isinstance(content, dict) and content.get("schema", SCHEMA) != SCHEMA:
         raise UserError(f"{file} has schema {content['schema']!r}; this version reads schema {SCHEMA}")
     return from_json(MemoryProfile, content, file, "python -m train --profile")

@@ -7,6 +7,7 @@ operating system holds around them, so that a CPU and a GPU that run the same op
 
 import weakref
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import wraps
 from itertools import pairwise
 from typing import Any
@@ -25,21 +26,15 @@ from train.metrics.memory_profile import CATEGORIES, SCHEMA, CategoryBytes, Memo
 POINTS = 200  # of the curve over a step
 
 
+@dataclass
 class Storage:
-    """A tracked storage: its category, and the events between which it had each of its sizes."""
+    """A tracked storage."""
 
-    def __init__(self, storage: torch.UntypedStorage, allocated: int, category: str) -> None:
-        self.category = category
-        self.spans: list[tuple[int, int | None, int]] = [(allocated, None, storage.nbytes())]
-        # Of an input that no tracked operator created. If it stays beyond the step, as DDP's buckets do, it was there
-        # before; otherwise communication allocated it, just before it was first seen.
-        self.first_seen: int | None = None
-
-    def release(self, event: int) -> None:
-        allocated, _, size = self.spans[-1]
-        if self.first_seen is not None and len(self.spans) == 1:
-            allocated = self.first_seen
-        self.spans[-1] = allocated, event, size
+    category: str
+    spans: list[tuple[int, int | None, int]]  # (allocated, released, bytes): the events between which it had a size
+    # Of an input that no tracked operator created. If it stays beyond the step, as DDP's buckets do, it was there
+    # before; otherwise communication allocated it, just before it was first seen.
+    first_seen: int | None = None
 
 
 class MemoryTracker(TorchDispatchMode):
@@ -121,7 +116,7 @@ class MemoryTracker(TorchDispatchMode):
         if storage in self.tracked:
             return None
         is_logits = tensor.ndim > 1 and tensor.shape[-1] in self.logit_columns
-        tracked = Storage(storage, allocated, "logits" if is_logits else "workspace")
+        tracked = Storage("logits" if is_logits else "workspace", [(allocated, None, storage.nbytes())])
         self.tracked[storage] = tracked
         self.storages.append(tracked)
         self.finalizers.append(weakref.finalize(storage, self._release, tracked))
@@ -130,7 +125,10 @@ class MemoryTracker(TorchDispatchMode):
         return tracked
 
     def _release(self, storage: Storage) -> None:
-        storage.release(self.event)
+        allocated, _, size = storage.spans[-1]
+        if storage.first_seen is not None and len(storage.spans) == 1:
+            allocated = storage.first_seen
+        storage.spans[-1] = allocated, self.event, size
         self.event += 1
 
     def _categorize_named_tensors(self) -> None:

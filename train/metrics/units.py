@@ -48,6 +48,4 @@ def short_count(value: float, position: float = 0) -> str:
 
 def memory_kind_title(kind: str) -> str:
     """What a `peak_memory_kind` is a measure of: "rss", or "cuda_allocated" and its like."""
-    if kind.endswith("_allocated"):
-        return "device memory allocated to tensors"
-    return "resident memory of a process" if kind == "rss" else kind
+    return "resident memory of a process" if kind == "rss" else "device memory allocated to tensors"
