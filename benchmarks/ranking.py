@@ -15,20 +15,13 @@ from torch.profiler import profile
 from benchmarks import sides
 from benchmarks.rounds import machine
 from benchmarks.sides import VOCABULARY, Case
+from train.kernels import op_costs
 from train.utils.command import run_command
 from train.utils.devices import profiler_activities
 from train.utils.tables import markdown_table
 from train.utils.third_party_warnings import silence_third_party_warnings
 
-MATMULS = (
-    "aten::mm",
-    "aten::addmm",
-    "aten::addmm_",
-    "aten::bmm",
-    "aten::linear",
-    "mkl::_mkl_linear",
-    "mkldnn::_linear_pointwise",
-)
+MATMULS = {*op_costs.MATMULS, "aten::linear", "mkl::_mkl_linear", "mkldnn::_linear_pointwise"}
 
 
 def label(event: Any) -> str:

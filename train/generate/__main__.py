@@ -1,7 +1,6 @@
 """Generate text with a trained model: `python -m train.generate --checkpoint checkpoint/optimized --prompt "def "`."""
 
 import argparse
-import dataclasses
 import json
 import os
 from pathlib import Path
@@ -231,7 +230,7 @@ def benchmark(args: argparse.Namespace, decoding: Decoding) -> None:
             "parameters": parameters,
             "prompt_tokens": BENCHMARK_PROMPT_TOKENS,
             "new_tokens": args.max_new_tokens,
-            "speeds": [dataclasses.asdict(speed) for speed in speeds],
+            "speeds": speeds,
             "hardware": machine,
             "versions": libraries,
         }))  # fmt: skip
@@ -246,10 +245,10 @@ def benchmark(args: argparse.Namespace, decoding: Decoding) -> None:
     header = ["batch", "time to first token (ms)", "tokens/s", "memory (MB)"]
     print(markdown_table(header, [
         [
-            str(speed.batch_size),
-            f"{1e3 * speed.first_token_seconds:.1f}",
-            f"{speed.tokens_per_second:.1f}",
-            f"{speed.memory_bytes / 1e6:.0f}",
+            str(speed["batch_size"]),
+            f"{1e3 * speed['first_token_seconds']:.1f}",
+            f"{speed['tokens_per_second']:.1f}",
+            f"{speed['memory_bytes'] / 1e6:.0f}",
         ]
         for speed in speeds
     ]))  # fmt: skip

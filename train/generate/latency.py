@@ -1,7 +1,6 @@
 """Time and memory of generation: latency of the first and of each further token, tokens/s of a batch."""
 
 import time
-from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
 from typing import Any
@@ -13,16 +12,6 @@ from transformers.generation import BaseStreamer
 from train.generate.decoding import Decoding
 from train.metrics.summary import percentiles
 from train.utils.devices import peak_memory, reset_peak_memory
-
-
-@dataclass(frozen=True)
-class Speed:
-    """Medians over some rounds at one batch size, and the peak memory of generation."""
-
-    batch_size: int
-    first_token_seconds: float
-    tokens_per_second: float  # of all sequences together, the prompt's time included
-    memory_bytes: int
 
 
 class TokenTimer(BaseStreamer):
@@ -73,21 +62,23 @@ def measure_latency(
     }
 
 
-def measure_speed(model: Any, prompt_ids: torch.Tensor, decoding: Decoding, rounds: int = 3) -> Speed:
-    """Time generation from `prompt_ids` (B, T), `rounds` times after a warm-up."""
+def measure_speed(model: Any, prompt_ids: torch.Tensor, decoding: Decoding, rounds: int = 3) -> dict[str, Any]:
+    """Medians of generation from `prompt_ids` (B, T), `rounds` times after a warm-up, and its peak memory.
+
+    Tokens per second are those of all sequences together, the prompt's time included.
+    """
     reset_peak_memory(prompt_ids.device)
     runs = timed_rounds(model, prompt_ids, decoding, rounds)
     peak = peak_memory(prompt_ids.device)
     tokens = len(prompt_ids) * decoding.max_new_tokens
-    return Speed(
-        batch_size=len(prompt_ids),
-        first_token_seconds=median(run.first_token_seconds for run in runs),
-        tokens_per_second=median(tokens / (run.times[-1] - run.times[0]) for run in runs),
-        # The peak of resident memory is that of loading the model.
-        memory_bytes=max(run.memory_bytes for run in runs)
-        if peak["peak_memory_kind"] == "rss"
-        else peak["peak_memory_bytes"],
-    )
+    # The peak of resident memory is that of loading the model.
+    on_cpu = peak["peak_memory_kind"] == "rss"
+    return {
+        "batch_size": len(prompt_ids),
+        "first_token_seconds": median(run.first_token_seconds for run in runs),
+        "tokens_per_second": median(tokens / (run.times[-1] - run.times[0]) for run in runs),
+        "memory_bytes": max(run.memory_bytes for run in runs) if on_cpu else peak["peak_memory_bytes"],
+    }
 
 
 def timed_rounds(model: Any, prompt_ids: torch.Tensor, decoding: Decoding, rounds: int) -> list[TokenTimer]:
