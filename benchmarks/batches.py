@@ -2,14 +2,12 @@
 
     python -m benchmarks.batches
 
-Loading by itself: blocks at random positions of a memory-mapped file of 2 GiB are read into the tensors of a step.
-Warm: the file is in the page cache. Cold: before each step the kernel drops the file, which is then mapped anew. Cold
-without read-ahead: without `TokenFile.will_need`, which announces all blocks to the kernel before the first is read.
-Each missing page then brings its surroundings (`read_ahead_kb` of the disk, 128 by default), most of which no block
-needs; the major page faults of a step show that the reads were cold.
+Blocks at random positions of a memory-mapped file of 2 GiB are read into the tensors of a step. Warm: the file is in
+the page cache. Cold: before each step the kernel drops the file, which is then mapped anew. Cold without read-ahead:
+without `TokenFile.will_need`; the major page faults of a step show that the reads were cold. docs/performance.md
+explains why.
 
-In training, a step's data is loaded while the previous step runs. `--train` measures real runs of `python -m train` on
-that file: the time of a step, and its wait for data.
+`--train` measures real runs of `python -m train` on that file: the time of a step, and its wait for data.
 """
 
 import os

@@ -2,15 +2,10 @@
 
     python -m benchmarks.pipeline
 
-In theory, p equal stages idle for (p - 1) / (m + p - 1) of a step of m micro-batches. What is measured is DeepSpeed's
-1F1B schedule as the trainer runs it, one process per stage over gloo, with emulated devices: each layer of a narrow
-stand-in runs, and then its process sleeps until the time has passed that the layer of the real shape would take on a
-device of constant speed (its modelled FLOPs, twice that in the backward pass; the head takes all three parts at once,
-since the chunked loss computes its gradients in the forward pass). So four stages run side by side on two cores. The
-idle share is 1 - busy / (p x wall), where busy is the time of the layers: communication and the optimizer count as
-idle.
-
-The sides alternate within each round.
+In theory, p equal stages idle for (p - 1) / (m + p - 1) of a step of m micro-batches. docs/performance.md describes
+what is measured, with emulated devices: a layer takes the time of its modelled FLOPs, and twice that in the backward
+pass; the head takes all three parts at once, since the chunked loss computes its gradients in the forward pass. The
+idle share is 1 - busy / (p x wall), where busy is the time of the layers. The sides alternate within each round.
 """
 
 import copy

@@ -3,17 +3,12 @@
     python -m benchmarks.tokenize
     python -m benchmarks.tokenize --corpus shards --megabytes 2000
 
-Each measurement is a complete process, including its start and its imports, which begins with an empty cache of
-`datasets` and with the Parquet files in the page cache. MB are of UTF-8 text.
+docs/performance.md describes what is measured. The corpus is split into files of equal size; a corpus x4 is the first
+four of them, all documents distinct. The first table is speed by the number of workers, on the middle size; nanoGPT's
+best number is taken from it. The second is speed and memory by the size of the corpus, ours with a worker a core.
 
-1. The corpus is split into files of equal size; a corpus x4 is the first four of them, all documents distinct.
-2. The first table: speed by the number of workers, on the middle size. nanoGPT's best number is taken from it.
-3. The second table: speed and memory by the size of the corpus, ours with as many workers as there are cores.
-
-Each side first runs once untimed: its bytes are compared with nanoGPT's, and its memory and disk use are sampled
-(`benchmarks/processes.py`). Then the sides alternate within each round, not sampled; the speed-up is taken round by
-round. Part of the memory are pages of mapped files (Arrow's copies, a memory-mapped train.bin), which the system may
-reclaim; the rest is anonymous. Disk is the peak beside the two output files.
+Each side first runs once untimed: its bytes are compared with nanoGPT's, and its memory and disk use are sampled. Then
+the sides alternate within each round, not sampled.
 """
 
 import filecmp
