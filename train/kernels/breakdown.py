@@ -7,6 +7,7 @@ is its busy time.
 """
 
 import re
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import pairwise
@@ -25,10 +26,10 @@ LAYER = re.compile(r"(?<=\.h\.)\d+")
 def summarize(recording: Recording) -> RunSummary:
     """Break the steps of a run down; the rows are means over the steps of all processes."""
     steps = [step.seconds for trace in recording.traces for step in trace.steps]
-    sums = (group(_parts(trace), *NAMES).values() for trace in recording.traces)
+    parts = (part for trace in recording.traces for part in (_gpu_parts if trace.kernels else _cpu_parts)(trace))
     every = [
         replace(row, **{cost: getattr(row, cost) / len(steps) for cost in COSTS})
-        for row in group((row for rows in sums for row in rows), *NAMES).values()
+        for row in group(parts, *NAMES).values()
     ]
     rows = list(group([replace(row, module=LAYER.sub("*", row.module)) for row in every], *NAMES).values())
     mean = sum(steps) / len(steps)
@@ -52,11 +53,6 @@ def summarize(recording: Recording) -> RunSummary:
     )
 
 
-def _parts(trace: Trace) -> Iterator[Row]:
-    """Yield what each interval and each launch of a trace's steps adds to a row."""
-    return _gpu_parts(trace) if trace.kernels else _cpu_parts(trace)
-
-
 def _part(
     names: RowNames,
     seconds: float = 0.0,
@@ -65,7 +61,7 @@ def _part(
     work: Event | None = None,
     work_seconds: float = 0.0,
 ) -> Row:
-    """Return a part of a row; `work` is an operator whose FLOPs and bytes take `work_seconds`."""
+    """Return what an interval or a launch adds to a row; `work`'s FLOPs and bytes take `work_seconds`."""
     operations = moved = 0
     if work is not None:
         operations, moved = flops(work.name, work.args) or 0, moved_bytes(work.name, work.args) or 0
@@ -155,13 +151,11 @@ def _exclusive(names: dict[Kernel, RowNames], step: Event) -> Iterator[tuple[flo
     """Yield the intervals of a step, each with the one kernel that it belongs to. `names` has the kernels by start."""
     ranks = {"communication": 1, "copies": 2}
     edges = {step.start, step.end, *(time for kernel in names for time in (kernel.start, kernel.end))}
-    upcoming = iter(names)
-    following = next(upcoming, None)
+    upcoming = deque(names)
     running: list[Kernel] = []
     for start, end in pairwise(sorted(time for time in edges if step.start <= time <= step.end)):
-        while following is not None and following.start <= start:
-            running.append(following)
-            following = next(upcoming, None)
+        while upcoming and upcoming[0].start <= start:
+            running.append(upcoming.popleft())
         running = [kernel for kernel in running if kernel.end > start]
         yield start, end, min(running, key=lambda kernel: ranks.get(names[kernel].category, 0), default=None)
 
