@@ -133,12 +133,12 @@ def _for_page(found: re.Match[str]) -> str:
 
 @dataclass(frozen=True)
 class ChartRow:
-    """A name and a figure written above a bar for each of `values`, or above a dot for each of `dots`."""
+    """A name and a figure written above a bar for each value (the number of its color, and it), or a dot for each."""
 
     label: str
     figure: str
     values: Sequence[tuple[int, float]] = ()
-    dots: tuple[int, Sequence[float]] = (0, ())
+    dots: bool = False
 
 
 # Building blocks
@@ -197,32 +197,32 @@ def nothing() -> "Figure":
 
 def row_figure(rows: Sequence[ChartRow]) -> "Figure":
     """Rows on a common scale from 0: a bar for each value, or dots with a stroke at their median."""
-    largest = max((value for row in rows for value in (*(v for _, v in row.values), *row.dots[1])), default=0.0) or 1.0
-    thickness = [18 if len(row.values) < 2 else 11 for row in rows]
-    heights = [22 + size * max(1, len(row.values)) + 12 for row, size in zip(rows, thickness, strict=True)]
+    largest = max((value for row in rows for _, value in row.values), default=0.0) or 1.0
+    lines = [1 if row.dots else max(1, len(row.values)) for row in rows]
+    heights = [22 + (18 if count == 1 else 11 * count) + 12 for count in lines]
     figure, axes = canvas(sum(heights), 0, 0, 0)
     axes.set_position((0, 0, 1, 1))
     axes.axis("off")
     axes.set(xlim=(0, WIDTH), ylim=(sum(heights), 0))
     top = 0
-    for row, size, height in zip(rows, thickness, heights, strict=True):
+    for row, count, height in zip(rows, lines, heights, strict=True):
         label = row.label if len(row.label) <= LONGEST_LABEL else f"{row.label[: LONGEST_LABEL - 1]}…"
         write(axes, 0, top + 16, label, INK, size=FONT_SIZE + 1)
         write(axes, WIDTH, top + 16, row.figure, INK, size=FONT_SIZE + 1, ha="right", weight="bold")
         bars = top + 22
-        if len(row.values) < 2 and not row.dots[1]:
-            axes.barh(bars, WIDTH, size, align="edge", color=TRACK)
-        for place, (index, value) in enumerate(row.values):
-            gap = 1 if len(row.values) > 1 else 0
-            width = max(1.0, value / largest * WIDTH)
-            axes.barh(bars + size * place, width, size - gap, align="edge", color=color_of(index))
-        if row.dots[1]:
-            index, values = row.dots
-            across = [5 + value / largest * (WIDTH - 10) for value in values]
+        if row.dots:
+            color = color_of(row.values[0][0])
+            across = [5 + value / largest * (WIDTH - 10) for _, value in row.values]
             axes.plot([0, WIDTH], [bars + 9] * 2, color=AXIS, linewidth=1)
-            axes.plot([median(across)] * 2, [bars, bars + 18], color=color_of(index), linewidth=3)
-            axes.plot(across, [bars + 9] * len(across), "o", color=color_of(index), markersize=10, alpha=0.55,
-                      markeredgewidth=0)  # fmt: skip
+            axes.plot([median(across)] * 2, [bars, bars + 18], color=color, linewidth=3)
+            axes.plot(across, [bars + 9] * len(across), "o", color=color, markersize=10, alpha=0.55, markeredgewidth=0)
+        else:
+            if count == 1:
+                axes.barh(bars, WIDTH, 18, align="edge", color=TRACK)
+            for place, (index, value) in enumerate(row.values):
+                width = max(1.0, value / largest * WIDTH)
+                thickness = 18 if count == 1 else 10
+                axes.barh(bars + 11 * place, width, thickness, align="edge", color=color_of(index))
         top += height
     return figure
 

@@ -156,7 +156,7 @@ def intervals_charts(runs: Sequence[FinishedRun]) -> list[Chart]:
     for index, run in enumerate(runs):
         if spread := spreads(run).get("tokens_per_second"):
             figure = f"{spread.median:,.0f} ({spread.low:,.0f} … {spread.high:,.0f}) tokens/s"
-            rows.append(ChartRow(run.label, figure, dots=(index, spread.values)))
+            rows.append(ChartRow(run.label, figure, [(index, value) for value in spread.values], dots=True))
     note = "a dot for each interval of steps, a stroke at their median"
     return [Chart("Throughput over intervals", note, row_figure(rows), ())] if rows else []
 
