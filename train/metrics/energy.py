@@ -1,7 +1,6 @@
-"""What the training steps of a run cost in energy, where the device counts it: GPUs through NVML.
+"""The energy of a run's training steps, where the device counts it: a GPU's board with all programs that run on it.
 
-A GPU's driver counts the energy of the whole board (NVML, Volta and later; needs nvidia-ml-py), with all programs that
-run on it.
+Its driver counts through NVML, on Volta and later; needs nvidia-ml-py.
 """
 
 from collections.abc import Callable
@@ -13,15 +12,13 @@ from train.utils.devices import nvml_uuid
 
 GPUS = "the boards of the GPUs that train, without CPUs and network"
 
-Reader = Callable[[], float]
-"""Joules since some time in the past; they only grow."""
+Reader = Callable[[], float]  # joules since some time in the past; they only grow
 
 
 class EnergyMeter:
     """Adds up the energy that the device of this process uses in the steps that count."""
 
     def __init__(self, read: Reader | None) -> None:
-        """`read`: None where the device does not count its energy."""
         self.read = read
         self.joules = 0.0
         self.steps = 0
@@ -39,10 +36,7 @@ class EnergyMeter:
     def metrics(
         self, device: torch.device, add_up: Callable[[torch.Tensor], torch.Tensor], tokens_per_step: int
     ) -> dict[str, Any]:
-        """The entries of `metrics.json`, of all processes; null where the energy is unknown to one of them.
-
-        `add_up` sums a tensor over the processes.
-        """
+        """The entries of `metrics.json`, which `add_up` sums over all processes; null where one of them has none."""
         mine = torch.tensor([self.joules, self.read is None], dtype=torch.float64, device=device)
         joules, unknown = add_up(mine).tolist()
         if unknown or not self.steps:

@@ -2,6 +2,7 @@
 
 import platform
 import re
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -50,8 +51,6 @@ def versions() -> dict[str, str]:
     """Versions of Python and of the installed packages that shape a run. None of the packages is imported."""
     found = {"python": platform.python_version(), "torch": torch_build(str(torch.__version__), torch.version.cuda)}
     for package in PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             found[package.replace("-", "_")] = version(package)
-        except PackageNotFoundError:
-            continue
     return found
