@@ -222,22 +222,22 @@ def test_names_from_a_trace_are_text(tmp_path: Path) -> None:
         (json.dumps(kernels(0.1, rows=[{"seconds": "long"}])), '"runs.0.rows.0.module" is missing'),
         (
             json.dumps(kernels(0.1, rows=[{**ROW, "seconds": "long"}])),
-            "\"runs.0.rows.0.seconds\" is 'long', not a number",
+            "\"runs.0.rows.0.seconds\" is 'long', not a valid number",
         ),
         (json.dumps(kernels(0.1, facts={})), '"runs.0.facts.run_type" is missing'),
         (
             json.dumps(kernels(0.1, facts={**RUN_FACTS, "tokens_per_step": 9})),
             "is of another run: its tokens_per_step is 9, and 1000 in the run's metrics.json",
         ),
-        (json.dumps(kernels(0.1, categories=None)), '"runs.0.categories" is None, not a list'),
+        (json.dumps(kernels(0.1, categories=None)), '"runs.0.categories" is None, not a valid array'),
         (json.dumps(kernels(0.1, pipeline=[])), '"runs.0.pipeline" is [], not an object'),
         (
             json.dumps(kernels(0.1, pipeline={**PIPELINE, "processes": 3})),
-            '"runs.0.pipeline.processes" is 3, not a list',
+            '"runs.0.pipeline.processes" is 3, not a valid array',
         ),
         (
             json.dumps(kernels(0.1, pipeline={**PIPELINE, "one_clock": 1})),
-            '"runs.0.pipeline.one_clock" is 1, not a boo',
+            '"runs.0.pipeline.one_clock" is 1, not a valid boo',
         ),
         (
             json.dumps(kernels(0.1, pipeline={**PIPELINE, "processes": [{"rank": 0, "spans": [{"phase": "data"}]}]})),

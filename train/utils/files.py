@@ -16,18 +16,6 @@ from train.utils.errors import UserError
 
 T = TypeVar("T")
 
-EXPECTED = {
-    "bool_type": "a boolean",
-    "dataclass_type": "an object",
-    "dict_type": "an object",
-    "float_type": "a number",
-    "int_from_float": "an integer",
-    "int_type": "an integer",
-    "list_type": "a list",
-    "string_type": "a string",
-}
-"""What pydantic's kinds of error mean in JSON's own words."""
-
 
 def fsync(path: Path) -> None:
     """Flush a file or a folder to disk (a folder's fsync makes the renames in it durable)."""
@@ -134,8 +122,8 @@ def from_json(schema: type[T], value: Any, path: Path, writer: str) -> T:
         raise UserError(f"{path}: {key} is missing: it is not what {writer} writes")
     found = repr(first["input"])
     found = found if len(found) <= 80 else f"{found[:79]}…"
-    expected = EXPECTED.get(first["type"], first["msg"])
-    raise UserError(f"{path}: {key} is {found}, not {expected}: it is not what {writer} writes")
+    mistake = first["msg"].replace("Input should be", "not")
+    raise UserError(f"{path}: {key} is {found}, {mistake}: it is not what {writer} writes")
 
 
 def json_safe(value: Any) -> Any:
