@@ -27,8 +27,9 @@ from train.engines.pipeline.engine import PipelinedEngine
 from train.generate.decoding import Decoding
 from train.generate.texts import generate_text
 from train.metrics.memory_tracker import MemoryTracker
-from train.run.loop import build, micro_batches, save, validate
+from train.run.loop import build, micro_batches, save
 from train.run.setup import ResolvedRun, resolve
+from train.run.validate import validate
 
 Batch = dict[str, torch.Tensor]
 LEARNING_RATE = 1e-3

@@ -163,7 +163,8 @@ def test_fsdp2_goes_on_from_any_layout_and_any_layout_from_it(
 @pytest.mark.slow
 def test_fsdp2_in_bf16_stays_close(two_processes: list[str], finished: Path, tmp_path: Path) -> None:
     flags = [*two_processes, "--mixed_precision=bf16", "--loss_chunk_size=16", f"--checkpoint_path={tmp_path}"]
-    accelerate(*flags, "--activation_checkpointing=full", cwd=tmp_path, layout="fsdp2")
+    done = accelerate(*flags, "--activation_checkpointing=full", cwd=tmp_path, layout="fsdp2")
+    assert "--loss_chunk_size 16 has no effect: FSDP2 computes the full logits" in done.stdout + done.stderr
     assert losses(tmp_path / "baseline") == pytest.approx(losses(finished), abs=0.02)
 
 

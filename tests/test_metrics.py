@@ -1,6 +1,7 @@
 import json
 import math
 import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from train.metrics import summary as metrics
 from train.metrics.energy import GPUS, EnergyMeter
 from train.metrics.hardware import hardware, torch_build, versions
 from train.metrics.table import METRICS, Metric
-from train.utils.files import json_safe
+from train.utils.files import json_safe, parse_json
 
 MODEL = {"n_layer": 12, "n_head": 12, "n_embd": 768, "n_positions": 1024, "vocab_size": 50257}
 
@@ -88,6 +89,10 @@ def test_perplexity_and_what_json_cannot_hold() -> None:
     assert math.isnan(metrics.perplexity(math.nan))
     value = {"a": [1.0, math.nan, (math.inf, {"b": -math.inf})], "c": "x", "d": True, "e": 3}
     assert json_safe(value) == {"a": [1.0, None, [None, {"b": None}]], "c": "x", "d": True, "e": 3}
+
+
+def test_a_number_that_no_float_holds_is_read_as_null() -> None:
+    assert parse_json("[1e999, -1e999, NaN, Infinity, 1e308]", Path("metrics.json")) == [None, None, None, None, 1e308]
 
 
 def test_summary_by_hand() -> None:

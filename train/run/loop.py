@@ -1,22 +1,19 @@
-"""The training loop and its validation, the same for every engine, layout and run type; and the engine, built."""
+"""The training loop: the same for every engine, layout and run type; and the engine that it drives, built."""
 
 import os
 import time
 from contextlib import closing
 from functools import partial
 
-import torch
 from accelerate.utils import gather_object, set_seed
-from tqdm import tqdm
 
 from train.checkpoints import step_folder as checkpoints
 from train.checkpoints.loading import load_model
-from train.data.batches import EvalBatches
+from train.config import launcher_env as launcher
 from train.data.prefetch import Batch, read_ahead
 from train.engines import rendezvous
 from train.engines.accelerated import AcceleratedEngine
 from train.engines.base import Engine
-from train.evaluate_metrics import load_metric
 from train.hub.upload import push
 from train.metrics.annotations import annotate
 from train.metrics.energy import EnergyMeter, energy_reader
@@ -25,6 +22,7 @@ from train.run.log import RunLog
 from train.run.profiling import Profiler
 from train.run.setup import ResolvedRun
 from train.run.summary import write_summary
+from train.run.validate import validate
 from train.utils import processes
 from train.utils.errors import UserError
 
@@ -85,31 +83,6 @@ def save(engine: Engine, run: ResolvedRun, step: int) -> None:
     engine.wait()
 
 
-@annotate("validation")
-def validate(engine: Engine, batches: EvalBatches, micro_batch_size: int, max_steps: int | None) -> dict:
-    """{"val_loss": mean nats per token, "perplexity", "val_tokens"}, every predicted token counted once.
-
-    All processes make the same number of steps (a forward pass may be collective); blocks that do not
-    divide evenly are padded with ignored labels. `max_steps` limits the batches per data-parallel process.
-    """
-    steps = batches.steps(engine.data_world_size, micro_batch_size)
-    steps = steps if max_steps is None else min(steps, max_steps)
-    sums = torch.zeros(2, dtype=torch.float64, device=engine.device)
-
-    def one_batch(step: int) -> list[Batch]:
-        return [batches.micro_batch(step, engine.data_rank, engine.data_world_size, micro_batch_size)]
-
-    bar = tqdm(total=steps, desc="validation", unit="batch", leave=False, mininterval=1, disable=not engine.is_main)
-    with closing(read_ahead(one_batch, range(steps), engine.device)) as data, bar:
-        for [batch] in data:
-            sums += engine.eval_step(batch)
-            bar.update()
-    nll, tokens = engine.sum_over_processes(sums).tolist()
-    if not engine.is_main:
-        return {}
-    return load_metric("perplexity").compute(nll=[nll], tokens=[int(tokens)]) | {"val_tokens": int(tokens)}
-
-
 def micro_batches(engine: Engine, run: ResolvedRun, step: int) -> list[Batch]:
     """This process's micro-batches of a step."""
     micro_batch_size = run.config.train_micro_batch_size_per_gpu
@@ -128,6 +101,8 @@ def train(run: ResolvedRun) -> None:
     if run.partition is not None:
         log.message(f"{run.partition.table()}\nschedule {config.pipeline_schedule}")
     log.message(f"attention: {run.attention[0]} ({run.attention[1]}); precision: {run.precision}")
+    if config.loss_chunk_size and launcher.asks("FSDP"):  # Accelerate shards the head, which must then be called
+        log.message(f"--loss_chunk_size {config.loss_chunk_size} has no effect: FSDP2 computes the full logits")
 
     energy = EnergyMeter(energy_reader(engine.device))
     steps = range(run.first_step, run.total_steps)
