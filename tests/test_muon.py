@@ -16,6 +16,7 @@ from tests.conftest import LOSS_TOLERANCE, accelerate, losses, records, torchrun
 from tests.test_optim import small
 from train.optim.muon import Muon, MuonAndAdamW
 from train.optim.parameter_groups import build_optimizer, is_hidden_matrix, moments_of
+from train.utils.command import run_command
 
 SLOW = pytest.mark.slow
 # Newton-Schulz rounds each of its fifteen products to bf16: two steps end 0.03 of a step off those in float64. Without
@@ -208,4 +209,4 @@ def check_same(run: Path, alone: Path) -> None:
 
 
 if __name__ == "__main__":
-    compare_shards()
+    run_command(compare_shards)  # in a job, the interpreter may abort when it frees the process group
