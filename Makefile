@@ -46,9 +46,9 @@ test: $(VENV)/installed
 	$(MAKE) --jobs 2 lint builds
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-# Three workers on two cores: these tests start processes and wait for them.
 slow: $(VENV)/installed
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "slow and not gpu"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "slow and not gpu" --ignore tests/test_demo.py
+	$(BIN)/python -m pytest -m slow tests/test_demo.py # alone, for it measures
 
 integration: $(VENV)-integration/installed
 	$(VENV)-integration/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m integration

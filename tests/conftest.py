@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 SMALL = {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 64}
 LOSS_TOLERANCE = 1e-5  # between layouts that compute the same
 # Files that take longest. They are scheduled first, so that the workers of pytest-xdist end together.
-LONGEST = ("demo", "docs", "compile", "layouts", "pipeline", "exactly_once", "train", "machines", "restarts",
+LONGEST = ("docs", "compile", "layouts", "pipeline", "exactly_once", "train", "machines", "restarts",
            "full_disk", "package", "parity", "preparation_memory", "profiling", "documents", "processes", "recipes",
            "generate")  # fmt: skip
 

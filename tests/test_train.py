@@ -156,7 +156,8 @@ def test_checkpointing_and_chunks_change_no_number(flags: list[str], finished: P
 
 
 def test_a_run_already_there_is_refused_continued_or_replaced(flags: list[str], tmp_path: Path) -> None:
-    run(flags, tmp_path, "--max_steps=2")
+    first = run(flags, tmp_path, "--max_steps=2")
+    assert "Warning" not in first.stderr
     again = run(flags, tmp_path, "--max_steps=2", check=False)
     assert again.returncode == 2
     assert "finished run" in again.stderr

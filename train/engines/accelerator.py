@@ -90,7 +90,7 @@ def _common_arguments(config: RunConfig) -> dict[str, Any]:
     return {
         "mixed_precision": config.mixed_precision,
         "gradient_accumulation_steps": config.gradient_accumulation_steps,
-        "log_with": config.trackers,
+        "log_with": config.trackers or None,  # of an empty list Accelerate warns
         "project_config": ProjectConfiguration(
             project_dir=str(config.run_folder), logging_dir=str(config.run_folder / "tensorboard")
         ),
