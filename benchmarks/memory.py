@@ -15,8 +15,8 @@ import torch
 from benchmarks import sides
 from benchmarks.rounds import machine
 from benchmarks.sides import Case, side_process
+from train.metrics.peak_memory import peak_memory
 from train.utils.command import run_command
-from train.utils.devices import peak_memory
 from train.utils.tables import markdown_table
 
 GIB = 2**30

@@ -149,7 +149,8 @@ def _obstacle(name: str, device_type: str, dtype: torch.dtype, head_dim: int, dr
 
 def expected_device_type() -> str:
     """Type of the device that a model without weights will probably run on."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return "cpu" if accelerator is None else accelerator.type
 
 
 def _cuda_capability() -> tuple[int, int]:

@@ -15,8 +15,8 @@ from tests.finished_runs import write_run
 from train.checkpoints import run_folder as compare_runs
 from train.compare import __main__ as compare
 from train.compare import run_charts
-from train.metrics.units import short_count, unit_of
 from train.utils.errors import UserError
+from train.utils.units import short_count, unit_of
 
 REPOSITORY = Path(__file__).parent.parent
 PNGS = ["peak_memory.png", "throughput.png", "time_per_epoch.png", "training_loss.png", "validation_loss.png"]

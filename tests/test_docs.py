@@ -22,6 +22,7 @@ from tests.conftest import ROOT, command, free_port, records
 from train.cli import TOOLS
 from train.config.run_config import parse
 from train.metrics.table import METRICS
+from train.preprocess_data.sources import FILE_KINDS, HUB_DATASETS, STDLIB
 
 # The walk is some 35 commands, all in the setup of the first test that needs it.
 pytestmark = pytest.mark.timeout(1800)
@@ -75,6 +76,12 @@ def test_every_metric_is_explained() -> None:
     for metric in METRICS:
         key = metric.key.partition(".")[0]
         assert metric.kind in ("count", "text") or f"`{key}`" in explained, key
+
+
+def test_every_kind_of_file_is_in_the_table_of_sources() -> None:
+    sources = (ROOT / "docs/data.md").read_text().partition("## Sources\n")[2]
+    for name in (*FILE_KINDS, *HUB_DATASETS, STDLIB):
+        assert f"\n| `{name}` |" in sources, name
 
 
 def test_the_index_lists_every_page() -> None:

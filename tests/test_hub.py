@@ -20,8 +20,8 @@ from train.export import __main__ as export
 from train.hub.__main__ import main
 from train.hub.card import card
 from train.hub.upload import check
-from train.metrics.units import in_unit
 from train.utils.errors import UserError
+from train.utils.units import in_unit
 
 
 @pytest.fixture

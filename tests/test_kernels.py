@@ -274,8 +274,13 @@ def gpu_trace() -> dict[str, Any]:
     return {"schemaVersion": 1, "traceEvents": events, "gpt2flash": {**FACTS, "steps": 1, **rates}}
 
 
-def test_a_gpu_trace_to_the_microsecond(tmp_path: Path) -> None:
-    write_trace(tmp_path / "run", gpu_trace())
+@pytest.mark.parametrize("runtime", ["cuda", "xpu"])
+def test_a_gpu_trace_to_the_microsecond(tmp_path: Path, runtime: str) -> None:
+    trace = gpu_trace()
+    for event in trace["traceEvents"]:
+        if event.get("cat") == "cuda_runtime":
+            event["cat"] = f"{runtime}_runtime"
+    write_trace(tmp_path / "run", trace)
     run = summarize(read_recording(tmp_path / "run"))
     microseconds = {
         (row.module, row.phase, row.category, row.operator): round(row.seconds * 1e6, 3) for row in run.rows

@@ -8,7 +8,7 @@ from typing import Any
 from train.checkpoints.run_folder import FinishedRun
 from train.compare.intervals import Spread, spreads
 from train.metrics.table import BY_KEY, METRICS, Metric
-from train.metrics.units import times, unit_of
+from train.utils.units import times, unit_of
 
 NOT_COMPARABLE = "NOT COMPARABLE"
 UNKNOWN = "—"

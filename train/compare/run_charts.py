@@ -11,7 +11,7 @@ from train.compare.charts import HEIGHT, Chart, ChartRow, canvas, color_of, noth
 from train.compare.figures import change
 from train.compare.intervals import spreads
 from train.metrics.table import METRICS, Metric
-from train.metrics.units import in_unit, memory_kind_title, short_count, times, unit_of
+from train.utils.units import in_unit, memory_kind_title, short_count, times, unit_of
 
 Curve = np.ndarray[Any, np.dtype[np.float64]]
 

@@ -80,8 +80,7 @@ class Optimization:
     )
     lr_schedule: str = flag(
         "cosine",
-        "after a linear warm-up: cosine or linear decay, constant, or wsd: constant, then linear decay over the last "
-        "fifth",
+        "after a linear warm-up: " + "; ".join(f"{name}: {each.description}" for name, each in SCHEDULES.items()),
         choices=SCHEDULES,
     )
     warmup_steps: int | None = flag(

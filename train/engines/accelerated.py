@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from modeling_gpt2flash import GPT2FlashForCausalLM
@@ -15,6 +14,7 @@ from train.config import launcher_env as launcher
 from train.data.batches import IGNORED_LABEL
 from train.engines import zero
 from train.engines.base import Engine, StepResult
+from train.engines.gradient_clipping import clip
 from train.engines.transforms import checkpoint_arguments, checkpoint_blocks
 from train.metrics.annotations import annotate
 
@@ -78,15 +78,11 @@ class AcceleratedEngine(Engine):
                     self.accelerator.backward(loss)
                 with annotate("optimizer"):
                     if self.accelerator.sync_gradients:
-                        # DeepSpeed clips within its step, by the flag in its JSON, and only reports the norm here.
-                        limit = self.config.max_grad_norm or float("inf")
-                        grad_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
+                        grad_norm = clip(self.accelerator, self.model.parameters(), self.config.max_grad_norm)
                     self.optimizer.step()
                     self.optimizer.zero_grad()
         with annotate("communication"):
             mean = self.accelerator.reduce(torch.stack(losses).mean(), "mean").item()
-            if isinstance(grad_norm, DTensor):  # FSDP2
-                grad_norm = grad_norm.full_tensor()
             return StepResult(mean, None if grad_norm is None else float(grad_norm))
 
     @torch.no_grad()

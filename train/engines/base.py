@@ -21,9 +21,10 @@ from train.engines.accelerator import deepspeed_accelerator, plain_accelerator
 from train.engines.placement import RankPlacement, check_launch, check_placements
 from train.engines.state import create_moments, full_tensor, held_by_optimizer, set_full_tensor, torch_optimizer
 from train.engines.transforms import checkpoint_arguments, compile_blocks, fuse_gelu, keep_freed_memory
+from train.metrics.peak_memory import peak_memory
 from train.optim.parameter_groups import build_optimizer, moments_of
 from train.utils import processes
-from train.utils.devices import device_type, peak_memory, set_matmul_precision
+from train.utils.devices import device_type, set_matmul_precision
 from train.utils.errors import UserError
 
 
@@ -131,7 +132,7 @@ class Engine(ABC):
         return self.accelerator.reduce(values, "sum")
 
     def peak_memory(self, own: dict[str, Any] | None = None) -> dict[str, Any]:
-        """`devices.peak_memory` of the process with the most; `own` replaces the value of this process."""
+        """`metrics.peak_memory` of the process with the most; `own` replaces the value of this process."""
         memory = {**(own or peak_memory(self.device))}
         for key in ("peak_memory_bytes", "peak_memory_reserved_bytes"):
             if memory[key] is not None:

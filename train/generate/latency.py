@@ -10,8 +10,8 @@ import torch
 from transformers.generation import BaseStreamer
 
 from train.generate.decoding import Decoding
+from train.metrics.peak_memory import peak_memory, reset_peak_memory
 from train.metrics.summary import percentiles
-from train.utils.devices import peak_memory, reset_peak_memory
 
 
 class TokenTimer(BaseStreamer):

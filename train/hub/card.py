@@ -10,6 +10,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from train.checkpoints.loading import SIZES
 from train.checkpoints.run_folder import FinishedRun
 from train.compare.figures import written
+from train.generate.decoding import Decoding
 from train.metrics.table import METRICS
 from train.utils.tables import markdown_table
 
@@ -33,6 +34,7 @@ def card(run: FinishedRun, repo: str) -> ModelCard:
         repo=repo,
         summary=summary,
         origin=origin(summary["config"]["model"]),
+        decoding=Decoding(),
         prompt=json.dumps(sample["prompt"], ensure_ascii=False)[1:-1] if sample else "",
         metrics=markdown_table(("metric", "value"), list(metric_rows(run))),
         chart=CHART,

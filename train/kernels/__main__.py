@@ -12,11 +12,11 @@ from train.kernels.breakdown import summarize
 from train.kernels.comparison import compare, speedup_sentence
 from train.kernels.summary import Change, Comparison, PipelineTimeline, Row, RunSummary, write_kernels
 from train.kernels.traces import read_recording
-from train.metrics.units import milliseconds
 from train.utils.command import run_command
 from train.utils.errors import UserError
 from train.utils.files import write_text
 from train.utils.tables import markdown_table
+from train.utils.units import milliseconds
 
 EXAMPLE = """\
 examples:

@@ -19,7 +19,7 @@ CATEGORIES = (
 )  # fmt: skip
 
 COMMUNICATION = re.compile(
-    r"c10d::|gloo:|nccl|mpi:|record_param_comms|deepspeed_comm|all_?reduce|all_?gather|reduce_scatter"
+    r"c10d::|gloo:|ccl|mpi:|record_param_comms|deepspeed_comm|all_?reduce|all_?gather|reduce_scatter"
 )
 ATTENTION = re.compile(r"scaled_dot_product|flash_attn|_flash_attention|_efficient_attention|_cudnn_attention|fmha")
 MATMUL = re.compile(r"(aten|mkl|mkldnn)::_?(\w*mm(_out|_|_activation)?|\w*linear\w*|matmul)$|gemm|cutlass|cublas")

@@ -141,8 +141,8 @@ def _kernel_names(kernel: Kernel, scopes: Scopes) -> RowNames:
     if kernel.kind != "kernel" and scope.phase != "optimizer":
         category = "copies"
     else:
-        # An operator's name tells more than its kernel's, apart from NCCL's kernels.
-        by_kernel = not name or "nccl" in kernel.name.lower()
+        # An operator's name tells more than its kernel's, apart from NCCL's and its like.
+        by_kernel = not name or "ccl" in kernel.name.lower()
         category = categorize(kernel.name if by_kernel else name, scope, operator)
     return RowNames(scope.module, scope.phase, category, name, kernel.name)
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from train.kernels.summary import NAMES, Change, Comparison, RunSummary, add_up, group, read_kernels, write_kernels
 from train.kernels.traces import read_recording
-from train.metrics.units import milliseconds, times
 from train.utils.errors import UserError
+from train.utils.units import milliseconds, times
 
 SCOPE = ("module", "phase", "category")
 """Names that are the same whichever kernels do the work."""

@@ -21,7 +21,9 @@ METADATA_KEY = "gpt2flash"
 """Where `train.run.profiling` puts the facts of the run into a trace."""
 
 STEP = "ProfilerStep#"
-CPU_CATEGORIES = {"cpu_op": "op", "user_annotation": "annotation", "cuda_runtime": "launch", "cuda_driver": "launch"}
+# Kineto's names; a call that may launch a kernel is "cuda_runtime", "cuda_driver" or the like of another device.
+CPU_CATEGORIES = {"cpu_op": "op", "user_annotation": "annotation"}
+LAUNCH = re.compile(r"\w+_(runtime|driver)")
 GPU_CATEGORIES = {"kernel", "gpu_memcpy", "gpu_memset"}
 # torch.compile marks its graphs as annotations, but their time is their own work, not time between operators.
 COMPILED = re.compile(r"(## Call )?Compiled|Torch-Compiled|triton_|CompiledFunction")
@@ -209,8 +211,10 @@ def _sort_events(events: list[Any]) -> tuple[dict[Thread, list[Event]], list[Ker
     threads: dict[Thread, list[Event]] = defaultdict(list)
     launches: dict[Any, Event] = {}
     for event in complete:
-        if event.get("cat") in CPU_CATEGORIES:
-            kind = "op" if COMPILED.match(event["name"]) else CPU_CATEGORIES[event["cat"]]
+        category = event.get("cat", "")
+        kind = "launch" if LAUNCH.fullmatch(category) else CPU_CATEGORIES.get(category)
+        if kind is not None:
+            kind = "op" if COMPILED.match(event["name"]) else kind
             thread, args = (event["pid"], event["tid"]), event.get("args", {})
             threads[thread].append(Event(event["name"], kind, *_times(event), thread, args))
             if kind == "launch" and "correlation" in args:

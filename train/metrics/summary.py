@@ -1,6 +1,6 @@
 """The metrics of a finished run: pure functions from what was measured, and the schema of `metrics.json`.
 
-Units are SI base units throughout (seconds, bytes, FLOP/s); `metrics.units` picks the readable ones. No figure is NaN
+Units are SI base units throughout (seconds, bytes, FLOP/s); `utils.units` picks the readable ones. No figure is NaN
 or infinite in a file: JSON has neither, so both become null.
 """
 

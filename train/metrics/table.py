@@ -12,12 +12,12 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class StepMetric:
-    """A number in each line of `metrics.jsonl`; `log` is its format in the progress bar, if it is shown there."""
+    """A number in the lines of `metrics.jsonl` that is read again, or shown in the progress bar."""
 
     key: str
-    title: str
-    log: str = ""
-    required: bool = False
+    required: bool = False  # whether a line without it is refused
+    label: str = ""  # in the progress bar
+    log: str = ""  # its format there
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,12 @@ class Metric:
 
 
 STEP_METRICS = (
-    StepMetric("step", "Optimizer step", required=True),
-    StepMetric("tokens", "Training tokens", required=True),
-    StepMetric("loss", "loss", log=".3f", required=True),
-    StepMetric("tokens_per_second", "tokens/s", log=",.0f", required=True),
-    StepMetric("step_time_seconds", "Step time", required=True),
-    StepMetric("val_loss", "val_loss", log=".3f"),
+    StepMetric("step", required=True),
+    StepMetric("tokens", required=True),
+    StepMetric("loss", required=True, label="loss", log=".3f"),
+    StepMetric("tokens_per_second", required=True, label="tokens/s", log=",.0f"),
+    StepMetric("step_time_seconds", required=True),
+    StepMetric("val_loss", label="val_loss", log=".3f"),
 )
 
 METRICS = (

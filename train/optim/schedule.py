@@ -1,8 +1,45 @@
-"""The learning rate as a pure function of the step, so that no scheduler state exists to be lost or stepped twice."""
+"""The learning rate as a pure function of the step, so that no scheduler state exists to be lost or stepped twice.
+
+A new schedule is an entry of `SCHEDULES`.
+"""
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
-SCHEDULES = ("cosine", "linear", "constant", "wsd")
+
+@dataclass(frozen=True)
+class Schedule:
+    """What follows the warm-up."""
+
+    description: str  # for --help
+    # (step, warmup_steps, total_steps) → the part of the way down to the minimum that is left: 1 at the peak, 0 there
+    remaining: Callable[[int, int, int], float]
+
+
+def _progress(step: int, start: int, total_steps: int) -> float:
+    """How far `step` is on the way from `start` to the last step, where it is 1."""
+    return max(0.0, min(1.0, (step - start + 1) / max(1, total_steps - start)))
+
+
+def _cosine(step: int, warmup_steps: int, total_steps: int) -> float:
+    return (1 + math.cos(math.pi * _progress(step, warmup_steps, total_steps))) / 2
+
+
+def _linear(step: int, warmup_steps: int, total_steps: int) -> float:
+    return 1 - _progress(step, warmup_steps, total_steps)
+
+
+def _wsd(step: int, warmup_steps: int, total_steps: int) -> float:
+    return _linear(step, max(warmup_steps, total_steps - total_steps // 5), total_steps)
+
+
+SCHEDULES = {
+    "cosine": Schedule("decay along half a cosine (SGDR without restarts, arXiv:1608.03983)", _cosine),
+    "linear": Schedule("linear decay", _linear),
+    "constant": Schedule("no decay", lambda step, warmup_steps, total_steps: 1.0),
+    "wsd": Schedule("constant, then linear decay over the last fifth of all steps (arXiv:2404.06395)", _wsd),
+}
 
 
 def learning_rate(
@@ -11,14 +48,8 @@ def learning_rate(
     """Learning rate of optimizer step `step` (the first is 0) out of `total_steps`.
 
     Linear warm-up over `warmup_steps` steps reaches `peak` on the last of them. Then `schedule`, one of `SCHEDULES`,
-    decays it to `min_ratio` of the peak on the last step: "cosine" is SGDR (arXiv:1608.03983) without restarts, "wsd"
-    (arXiv:2404.06395) is constant until the last fifth of all steps and then linear, "constant" does not decay.
+    decays it to `min_ratio` of the peak on the last step.
     """
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
-    if schedule == "constant":
-        return peak
-    start = max(warmup_steps, total_steps - total_steps // 5) if schedule == "wsd" else warmup_steps
-    progress = max(0.0, min(1.0, (step - start + 1) / max(1, total_steps - start)))
-    remaining = (1 + math.cos(math.pi * progress)) / 2 if schedule == "cosine" else 1 - progress
-    return peak * (min_ratio + (1 - min_ratio) * remaining)
+    return peak * (min_ratio + (1 - min_ratio) * SCHEDULES[schedule].remaining(step, warmup_steps, total_steps))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from train.parity.reference import CLIP, SEQUENCES, flags
 from train.plan.shapes import Layout
+from train.utils import devices
 
 RUN_LIMIT = 900  # seconds after which a run counts as hanging
 STOP_LIMIT = 30  # seconds that a launcher has to stop its processes
@@ -66,7 +67,7 @@ def launch(argv: Sequence[str], log: Path) -> str | None:
     environment = {
         "OMP_NUM_THREADS": "1",  # several processes share few cores
         **os.environ,
-        "CUDA_VISIBLE_DEVICES": "",
+        **devices.HIDE_ACCELERATORS,
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
     }
     with log.open("w") as output:

@@ -45,6 +45,7 @@ class FileKind:
     read_rows: int = READ_ROWS
     parse: Callable[["Source", str], str | None] | None = None  # a line → its document; None for a blank line
     count_rows: Callable[[Sequence[str]], int] | None = None  # of files, without reading them to their end
+    as_written: Callable[["Source", str], str] | None = None  # to estimate the number of rows
 
 
 @dataclass(frozen=True)
@@ -161,6 +162,7 @@ FILE_KINDS = {
         builder="text",
         options=lambda source: {"sample_by": "line", "chunksize": 1 << 20},
         parse=parse_json_line,
+        as_written=lambda source, text: json.dumps({source.text_column: text}, ensure_ascii=False) + "\n",
     ),
     "parquet": FileKind(
         description="Parquet files",

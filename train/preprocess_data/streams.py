@@ -5,7 +5,6 @@ Local files and the standard library are streamed too, so there is one path to t
 """
 
 import glob
-import json
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,7 +17,7 @@ import pyarrow.compute as pc
 from tqdm import tqdm
 
 from train.preprocess_data.retry import is_script_refusal, wait_or_raise
-from train.preprocess_data.sources import FILE_KINDS, HUB_DATASETS, PARQUET_REVISION, READ_ROWS, Source
+from train.preprocess_data.sources import HUB_DATASETS, PARQUET_REVISION, READ_ROWS, Source
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
@@ -200,11 +199,11 @@ def known_rows(source: Source, dataset: "IterableDataset") -> int | None:
 
 
 def expected_rows(source: Source, dataset: "IterableDataset", sample: pa.LargeStringArray) -> int | None:
-    """`known_rows`, or about how many documents JSON lines have, by the sizes of files that are not compressed."""
-    if source.kind is not FILE_KINDS["json"] or any(path.endswith(COMPRESSED) for path in source.files):
+    """`known_rows`, or about how many documents the files have by their sizes, where these are not compressed."""
+    as_written = source.kind.as_written if source.kind else None
+    if as_written is None or any(path.endswith(COMPRESSED) for path in source.files):
         return known_rows(source, dataset)
-    lines = (json.dumps({source.text_column: text}, ensure_ascii=False) + "\n" for text in sample.to_pylist())
-    read = sum(len(line.encode()) for line in lines)
+    read = sum(len(as_written(source, text).encode()) for text in sample.to_pylist())
     return sum(Path(path).stat().st_size for path in source.files) * len(sample) // read or None
 
 

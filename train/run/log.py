@@ -40,8 +40,8 @@ class RunLog:
         self.stream.write(json.dumps(json_safe(record)) + "\n")
         self.stream.flush()
         self.accelerator.log({k: v for k, v in record.items() if v is not None and k != "step"}, step=record["step"])
-        shown = [metric for metric in STEP_METRICS if metric.log and record.get(metric.key) is not None]
-        self.bar.set_postfix({metric.title: f"{record[metric.key]:{metric.log}}" for metric in shown}, refresh=False)
+        shown = [metric for metric in STEP_METRICS if metric.label and record.get(metric.key) is not None]
+        self.bar.set_postfix({metric.label: f"{record[metric.key]:{metric.log}}" for metric in shown}, refresh=False)
         self.bar.update()
 
     def message(self, sentence: str) -> None:

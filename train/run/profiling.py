@@ -24,6 +24,7 @@ from train.metrics.annotations import LOSS, module_annotation
 from train.metrics.flops import peak_bandwidth, peak_flops
 from train.metrics.hardware import versions
 from train.metrics.memory_tracker import MemoryTracker
+from train.metrics.peak_memory import peak_memory
 from train.run.setup import ResolvedRun
 from train.utils import devices
 from train.utils.files import atomic_write, write_json
@@ -89,7 +90,7 @@ class Profiler(AbstractContextManager):
             write_json(self.folder / "memory.json", asdict(self.memory.profile()))
             self.memory = None
         if self.done == self.recorded.start - 2 and self.engine.device.type == "cpu":
-            self.peak_before = devices.peak_memory(self.engine.device)
+            self.peak_before = peak_memory(self.engine.device)
         self.profile.step()
         self._prepare_if_next()
         if self.done == self.recorded.start - 1:

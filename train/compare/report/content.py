@@ -27,8 +27,8 @@ from train.compare.intervals import spreads
 from train.compare.report.kernels import KernelsSection
 from train.kernels.comparison import signed_milliseconds
 from train.metrics.table import METRICS, Metric
-from train.metrics.units import milliseconds, times, unit_of
 from train.utils.tables import markdown_table
+from train.utils.units import milliseconds, times, unit_of
 
 
 @dataclass(frozen=True)

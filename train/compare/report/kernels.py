@@ -9,7 +9,7 @@ from train.compare.charts import HEIGHT, INK, Chart, ChartRow, Keys, canvas, col
 from train.compare.report.pipeline import pipeline_chart
 from train.kernels.comparison import OPERATOR, SCOPE, changes, speedup_sentence
 from train.kernels.summary import Change, RunSummary
-from train.metrics.units import milliseconds
+from train.utils.units import milliseconds
 
 SHOWN_ROWS = 12
 

@@ -9,7 +9,7 @@ import numpy as np
 from train.checkpoints.run_folder import FinishedRun
 from train.compare.charts import AXIS, HEIGHT, WIDTH, Chart, ChartRow, canvas, color_of, nothing, row_figure, write
 from train.metrics.memory_profile import CATEGORIES, MemoryProfile, Point
-from train.metrics.units import in_unit, short_count, unit_of
+from train.utils.units import in_unit, short_count, unit_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
