@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from modeling_gpt2flash import GPT2FlashConfig, GPT2FlashForCausalLM
 from tests.conftest import SMALL, losses
+from train.checkpoints import starting
 from train.checkpoints import step_folder as checkpoints
 from train.optim.parameter_groups import moments_of
 from train.utils.errors import UserError
@@ -52,19 +53,19 @@ def save(
 def test_save_find_read(tmp_path: Path, model: GPT2FlashForCausalLM) -> None:
     save(tmp_path, model, 3)
     assert (tmp_path / "model.safetensors").samefile(tmp_path / "step-3" / "model.safetensors")
-    found = checkpoints.find("latest", tmp_path)
+    found = starting.find("latest", tmp_path)
     assert (found.step, found.folder) == (3, tmp_path / "step-3")
     weights, moments = checkpoints.read_tensors(found, model)
     for name, parameter in model.named_parameters():
         assert torch.equal(weights[name], parameter)
         assert torch.equal(moments[f"exp_avg.{name}"], torch.full_like(parameter, 3))
-    assert checkpoints.find(str(tmp_path), Path("elsewhere")).step == 3
-    assert checkpoints.find(str(tmp_path / "step-3"), Path("elsewhere")).step == 3
+    assert starting.find(str(tmp_path), Path("elsewhere")).step == 3
+    assert starting.find(str(tmp_path / "step-3"), Path("elsewhere")).step == 3
 
 
 def test_muon_keeps_one_moment_of_a_matrix(tmp_path: Path, model: GPT2FlashForCausalLM) -> None:
     save(tmp_path, model, 3, optimizer="muon")
-    _, moments = checkpoints.read_tensors(checkpoints.find("latest", tmp_path), model)
+    _, moments = checkpoints.read_tensors(starting.find("latest", tmp_path), model)
     kept = [moment for moment in moments if moment.endswith(("wte.weight", "h.0.mlp.c_fc.weight"))]
     assert sorted(kept) == [
         "exp_avg.transformer.wte.weight",
@@ -78,7 +79,7 @@ def test_a_checkpoint_from_before_there_was_a_choice_is_adamws(tmp_path: Path, m
     state = json.loads(file.read_text())
     del state["optimizer"], state["document_mask"]
     file.write_text(json.dumps(state))
-    found = checkpoints.find("latest", tmp_path).state
+    found = starting.find("latest", tmp_path).state
     assert (found.optimizer, found.document_mask) == ("adamw", False)
 
 
@@ -92,8 +93,8 @@ def test_resuming_from_an_earlier_step_deletes_the_later_ones(tmp_path: Path, mo
     for step in (4, 8):
         save(tmp_path, model, step)
     (tmp_path / "step-8-copy").mkdir()
-    checkpoints.prepare_run_folder(tmp_path, checkpoints.find(str(tmp_path / "step-4"), tmp_path), overwrite=False)
-    assert checkpoints.find("latest", tmp_path).step == 4
+    starting.prepare_run_folder(tmp_path, starting.find(str(tmp_path / "step-4"), tmp_path), overwrite=False)
+    assert starting.find("latest", tmp_path).step == 4
     save(tmp_path, model, 5, keep=1)
     assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-5", "step-8-copy"]
 
@@ -102,7 +103,7 @@ def test_a_missing_tensor_is_named(tmp_path: Path, model: GPT2FlashForCausalLM) 
     optimizer = save(tmp_path, model, 1) / "optimizer.safetensors"
     save_file({"exp_avg.transformer.wte.weight": torch.ones(1)}, optimizer)
     with pytest.raises(UserError, match=r"exp_avg_sq\.transformer\.wte\.weight is missing"):
-        checkpoints.read_tensors(checkpoints.find("latest", tmp_path), model)
+        checkpoints.read_tensors(starting.find("latest", tmp_path), model)
 
 
 def test_a_save_that_fails_leaves_nothing(tmp_path: Path, model: GPT2FlashForCausalLM) -> None:
@@ -128,8 +129,8 @@ def test_saving_the_same_step_again_replaces_it(tmp_path: Path, model: GPT2Flash
 def test_an_unfinished_folder_is_never_read_as_a_checkpoint(tmp_path: Path, model: GPT2FlashForCausalLM) -> None:
     save(tmp_path, model, 1)
     shutil.copytree(tmp_path / "step-1", tmp_path / ".step-2.tmp")
-    assert checkpoints.find("latest", tmp_path).step == 1
-    checkpoints.prepare_run_folder(tmp_path, None, overwrite=False)
+    assert starting.find("latest", tmp_path).step == 1
+    starting.prepare_run_folder(tmp_path, None, overwrite=False)
     assert not (tmp_path / ".step-2.tmp").exists()
 
 
@@ -148,14 +149,14 @@ def test_damage_is_named(tmp_path: Path, model: GPT2FlashForCausalLM, damage, na
     save(tmp_path, model, 1)
     damage(tmp_path)
     with pytest.raises(UserError) as error:
-        checkpoints.read_tensors(checkpoints.find("latest", tmp_path), model)
+        checkpoints.read_tensors(starting.find("latest", tmp_path), model)
     assert all(name in str(error.value) for name in names), str(error.value)
 
 
 def test_overwrite_spares_a_folder_that_holds_no_run(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(UserError, match="holds files but no run"):
-        checkpoints.check_free(tmp_path, resuming=False, overwrite=True)
+        starting.check_free(tmp_path, resuming=False, overwrite=True)
 
 
 def test_a_killed_run_resumes_from_its_last_checkpoint(flags: list[str], finished: Path, tmp_path: Path) -> None:
@@ -174,7 +175,7 @@ def test_a_killed_run_resumes_from_its_last_checkpoint(flags: list[str], finishe
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert not (tmp_path / "baseline" / "metrics.json").exists()
-    step = checkpoints.find("latest", tmp_path / "baseline").step
+    step = starting.find("latest", tmp_path / "baseline").step
     assert 2 <= step < 8
     subprocess.run([*argv, "--resume_from_checkpoint"], cwd=tmp_path, check=True, capture_output=True)
     assert losses(tmp_path / "baseline") == losses(finished)

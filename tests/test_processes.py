@@ -8,7 +8,7 @@ import pytest
 
 from tests.conftest import command, free_port
 from tests.jobs import END_SECONDS, Job, job, launcher, layout
-from train.checkpoints.step_folder import find
+from train.checkpoints.starting import find
 
 CONSEQUENCES = ("closing signal", "Killing subprocess", "Traceback", "failed (exitcode")
 ENDLESS = ["--max_steps=100000", "--warmup_steps=0", "--save_interval=4"]

@@ -10,8 +10,7 @@ import torch
 from transformers import AutoConfig, GPT2LMHeadModel
 
 from tests.conftest import ROOT
-from train.checkpoints import nanogpt
-from train.checkpoints import step_folder as checkpoint
+from train.checkpoints import nanogpt, starting
 from train.checkpoints.loading import load_for_inference, load_model, model_config, own_tokenizer
 from train.config.run_config import parse
 from train.utils.errors import UserError
@@ -158,7 +157,7 @@ def test_a_run_names_its_own_steps(tmp_path: Path, name: str) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "latest").write_text(f"{name}\n")
     with pytest.raises(UserError, match="write the step-N folder"):
-        checkpoint.find("latest", tmp_path / "run")
+        starting.find("latest", tmp_path / "run")
 
 
 def test_a_chat_template_has_the_name_of_a_file(tuned_from: Path, tmp_path: Path) -> None:

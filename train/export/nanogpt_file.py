@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from train.checkpoints import nanogpt
+from train.checkpoints import nanogpt, starting
 from train.checkpoints import step_folder as checkpoints
 from train.checkpoints.loading import TUNING_LEARNING_RATE, load_for_inference
 from train.checkpoints.run_folder import STEPS_FILE, read_steps
@@ -48,7 +48,7 @@ def find_training_state(checkpoint: str) -> checkpoints.Checkpoint | None:
     folder = Path(checkpoint)
     if not any((folder / name).exists() for name in (checkpoints.STATE, checkpoints.LATEST)):
         return None
-    return checkpoints.find(checkpoint, folder)
+    return starting.find(checkpoint, folder)
 
 
 def best_val_loss(trained: checkpoints.Checkpoint) -> float | None:

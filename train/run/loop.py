@@ -7,6 +7,7 @@ from functools import partial
 
 from accelerate.utils import gather_object, set_seed
 
+from train.checkpoints import starting
 from train.checkpoints import step_folder as checkpoints
 from train.checkpoints.loading import load_model
 from train.config import launcher_env as launcher
@@ -44,7 +45,7 @@ def build(run: ResolvedRun) -> Engine:
     tensors = checkpoints.read_tensors(checkpoint, model) if checkpoint else None
     engine.wait()  # until all processes have read their files, because a claimed folder may be emptied
     if engine.is_main:
-        checkpoints.prepare_run_folder(run.config.run_folder, checkpoint, run.config.overwrite)
+        starting.prepare_run_folder(run.config.run_folder, checkpoint, run.config.overwrite)
         rendezvous.claim(run.config.run_folder)
         if run.restarted:
             start = f"resumes from {checkpoint.folder}" if checkpoint else "starts again: there was no checkpoint"

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from modeling_gpt2flash import GPT2FlashConfig
 from modeling_gpt2flash.attention import choose_attention
+from train.checkpoints import starting
 from train.checkpoints import step_folder as checkpoints
 from train.checkpoints.loading import default_learning_rate, default_tokenizer, model_config, own_tokenizer
 from train.config import deepspeed_config as deepspeed_json
@@ -174,9 +175,9 @@ def resolve_engine(config: RunConfig) -> tuple[RunConfig, dict[str, Any]]:
 def resolve_checkpoint(config: RunConfig, restarted: bool) -> checkpoints.Checkpoint | None:
     """The checkpoint to resume from; refuses a run folder that holds another run."""
     resume = config.resume_from_checkpoint
-    checkpoint = checkpoints.find(resume, config.run_folder) if resume else None
+    checkpoint = starting.find(resume, config.run_folder) if resume else None
     same_folder = checkpoint is not None and checkpoint.is_in(config.run_folder)
-    checkpoints.check_free(config.run_folder, same_folder or restarted, config.overwrite)
+    starting.check_free(config.run_folder, same_folder or restarted, config.overwrite)
     return checkpoint
 
 
@@ -263,7 +264,7 @@ def resolve_data(
 
 def check_checkpoint(run: ResolvedRun, checkpoint: checkpoints.Checkpoint) -> None:
     """Refuse to resume another run, or one that has no steps left."""
-    checkpoints.check_same_run(checkpoint, run.state(checkpoint.step))
+    starting.check_same_run(checkpoint, run.state(checkpoint.step))
     # After a restart the summary is written again: the processes may have ended in the middle of it.
     summarized = (run.config.run_folder / "metrics.json").exists() and not run.restarted
     finished = summarized or not checkpoint.is_in(run.config.run_folder)
