@@ -81,7 +81,7 @@ def test_the_peak_of_a_cpu_is_taken_before_the_profiler_fills_its_memory(
     taken = []
     with Profiler(cast(Any, run), cast(Any, engine)) as profiler:
         for step in range(1, 6):
-            monkeypatch.setattr(devices, "peak_memory", lambda device, after=step: {"after": after})
+            monkeypatch.setattr(profiling, "peak_memory", lambda device, after=step: {"after": after})
             profiler.step()
             taken.append(profiler.peak_before)
     assert taken == [None, {"after": 2}, {"after": 2}, {"after": 2}, {"after": 2}]
