@@ -110,7 +110,9 @@ def free_port() -> int:
 
 
 def records(run_folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    """One of each step: validation is added to a step in a second line, and the later line counts."""
+    lines = map(json.loads, (run_folder / "metrics.jsonl").read_text().splitlines())
+    return list({record["step"]: record for record in lines}.values())
 
 
 def losses(run_folder: Path) -> list[float]:

@@ -55,7 +55,7 @@ class Job:
 
     def until_step(self, step: int, run_folder: Path) -> None:
         file = run_folder / "metrics.jsonl"
-        self.until(lambda: file.exists() and file.read_text().count("\n") >= step)
+        self.until(lambda: file.exists() and f'"step": {step},' in file.read_text())
 
     def processes(self) -> list[psutil.Process]:
         return [self.process, *self.process.children(recursive=True)]

@@ -275,6 +275,21 @@ def test_repeated_steps_of_a_resumed_run_count_once(tmp_path: Path) -> None:
     assert steps[-1]["loss"] == 1.5
 
 
+def test_lines_that_cannot_be_read_are_gaps_under_a_warning(tmp_path: Path) -> None:
+    first, second = write_run(tmp_path / "first"), write_run(tmp_path / "second")
+    steps = second / "metrics.jsonl"
+    lines = steps.read_bytes().splitlines()
+    damaged = [*lines[:4], lines[4][:30], *lines[5:7], b"caf\xe9", *lines[8:-2]]  # steps 5, 8, 39 and 40 are lost
+    steps.write_bytes(b"\n".join([*damaged, b"\0" * 100 + b"\n"]))
+    data = run([first, second], tmp_path / "out")
+    (warning,) = [line for line in data["warnings"] if "missing" in line]
+    where = "second: 4 of 40 steps (5, 8, 39 to 40) have no record in"
+    assert warning.startswith(f"Records missing: {where} {steps} (line 5, column ")
+    found = compare_runs.read_run(second, "second").steps
+    assert found[4] == {"step": 5}
+    assert [record["step"] for record in found] == list(range(1, 41))
+
+
 def refusal(folders: list[Path], out: Path) -> str:
     with pytest.raises(UserError) as caught:
         compare.main([*map(str, folders), "--out", str(out)])
@@ -313,16 +328,24 @@ def test_refused_broken_and_foreign_files(two: list[Path], tmp_path: Path) -> No
     whole = steps.read_text()
     lines = whole.splitlines()
 
-    steps.write_text("\n".join([*lines[:4], lines[4][:30], *lines[5:]]))
-    assert refusal(two, out).startswith(f"{steps}, line 5, column ")
-    steps.write_text("\n".join([*lines, "[1]"]))
-    assert refusal(two, out) == f'{steps}, line 41: not a step of a run (an object with a "step")'
+    def of_other_runs(fault: str) -> str:
+        return (
+            f"{steps} has 0 steps ({fault}) and metrics.json sums up 40: they are of different runs, or incomplete; "
+            "train it again"
+        )
+
+    steps.write_text("[1]")
+    assert refusal(two, out) == of_other_runs('line 1: not a step of a run (an object with a "step")')
     steps.write_text('{"step": 1, "tokens": 2}\n')
-    assert refusal(two, out) == f'{steps}, line 1: "loss" is missing'
+    assert refusal(two, out) == of_other_runs('line 1: "loss" is missing')
     steps.write_text('\n{"step": 1, "tokens": 2, "loss": "low", "tokens_per_second": 1, "step_time_seconds": 1}\n')
-    assert refusal(two, out) == f"{steps}, line 2: \"loss\" is 'low', not a number"
+    assert refusal(two, out) == of_other_runs("line 2: \"loss\" is 'low', not a number")
     steps.write_bytes(b"\xff\xfe")
-    assert refusal(two, out) == f"{steps} is not text: byte 0 is not UTF-8"
+    assert refusal(two, out) == of_other_runs("line 1: byte 0 is not UTF-8")
+    steps.write_text("\n".join([*lines, lines[-1].replace('"step": 40', '"step": 41')]))
+    assert refusal(two, out).startswith(
+        f"{steps} has 41 steps and metrics.json sums up 40: they are of different runs"
+    )
     steps.write_text(whole)
 
     good = json.loads(summary.read_text())

@@ -1,4 +1,7 @@
-"""A disk that is full ends a preparation with a sentence; with more room the same command goes on."""
+"""A disk that is full ends a preparation with a sentence; with more room the same command goes on.
+
+Under a tracker it does not end a run.
+"""
 
 import errno
 import itertools
@@ -13,7 +16,7 @@ from subprocess import PIPE
 
 import pytest
 
-from tests.conftest import ROOT, command
+from tests.conftest import ROOT, command, records
 from tests.preparations import (
     COMMAND,
     check_pairs,
@@ -137,3 +140,16 @@ def test_no_room_from_any_change_on(tmp_path: Path) -> None:
         shutil.rmtree(out)
     assert change > 10
     assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_a_full_disk_under_tensorboard_does_not_end_a_run(disk: Disk, flags: list[str], tmp_path: Path) -> None:
+    run = tmp_path / "baseline"
+    run.mkdir()
+    (run / "tensorboard").symlink_to(disk.mount)
+    (disk.seen_from_here / "filler").write_bytes(bytes(2 * MEBIBYTE - 4 * 4096))
+    own = [*flags, "--report_to=tensorboard", "--max_steps=60", "--max_new_tokens=0", f"--checkpoint_path={tmp_path}"]
+    done = command(*disk.enter, sys.executable, "-m", "train", *own, cwd=ROOT)
+    assert "Traceback" not in done.stderr
+    assert done.stdout.count("--report_to tensorboard: failed and is not called again: [Errno 28] No space left") == 1
+    assert [record["step"] for record in records(run)] == list(range(1, 61))
+    assert (run / "metrics.json").exists()

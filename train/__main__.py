@@ -3,11 +3,12 @@
 import gc
 
 from train.config.run_config import parse
-from train.utils.command import run_command
+from train.utils.command import outlive_output, run_command
 
 
 def main() -> None:
     config = parse()
+    outlive_output()
     # Imported after the flags are parsed, so that --help and a typo are answered at once. None of these objects is
     # freed before the end: collecting garbage among them takes a fifth of the time here, and of each compilation.
     gc.disable()

@@ -2,26 +2,33 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from train.metrics.summary import check_summary, is_number
 from train.metrics.table import STEP_METRICS, look_up
 from train.utils.errors import UserError
-from train.utils.files import parse_json, read_json, read_text
+from train.utils.files import parse_json, read_json
 
 SUMMARY_FILE = "metrics.json"
 STEPS_FILE = "metrics.jsonl"
+NAMED_GAPS = 5  # in a message about missing steps
 
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """One finished run. `steps` holds a line of `metrics.jsonl` for each optimizer step, in order."""
+    """One finished run.
+
+    `steps` holds a line of `metrics.jsonl` for each optimizer step, in order; of a step whose line is lost, its number
+    only. `missing` says which these are.
+    """
 
     label: str
     folder: Path
     summary: dict[str, Any]
     steps: list[dict[str, Any]]
+    missing: str = ""
 
     def get(self, key: str) -> Any:
         """A value of the summary by its dotted path ("step_time_seconds.median"); None where it is not."""
@@ -62,48 +69,82 @@ def read_run(folder: Path, label: str) -> FinishedRun:
         raise UserError(f"{folder} has {SUMMARY_FILE} but no {STEPS_FILE}: its curves are lost; train it again")
     summary = read_json(summary_path)
     check_summary(summary, summary_path)
-    # A run that was killed and resumed repeats the steps since its checkpoint: the later line counts.
-    by_step = {record["step"]: record for record in read_steps(steps_path)}
-    if len(by_step) != summary["steps"]:
+    records, fault = read_steps(steps_path)
+    steps, fault = summary["steps"], f" ({fault})" if fault else ""
+    if not isinstance(steps, int) or 2 * len(records) < steps or (records and records[-1]["step"] > steps):
         raise UserError(
-            f"{steps_path} has {len(by_step)} steps and {SUMMARY_FILE} sums up {summary['steps']}: they are of "
-            "different runs, or incomplete; train it again"
+            f"{steps_path} has {len(records)} steps{fault} and {SUMMARY_FILE} sums up {steps}: they are of different "
+            "runs, or incomplete; train it again"
         )
-    return FinishedRun(label, folder, summary, [by_step[step] for step in sorted(by_step)])
+    missing = missing_steps(records, steps)
+    known = {record["step"]: record for record in records}
+    return FinishedRun(
+        label,
+        folder,
+        summary,
+        [known.get(step, {"step": step}) for step in range(1, steps + 1)],
+        f"{missing} have no record in {steps_path}{fault}" if missing else "",
+    )
 
 
-def read_steps(path: Path, until_broken: bool = False) -> list[dict[str, Any]]:
-    """The records of a `metrics.jsonl`, each with the required `STEP_METRICS`.
+def read_steps(path: Path) -> tuple[list[dict[str, Any]], str]:
+    """The records of a `metrics.jsonl`, one a step, in order; and what is wrong with the first line left out, or "".
 
-    `until_broken`: whether the records before a line that is not JSON are returned, as a crash leaves them, instead of
-    an error.
+    Of two lines of a step the later counts: validation is added to a step in a second line, and a run that was killed
+    and resumed repeats the steps since its checkpoint. Lines that are not such a record, with the required
+    `STEP_METRICS`, are left out: after a power failure a file may end in zeros, or in the middle of a line.
     """
-    records = []
+    if not path.is_file():
+        return [], "there is no such file"
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        return [], f"{error.strerror}"
+    by_step, fault = {}, ""
     # Not splitlines(): JSON may hold U+2028 and its like, which it takes for line ends.
-    for line, text in enumerate(read_text(path).split("\n"), start=1):
-        if not text.strip():
+    for line, text in enumerate(content.split(b"\n"), start=1):
+        if not (text := text.strip(b"\0 \t\r")):
             continue
         try:
-            record = parse_json(text, path, line)
-        except UserError:
-            if until_broken:
-                break
-            raise
-        if not isinstance(record, dict) or not is_number(record.get("step")):
-            raise UserError(f'{path}, line {line}: not a step of a run (an object with a "step")')
-        for metric in STEP_METRICS:
-            if metric.required and metric.key not in record:
-                raise UserError(f'{path}, line {line}: "{metric.key}" is missing')
-            if (value := record.get(metric.key)) is not None and not is_number(value):
-                raise UserError(f'{path}, line {line}: "{metric.key}" is {value!r}, not a number')
-        records.append(record)
-    return records
+            record = _record(text, path, line)
+        except UserError as error:
+            fault = fault or str(error).removeprefix(f"{path}, ")
+            continue
+        by_step[record["step"]] = record
+    return [by_step[step] for step in sorted(by_step)], fault
+
+
+def missing_steps(records: Sequence[dict[str, Any]], last: int) -> str:
+    """Which steps from 1 to `last` have no record, as "3 of 40 steps (5, 7 and 8)"; "" if there is none."""
+    edges = [0, *(record["step"] for record in records), last + 1]
+    gaps = [(before + 1, after - 1) for before, after in pairwise(edges) if after > before + 1]
+    if not gaps:
+        return ""
+    named = [str(first) if first == end else f"{first} to {end}" for first, end in gaps]
+    named = named if len(named) <= NAMED_GAPS else [*named[: NAMED_GAPS - 1], f"… {named[-1]}"]
+    return f"{sum(end - first + 1 for first, end in gaps):,} of {last:,} steps ({', '.join(named)})"
+
+
+def _record(text: bytes, path: Path, line: int) -> dict[str, Any]:
+    """A line of `metrics.jsonl`; a `UserError` if it is not the record of a step."""
+    try:
+        record = parse_json(text.decode(), path, line)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}, line {line}: byte {error.start} is not UTF-8") from None
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int) or record["step"] < 1:
+        raise UserError(f'{path}, line {line}: not a step of a run (an object with a "step")')
+    for metric in STEP_METRICS:
+        if metric.required and metric.key not in record:
+            raise UserError(f'{path}, line {line}: "{metric.key}" is missing')
+        if (value := record.get(metric.key)) is not None and not is_number(value):
+            raise UserError(f'{path}, line {line}: "{metric.key}" is {value!r}, not a number')
+    return record
 
 
 def _why_unfinished(folder: Path) -> str:
     """Why a folder without `metrics.json` is not a finished run: it is interrupted, a parent, or something else."""
     if (folder / STEPS_FILE).is_file():
-        steps = sum(1 for line in read_text(folder / STEPS_FILE).splitlines() if line.strip())
+        steps = len(read_steps(folder / STEPS_FILE)[0])
         plural = "step" if steps == 1 else "steps"
         return (
             f"{folder} has no {SUMMARY_FILE}: the run is unfinished ({STEPS_FILE} has {steps} {plural}); "

@@ -86,6 +86,8 @@ def warnings(runs: Sequence[FinishedRun], found: Sequence[Mapping[str, Any]]) ->
         head = NOT_COMPARABLE if difference["kind"] == "comparability" else "Different environment"
         lines.append(f"{head}: {difference['key']}: {values}")
     for run in runs:
+        if run.missing:
+            lines.append(f"Records missing: {run.label}: {run.missing}: the curves have gaps there")
         if run.get("steps") and run.get("train_loss") is None:
             lines.append(f"Diverged: {run.label}: the training loss of its last steps is not a number")
         if run.get("val_loss") is None:

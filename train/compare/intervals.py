@@ -28,7 +28,8 @@ def spreads(run: FinishedRun) -> dict[str, Spread]:
     The first step and those under the profiler are left out, as in those metrics, and the few steps after the first
     that do not fill an interval. Empty for a run that is too short, or in which the time of a step is unknown.
     """
-    times = [record["step_time_seconds"] for record in run.steps[1:] if not record.get("profiled")]
+    counted = [record for record in run.steps[1:] if not record.get("profiled")]
+    times: list[float] = [record.get("step_time_seconds") or 0.0 for record in counted]
     tokens_per_step = run.get("tokens_per_step")
     count = min(MOST_INTERVALS, len(times) // FEWEST_STEPS)
     if count < FEWEST_INTERVALS or not all(times) or not tokens_per_step:

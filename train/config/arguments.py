@@ -6,6 +6,7 @@ A field made by `flag` is one flag. Its type, choices and bounds are those of it
 import argparse
 import math
 import operator
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -15,6 +16,8 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from train.utils.errors import UserError, did_you_mean
 
+LARGEST = 2**53  # of whole numbers without a bound of their own: a float still counts to it
+SHOWN_CHARACTERS = 40  # of what is no number
 BOUNDS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
 
 
@@ -50,7 +53,7 @@ class ArgumentParser(argparse.ArgumentParser):
         return arguments
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        args = [_underscored(word) for word in (sys.argv[1:] if args is None else args)]
+        args = [_underscored(_text(word)) for word in (sys.argv[1:] if args is None else args)]
         namespace, unknown = self.parse_known_args(args, namespace)
         if unknown:
             name = unknown[0].partition("=")[0]
@@ -101,15 +104,29 @@ def number(kind: type[int] | type[float], **bounds: float) -> Callable[[str], An
     def parse(text: str) -> float:
         try:
             value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not math.isfinite(value):
-            raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole number' if kind is int else 'a number'}")
+            finite = math.isfinite(value)
+        except (ValueError, OverflowError):  # no number, or one beyond what any can be
+            finite = False
+        if not finite:
+            shown = text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}…"
+            raise argparse.ArgumentTypeError(f"{shown!r} is not {'a whole number' if kind is int else 'a number'}")
+        if kind is int and abs(value) > LARGEST and not bounds.keys() & {"at_most", "below"}:
+            raise argparse.ArgumentTypeError(f"{text} is larger than any count here can be ({LARGEST:,})")
         if not all(BOUNDS[key](value, bound) for key, bound in bounds.items()):
             raise argparse.ArgumentTypeError(f"{text} must be {expected}")
         return value
 
     return parse
+
+
+def _text(word: str) -> str:
+    """An argument, which must be UTF-8: it may become text for a model, or be recorded in JSON."""
+    try:
+        word.encode()
+    except UnicodeEncodeError:
+        flag, _, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        raise UserError(f"{flag or 'an argument'}: {os.fsencode(value)!r} is not UTF-8; write it in UTF-8") from None
+    return word
 
 
 def _underscored(word: str) -> str:

@@ -144,7 +144,7 @@ class Engine(ABC):
         self.accelerator.wait_for_everyone()
 
     def close(self) -> None:
-        """Finish the trackers and destroy the process group. No collective may follow."""
+        """Destroy the process group. No collective may follow."""
         self.accelerator.end_training()
 
     @abstractmethod

@@ -53,7 +53,6 @@ def find_training_state(checkpoint: str) -> checkpoints.Checkpoint | None:
 
 def best_val_loss(trained: checkpoints.Checkpoint) -> float | None:
     """The lowest validation loss up to the checkpoint, in nats, from the run's metrics; None if there is none."""
-    file = trained.folder.parent / STEPS_FILE
-    records = read_steps(file, until_broken=True) if file.exists() else []
-    losses = [record["val_loss"] for record in records if "val_loss" in record and record["step"] <= trained.step]
-    return min(losses, default=None)
+    records, _ = read_steps(trained.folder.parent / STEPS_FILE)
+    losses = [record.get("val_loss") for record in records if record["step"] <= trained.step]
+    return min((loss for loss in losses if loss is not None), default=None)  # null: it was not a number

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--prompt_file", metavar="FILE", type=Path, help="a file with a prompt on each line that is not empty")
     add = parser.add_flags(Decoding, "generation").add_argument
-    add("--seed", type=int, default=0, help="of the sampling: the same command generates the same texts")
+    seed = number(int, at_least=0, below=2**64)
+    add("--seed", type=seed, default=0, help="of the sampling: the same command generates the same texts")
     add = parser.add_argument_group("output").add_argument
     add("--stream", action="store_true", help="print a text while it is generated; one at a time")
     add("--json", action="store_true", help="a JSON object a line: prompt and text, or the figures of --benchmark")
@@ -200,7 +202,8 @@ def print_texts(args: argparse.Namespace, decoding: Decoding) -> None:
             print(SEPARATOR, flush=True)
         for copy, text in enumerate(next(texts)):
             if args.json:
-                print(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False), flush=True)
+                readable = sys.stdout.encoding.lower() == "utf-8"  # otherwise escaped, as JSON has it
+                print(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=not readable), flush=True)
             elif not args.stream:
                 print(f"{SEPARATOR}\n{text}" if index + copy > 0 else text, flush=True)
 

@@ -82,27 +82,29 @@ def summarize(
 ) -> dict[str, Any]:
     """The content of `metrics.json`: `facts` and every metric of the table, null where it was not measured.
 
-    - `records`: the lines of `metrics.jsonl`, one an optimizer step, in order. "data_seconds" is the part of a step in
-      which the main process waited for its data.
+    - `records`: the lines of `metrics.jsonl`, one an optimizer step, in order; after a resumption some may be missing.
+      "data_seconds" is the part of a step in which the main process waited for its data.
     - `measured`: metrics that do not follow from the records, such as memory, energy and inference, under their keys.
     - `flops`: per token; `device_peak_flops` is `flops.peak_flops(name, precision)` of one device.
 
     Training time is the sum of the step times: validation and checkpoints are not in it, every attempt of a run that
-    was resumed is. Throughput, step times and the share of waiting leave out the steps that are "profiled", and the
-    first, which allocates, compiles and tunes, unless it is the only one. Throughput is all their tokens over all
-    their seconds: a mean of each step's rate would hide slow steps.
+    was resumed is; it is unknown if the record of a step is missing. Throughput, step times and the share of waiting
+    leave out the steps that are "profiled", and the first, which allocates, compiles and tunes, unless it is the only
+    one. Throughput is all their tokens over all their seconds: a mean of each step's rate would hide slow steps.
     """
     counted = [record for record in records if not record.get("profiled")]
     counted = counted[1:] or counted
-    times = [float(record["step_time_seconds"]) for record in counted]
+    times = [nan_for_null(record["step_time_seconds"]) for record in counted]
     waits = [nan_for_null(record.get("data_seconds")) for record in counted]  # records of older versions have none
     seconds = math.fsum(times)
+    steps = records[-1]["step"] if records else 0
+    training_time = math.fsum(nan_for_null(record["step_time_seconds"]) for record in records)
     tokens_per_second = facts.tokens_per_step * len(times) / seconds if seconds > 0 else None
     metrics: dict[str, Any] = {
         **{metric.key: over_steps(records, metric.key, metric.over_steps) for metric in METRICS if metric.over_steps},
-        "steps": len(records),
+        "steps": steps,
         "tokens": records[-1]["tokens"] if records else 0,
-        "training_time_seconds": math.fsum(float(record["step_time_seconds"]) for record in records),
+        "training_time_seconds": training_time if len(records) == steps else None,
         "time_per_epoch_seconds": (
             tokens_per_epoch / tokens_per_second if tokens_per_second and tokens_per_epoch else None
         ),

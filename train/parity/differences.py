@@ -56,7 +56,7 @@ def differences(run_folder: Path, reference: Reference) -> dict[str, Difference]
 
 
 def _all(run_folder: Path, reference: Reference) -> Iterator[tuple[str, Difference]]:
-    records = read_steps(run_folder / "metrics.jsonl")
+    records, _ = read_steps(run_folder / "metrics.jsonl")
     if len(records) != len(reference.steps):
         raise ValueError(f"it logged {len(records)} steps of {len(reference.steps)}")
     before: dict[str, torch.Tensor] = {}

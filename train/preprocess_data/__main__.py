@@ -6,7 +6,7 @@ from train.config.arguments import ArgumentParser
 from train.data.verify import verify
 from train.preprocess_data.convert import STDLIB_VAL_FRACTION, VAL_FRACTION, PreparationConfig, prepare, summary
 from train.preprocess_data.sources import FILE_KINDS, HUB_DATASETS, STDLIB
-from train.utils.command import run_command
+from train.utils.command import outlive_output, run_command
 
 EXAMPLES = "\n".join(
     [
@@ -45,6 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     if folder is not None:
         verify(folder)
         return
+    outlive_output()
     flags["split"] = flags["split"] or (HUB_DATASETS[dataset].split if dataset in HUB_DATASETS else "hash")
     if flags["val_fraction"] is None:
         flags["val_fraction"] = STDLIB_VAL_FRACTION if dataset == STDLIB else VAL_FRACTION

@@ -71,9 +71,10 @@ def due(step: int, interval: int, last: int) -> bool:
 
 
 @annotate("checkpoint")
-def save(engine: Engine, run: ResolvedRun, step: int) -> None:
+def save(engine: Engine, run: ResolvedRun, log: RunLog, step: int) -> None:
     """Write the checkpoint after `step` steps, parameter by parameter."""
     tensors = engine.tensors()
+    log.flush()  # first: a run that resumes from the checkpoint needs the records up to it
     if engine.is_main:
         config = run.config
         checkpoints.save(
@@ -141,11 +142,11 @@ def train(run: ResolvedRun) -> None:
             }
             if profiler.at_work:
                 record["profiled"] = True
-            if due(done, config.eval_interval, run.total_steps):
-                record |= validate(engine, run.val, config.train_micro_batch_size_per_gpu, config.eval_steps)
             log.write(record)
+            if due(done, config.eval_interval, run.total_steps):
+                log.amend(validate(engine, run.val, config.train_micro_batch_size_per_gpu, config.eval_steps))
             if due(done, config.save_interval, run.total_steps):
-                save(engine, run, done)
+                save(engine, run, log, done)
             profiler.step()
     log.close()
     main, world_size, measured = engine.is_main, engine.world_size, engine.peak_memory(profiler.peak_before)

@@ -7,7 +7,8 @@ attempt needs to continue the same record.
 
 import json
 import os
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Iterable, Mapping
 from operator import attrgetter
 from typing import Any
 
@@ -34,6 +35,32 @@ def check(names: Iterable[str]) -> None:
     for name in names:
         if name not in available:
             raise UserError(f"--report_to {name}: its package is not installed; pip install {name}, or drop it")
+
+
+class Trackers:
+    """The trackers of a run. One that fails is reported and is not called again: the run goes on without it."""
+
+    def __init__(self, accelerator: Accelerator, config: RunConfig, step: int) -> None:
+        start(accelerator, config, step)
+        # Accelerate would finish them in `end_training`, after a failure as well, and end the run by what they raise.
+        self.working, accelerator.trackers = accelerator.trackers, []
+
+    def log(self, values: Mapping[str, Any], step: int, report: Callable[[str], None]) -> None:
+        self._call(lambda tracker: tracker.log(values, step=step), report)
+
+    def finish(self, report: Callable[[str], None]) -> None:
+        self._call(lambda tracker: tracker.finish(), report)
+
+    def _call(self, action: Callable[[Any], None], report: Callable[[str], None]) -> None:
+        for tracker in list(self.working):
+            try:
+                action(tracker)
+            except Exception as error:  # each has its own: a full disk, a server that is gone
+                self.working.remove(tracker)
+                report(
+                    f"--report_to {tracker.name}: failed and is not called again: {first_line(error)}; training "
+                    "continues, and metrics.jsonl has its records"
+                )
 
 
 def start(accelerator: Accelerator, config: RunConfig, step: int) -> None:
@@ -63,6 +90,18 @@ def start(accelerator: Accelerator, config: RunConfig, step: int) -> None:
         raise UserError(f"--report_to {names}: cannot be started: {first_line(error)}") from error
     if records:
         write_json(file, records)
+    _silence_writer_threads()
+
+
+def _silence_writer_threads() -> None:
+    """Print no traceback of TensorBoard's writer thread: its next call raises the same error again."""
+    default = threading.excepthook
+
+    def hook(failed: threading.ExceptHookArgs) -> None:
+        if not type(failed.thread).__module__.startswith("tensorboard."):
+            default(failed)
+
+    threading.excepthook = hook
 
 
 def _resume_arguments(record: str | None, step: int) -> dict[str, dict[str, Any]]:

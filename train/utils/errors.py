@@ -1,7 +1,19 @@
 """Errors that a user can fix, and the one-line summary of any other error."""
 
 import difflib
-from collections.abc import Iterable
+import errno
+import os
+import re
+from collections.abc import Iterable, Iterator
+
+# Errors of a disk, which libraries wrap in their own.
+OF_A_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EROFS, errno.ENAMETOOLONG, errno.ESTALE}
+DISK_TEXTS = {os.strerror(number): number for number in OF_A_DISK}
+RUST_ERROR = re.compile(r"\(os error (\d+)\)")  # how Rust writes an errno: safetensors, tokenizers
+TORCH_WRITER = re.compile(r"PytorchStreamWriter failed writing|inline_container\.cc.*unexpected pos", re.DOTALL)
+OUT_OF_MEMORY = re.compile(
+    r"can't allocate memory|not enough memory|out of memory|Storage size calculation overflowed"
+)
 
 
 class UserError(Exception):
@@ -13,7 +25,50 @@ def first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
+def text_of(message: str) -> str:
+    """A message as text that can be written: it may hold bytes that are not UTF-8, of a file name or an argument."""
+    return message.encode("utf-8", "backslashreplace").decode()
+
+
+def file_error(error: BaseException) -> str | None:
+    """The sentence of an error of the file system, also where a library wraps one; None for any other error."""
+    for each in _causes(error):
+        if isinstance(each, OSError) and each.errno is not None:
+            # Of the errors that were handled meanwhile only those of a disk count: others may be unrelated.
+            if not isinstance(each, ConnectionError | ChildProcessError | ProcessLookupError) and (
+                each is error or each.errno in OF_A_DISK
+            ):
+                name = os.fsdecode(each.filename) if isinstance(each.filename, str | bytes | os.PathLike) else ""
+                return f"{name or 'the file system'}: {os.strerror(each.errno)}"
+            continue
+        text = str(each)
+        found = RUST_ERROR.search(text)
+        numbers = [int(found[1])] if found else [number for words, number in DISK_TEXTS.items() if words in text]
+        if numbers:
+            return f"the file system: {os.strerror(numbers[0])}"
+        if TORCH_WRITER.search(text):
+            return f"the file system: a file could not be written ({first_line(each)}); is the disk full?"
+    return None
+
+
+def memory_error(error: BaseException) -> str | None:
+    """The sentence of a lack of memory; None for any other error."""
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error))):
+        return f"out of memory: {first_line(error)}; ask for less at once, or for a smaller model"
+    return None
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """ "did you mean NAME? " with the nearest known name, empty where none is near: the start of a remedy."""
     nearest = difflib.get_close_matches(word, list(known), n=1)
     return f"did you mean {nearest[0]}? " if nearest else ""
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """The error, what it was raised from, or what was being handled then, and so on."""
+    seen: list[BaseException] = []
+    following: BaseException | None = error
+    while following is not None and following not in seen:
+        seen.append(following)
+        yield following
+        following = following.__cause__ or (None if following.__suppress_context__ else following.__context__)
