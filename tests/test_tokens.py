@@ -153,6 +153,7 @@ def test_write_token_file(tmp_path: Path) -> None:
         "max_token_id": END_OF_TEXT,
         "vocabulary_size": VOCABULARY_SIZE,
         "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "samples_sha256": tokens.digest_of_samples(path),
         "split": "hash",
     }
     assert {path.name for path in tmp_path.iterdir()} == {"train.bin", "train.json"}
@@ -274,3 +275,37 @@ def test_a_corrupt_sidecar(tmp_path: Path, content: str, fault: str) -> None:
     sidecar_path(path).write_text(content)
     with pytest.raises(UserError, match=rf"train\.json.*{fault}.*move the file away"):
         open_tokens(path, VOCABULARY_SIZE)
+
+
+def flip(path: Path, offset: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[offset] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("offset", [0, 1_048_575, 5_000_000 * 2 * 7 // 65, -1_048_576, -1])
+def test_a_file_is_sampled_at_every_start(tmp_path: Path, offset: int) -> None:
+    path = write_tokens(tmp_path / "train.bin", [7] * 5_000_000)
+    open_tokens(path, VOCABULARY_SIZE)
+    flip(path, offset)
+    with pytest.raises(UserError, match=r"train\.bin is not the file that its sidecar .*train\.json.*--overwrite"):
+        open_tokens(path, VOCABULARY_SIZE)
+
+
+def test_a_sidecar_of_an_older_version_stays_readable(tmp_path: Path) -> None:
+    path = write_tokens(tmp_path / "train.bin", [1, 2, 3])
+    sidecar = json.loads(sidecar_path(path).read_text())
+    del sidecar["samples_sha256"]
+    sidecar_path(path).write_text(json.dumps(sidecar))
+    assert open_tokens(path, VOCABULARY_SIZE).ids.tolist() == [1, 2, 3]
+
+
+def test_a_bare_file_is_known_by_its_content(tmp_path: Path) -> None:
+    path, other = tmp_path / "train.bin", tmp_path / "other.bin"
+    np.arange(3_000_000, dtype=np.uint16).tofile(path)
+    other.write_bytes(path.read_bytes())
+    identity = open_tokens(path, 65_536).identity
+    assert identity == open_tokens(other, 65_536).identity
+    flip(other, 3)
+    assert identity != open_tokens(other, 65_536).identity
+    assert identity["sha256"] is None

@@ -14,6 +14,7 @@ TOOLS = {
     "generate": ("train.generate.__main__", "generate text with a trained model"),
     "compare": ("train.compare.__main__", "compare finished runs: a report, a gate"),
     "kernels": ("train.kernels.__main__", "show where the time of profiled steps goes"),
+    "checkpoints": ("train.checkpoints.__main__", "check that the checkpoints of a run are intact"),
     "plan": ("train.plan.__main__", "find the fastest layout that fits, before a run"),
     "export": ("train.export.__main__", "write a checkpoint for other tools"),
     "hub": ("train.hub.__main__", "upload a finished run to the Hugging Face Hub"),
@@ -23,7 +24,7 @@ TOOLS = {
 HELP = f"""\
 usage: gpt2flash TOOL [ARGUMENTS ...]
 
-{"".join(f"  {tool:<12}{what}{chr(10)}" for tool, (_, what) in TOOLS.items())}
+{"".join(f"  {tool:<13}{what}{chr(10)}" for tool, (_, what) in TOOLS.items())}
 gpt2flash TOOL --help has the arguments of each. A launcher starts the training of several processes:
 
   accelerate launch --config_file "$(gpt2flash config deepspeed)" --num_processes 2 -m train \\

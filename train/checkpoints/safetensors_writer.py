@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from train.checkpoints.digests import PIECE_BYTES, TensorDigest
+
 ITEM_BYTES = 4  # fp32
 
 
@@ -34,12 +36,20 @@ class TensorFile(AbstractContextManager):
         self.data = self.file.tell()
         self.missing = set(self.shapes)
 
-    def write(self, name: str, tensor: torch.Tensor) -> None:
+    def write(self, name: str, tensor: torch.Tensor) -> TensorDigest:
+        """Write a tensor, and return the digest of its bytes."""
         assert list(tensor.shape) == self.shapes[name], f"{name} is {list(tensor.shape)}, not {self.shapes[name]}"
         assert tensor.dtype == torch.float32
         self.file.seek(self.data + self.starts[name])
-        self.file.write(tensor.contiguous().numpy().astype("<f4", copy=False).data)
+        values = tensor.contiguous().numpy().astype("<f4", copy=False).reshape(-1)
+        digest = TensorDigest()
+        step = PIECE_BYTES // ITEM_BYTES
+        for start in range(0, values.size, step):
+            piece = values[start : start + step]
+            digest.update(piece)
+            self.file.write(piece.data)
         self.missing.remove(name)
+        return digest
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.file.close()

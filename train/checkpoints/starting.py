@@ -1,11 +1,22 @@
 """Where a run starts: the checkpoint that it resumes from, and a run folder that is free for it."""
 
 import shutil
+import sys
 from pathlib import Path
 
-from train.checkpoints.step_folder import LATEST, STATE, Checkpoint, TrainingState, latest, step_folders
+from train.checkpoints.step_folder import (
+    LATEST,
+    STATE,
+    Checkpoint,
+    TrainingState,
+    faults,
+    latest,
+    read_state,
+    step_folders,
+)
+from train.utils import processes
 from train.utils.errors import UserError
-from train.utils.files import delete_folder, from_json, read_json, write_text
+from train.utils.files import delete_folder, write_text
 
 # Fields of the training state that a resumed run must share with its checkpoint, or its loss curve would be another.
 SAME_IN_A_RUN = ("model", "train_data", "seed", "block_size", "document_mask", "sequences_per_step", "optimizer")
@@ -14,26 +25,82 @@ SAME_IN_A_RUN = ("model", "train_data", "seed", "block_size", "document_mask", "
 def find(requested: str, run_folder: Path) -> Checkpoint:
     """The checkpoint that `--resume_from_checkpoint` names: `latest` of the run folder, or a step or run folder.
 
+    It is read and checked completely, by each process for itself: all of them see the same files, so all take the same
+    one, before they can talk to each other. If the last one of a run is damaged, it is the newest that is intact, and
+    the main process says so.
+
     Raises:
-        UserError: if there is none, or it is incomplete.
+        UserError: if there is none, or the named step is damaged.
     """
     folder = run_folder if requested == "latest" else Path(requested)
     if not folder.exists():
         raise UserError(f"--resume_from_checkpoint {requested}: {folder} does not exist")
-    if not (folder / STATE).exists() and (folder / LATEST).exists():
-        folder = latest(folder)
-    if not (folder / STATE).exists():
+    if not _is_run_folder(folder):
+        checkpoint, fault = read_intact(folder)
+        if checkpoint is not None:
+            return checkpoint
+        instead, _ = _newest_intact(folder.parent)
+        remedy = f"resume from {instead.folder}" if instead else "start a new run without the flag"
+        raise UserError(f"--resume_from_checkpoint {requested}: {fault}; {remedy}")
+    checkpoint, fault = _newest_intact(folder)
+    if checkpoint is None:
         raise UserError(
-            f"--resume_from_checkpoint {requested}: {folder} holds no complete checkpoint ({STATE} is missing); "
-            "name a step-N folder, or start a new run without the flag"
+            f"--resume_from_checkpoint {requested}: {fault}, and no other checkpoint there is intact; start a new "
+            "run, with --overwrite or another --checkpoint_path"
         )
-    return Checkpoint(folder, from_json(TrainingState, read_json(folder / STATE), folder / STATE, "training"))
+    if fault is not None:
+        _say(f"{fault}; resuming from {checkpoint.folder}, the newest checkpoint that is intact")
+    return checkpoint
+
+
+def read_intact(folder: Path) -> tuple[Checkpoint | None, str | None]:
+    """The checkpoint in a step folder and None, or None and the first fault of it."""
+    try:
+        checkpoint = read_state(folder)
+        fault = next(faults(checkpoint), None)
+    except UserError as error:
+        return None, str(error)
+    if fault is not None:
+        return None, fault
+    if checkpoint.state.digests is None:
+        _say(f"{folder} is of an older version, without digests: only names, shapes and finite values are checked")
+    return checkpoint, None
+
+
+def _newest_intact(run_folder: Path) -> tuple[Checkpoint | None, str | None]:
+    """The checkpoint that `latest` names, or else the newest that is intact; and the fault of the one named."""
+    folders = [folder for _, folder in reversed(step_folders(run_folder))]
+    fault = None
+    try:
+        named = latest(run_folder)
+        folders = [named, *(folder for folder in folders if folder != named)]
+    except FileNotFoundError:
+        fault = f"{run_folder / LATEST} is missing"
+    except UserError as error:
+        fault = str(error)
+    for folder in folders:
+        checkpoint, found = read_intact(folder)
+        if checkpoint is not None:
+            return checkpoint, fault
+        fault = fault or found
+    return None, fault
+
+
+def _is_run_folder(folder: Path) -> bool:
+    return not (folder / STATE).exists() and ((folder / LATEST).exists() or bool(step_folders(folder)))
+
+
+def _say(sentence: str) -> None:
+    if processes.rank() == 0:
+        print(sentence, file=sys.stderr, flush=True)
 
 
 def check_same_run(checkpoint: Checkpoint, state: TrainingState) -> None:
     """Refuse to resume with another model, data or batch: the loss curve would not be the uninterrupted run's."""
     for key in SAME_IN_A_RUN:
         found, wanted = getattr(checkpoint.state, key), getattr(state, key)
+        if key == "train_data":  # older versions recorded less of it
+            wanted = {fact: wanted.get(fact) for fact in found}
         if found != wanted:
             raise UserError(
                 f"{checkpoint.folder}: was trained with {key} {found}, this run has {wanted}; "

@@ -14,7 +14,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,12 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from modeling_gpt2flash import GPT2FlashConfig, GPT2FlashForCausalLM
+from train.checkpoints.digests import Digests, digest_of_file, faults_of_files, faults_of_tensors
+from train.checkpoints.loading import load_config
 from train.checkpoints.safetensors_writer import TensorFile
 from train.optim.parameter_groups import moments_of
 from train.utils.errors import UserError
-from train.utils.files import atomic_folder, delete_folder, write_text
+from train.utils.files import atomic_folder, delete_folder, from_json, read_json, write_text
 
 STATE = "training_state.json"
 WEIGHTS = "model.safetensors"
@@ -52,6 +54,7 @@ class TrainingState:
     optimizer: str = "adamw"
     total_steps: int
     config: dict[str, Any]  # the flags of the run
+    digests: Digests | None = None  # None in a checkpoint from before there were any
 
 
 @dataclass(frozen=True)
@@ -81,23 +84,41 @@ def save(
 
     `tensors` yields every parameter once as (name, {"weight", and the moments of `state.optimizer`}), fp32 on the CPU;
     each is written before the next is requested.
+
+    Raises:
+        UserError: if a tensor is not finite: nothing is written then.
     """
     target = run_folder / f"step-{state.step}"
     with torch.device("meta"):
         shell = GPT2FlashForCausalLM(model_config)
-    shapes = {name: parameter.shape for name, parameter in shell.named_parameters()}
-    kinds = {name: moments_of(state.optimizer, name) for name in shapes}
-    moment_shapes = {f"{kind}.{name}": shape for name, shape in shapes.items() for kind in kinds[name]}
+    shapes = tensor_shapes(shell, state.optimizer)
+    digests: dict[str, str] = {}
+
+    def write(file: TensorFile, name: str, tensor: torch.Tensor) -> None:
+        digest = file.write(name, tensor)
+        if not digest.finite:
+            raise UserError(
+                f"{name} holds NaN or infinity after step {state.step}: no checkpoint is written; resume from an "
+                "earlier one with a lower --learning_rate"
+            )
+        digests[name] = digest.hexdigest()
+
     with atomic_folder(target, replace=True) as folder:
         shell.save_pretrained(folder, state_dict={})  # every file but the weights
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         model_files = sorted({WEIGHTS, *(path.name for path in folder.iterdir())})
-        with TensorFile(folder / WEIGHTS, shapes) as weights, TensorFile(folder / OPTIMIZER, moment_shapes) as moments:
+        written = sorted(path for path in folder.rglob("*") if path.is_file())
+        files = {str(path.relative_to(folder)): digest_of_file(path) for path in written}
+        with (
+            TensorFile(folder / WEIGHTS, shapes[WEIGHTS]) as weights,
+            TensorFile(folder / OPTIMIZER, shapes[OPTIMIZER]) as moments,
+        ):
             for name, state_of in tensors:
-                weights.write(name, state_of["weight"])
-                for kind in kinds[name]:
-                    moments.write(f"{kind}.{name}", state_of[kind])
+                write(weights, name, state_of["weight"])
+                for kind in moments_of(state.optimizer, name):
+                    write(moments, f"{kind}.{name}", state_of[kind])
+        state = dataclasses.replace(state, digests=Digests(tensors=digests, files=files))
         (folder / STATE).write_text(json.dumps(dataclasses.asdict(state), indent=2) + "\n", encoding="utf-8")
     write_text(run_folder / LATEST, target.name + "\n")
     for name in model_files:
@@ -106,6 +127,13 @@ def save(
         for _, old in step_folders(run_folder)[:-keep]:
             delete_folder(old)
     return target
+
+
+def tensor_shapes(model: nn.Module, optimizer: str) -> dict[str, dict[str, torch.Size]]:
+    """The tensors of a checkpoint of a model and its optimizer, by file and name."""
+    weights = {name: parameter.shape for name, parameter in model.named_parameters()}
+    moments = {f"{kind}.{name}": shape for name, shape in weights.items() for kind in moments_of(optimizer, name)}
+    return {WEIGHTS: weights, OPTIMIZER: moments}
 
 
 def _link(source: Path, link: Path) -> None:
@@ -133,19 +161,59 @@ def latest(run_folder: Path) -> Path:
     return run_folder / name
 
 
+def read_state(folder: Path) -> Checkpoint:
+    """The checkpoint in a step folder, of which only the training state is read.
+
+    Raises:
+        UserError: if that is missing, damaged, or of another step than the folder's name says.
+    """
+    if not (folder / STATE).exists():
+        raise UserError(f"{folder} holds no complete checkpoint ({STATE} is missing)")
+    state = from_json(TrainingState, read_json(folder / STATE), folder / STATE, "training")
+    if re.fullmatch(r"step-\d+", folder.name) and folder.name != f"step-{state.step}":
+        raise UserError(
+            f"{folder} holds the checkpoint of step {state.step} ({STATE}): rename it to step-{state.step}"
+        )
+    return Checkpoint(folder, state)
+
+
+def faults(checkpoint: Checkpoint) -> Iterator[str]:
+    """A sentence for each fault of a checkpoint, which is read completely; none if it is intact.
+
+    One that has no digests is checked for what its tensors have to be: their names, shapes, dtype and finite values.
+    """
+    folder, digests = checkpoint.folder, checkpoint.state.digests
+    found = list(faults_of_files(folder, digests)) if digests else []
+    yield from found
+    if found:
+        return  # the shapes of the tensors are read from config.json
+    try:
+        config = load_config(str(folder), flag="checkpoint")
+    except UserError as error:
+        yield str(error)
+        return
+    with torch.device("meta"):
+        shell = GPT2FlashForCausalLM(config)
+    for name, shapes in tensor_shapes(shell, checkpoint.state.optimizer).items():
+        yield from faults_of_tensors(folder / name, shapes, digests)
+
+
 def read_tensors(checkpoint: Checkpoint, model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """(weights, moments) of a checkpoint by name, mapped and not read, with everything that `model` needs.
 
     Raises:
-        UserError: if a file or a tensor is missing or damaged.
+        UserError: if a file cannot be read, or a tensor is missing or of another shape than the model's.
     """
-    try:
-        weights, moments = load_file(checkpoint.folder / WEIGHTS), load_file(checkpoint.folder / OPTIMIZER)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{checkpoint.folder}: damaged checkpoint: {error}") from None
-    for name, _ in model.named_parameters():
-        of_name = [f"{moment}.{name}" for moment in moments_of(checkpoint.state.optimizer, name)]
-        for wanted, found in ((name, weights), *((moment, moments) for moment in of_name)):
-            if wanted not in found:
-                raise UserError(f"{checkpoint.folder}: damaged checkpoint: {wanted} is missing")
-    return weights, moments
+    read = {}
+    for file, shapes in tensor_shapes(model, checkpoint.state.optimizer).items():
+        path = checkpoint.folder / file
+        try:
+            read[file] = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path}: damaged checkpoint: {error}") from None
+        for name, shape in shapes.items():
+            if name not in read[file]:
+                raise UserError(f"{path}: damaged checkpoint: {name} is missing")
+            if (found := read[file][name].shape) != shape:
+                raise UserError(f"{path}: {name} has shape {list(found)}, and the model needs {list(shape)}")
+    return read[WEIGHTS], read[OPTIMIZER]

@@ -21,6 +21,9 @@ from train.utils.errors import UserError
 from train.utils.files import atomic_write, from_json, read_json, write_json
 
 SCAN_CHUNK = 1 << 24  # ids read at once when a bare file is scanned: 32 MiB of uint16
+# What is read of a file at every start: its first and its last mebibyte, and pages spread evenly over it.
+END_BYTES = 1 << 20
+PAGES, PAGE_BYTES = 64, 1 << 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +36,7 @@ class Sidecar:
     max_token_id: Annotated[int, Field(ge=-1)]  # -1: no tokens
     vocabulary_size: int | None = None
     sha256: str | None = None
+    samples_sha256: str | None = None  # of `digest_of_samples`; None in files of older versions
     # What preprocess_data adds: about the documents in this file, and about its command.
     empty_documents: int | None = None
     documents_with_replacement_character: int | None = None
@@ -142,7 +146,8 @@ def write_token_file(
                 writer.write(ids, documents=documents)
             writer.sync()
         path.unlink(missing_ok=True)
-        sidecar = Sidecar(**{**fields, **writer.statistics.to_json()})
+        sampled = {"samples_sha256": digest_of_samples(temporary)}
+        sidecar = Sidecar(**{**fields, **writer.statistics.to_json(), **sampled})
         write_json(sidecar_path(path), sidecar.to_json())
     return sidecar
 
@@ -154,14 +159,16 @@ class TokenFile:
     path: Path
     ids: np.memmap
     sidecar: Sidecar | None
+    samples_sha256: str
 
     def __len__(self) -> int:
         return len(self.ids)
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What a checkpoint records of its data, and a run that resumes must have too; a bare file has no digest."""
-        return {"tokens": len(self), "sha256": self.sidecar.sha256 if self.sidecar else None}
+        """What a checkpoint records of its data, and a run that resumes must have too; a bare file has no `sha256`."""
+        sha256 = self.sidecar.sha256 if self.sidecar else None
+        return {"tokens": len(self), "sha256": sha256, "samples_sha256": self.samples_sha256}
 
     def will_need(self, offsets: np.ndarray, count: int) -> None:
         """Have the system read the `count` ids at each offset in parallel; page faults would read them one by one."""
@@ -173,11 +180,11 @@ class TokenFile:
             mapped.madvise(mmap.MADV_WILLNEED, page, first - page + count * self.ids.itemsize)
 
 
-def open_tokens(path: str | Path, vocab_size: int) -> TokenFile:
+def open_tokens(path: str | Path, vocab_size: int, *, check_samples: bool = True) -> TokenFile:
     """Map a token file, and check that a model with `vocab_size` tokens can read it.
 
-    The sidecar's greatest id is trusted when its size fits the file; a bare file is scanned, once, in pieces. The
-    sidecar's SHA-256 is not recomputed: OpenWebText's 18 GB would take a minute at every start.
+    The sidecar's greatest id is trusted when its size and its samples fit the file; a bare file is scanned, once, in
+    pieces. The sidecar's SHA-256 is not recomputed: OpenWebText's 18 GB would take a minute at every start.
     """
     path = Path(path)
     size = file_size(path)
@@ -194,6 +201,12 @@ def open_tokens(path: str | Path, vocab_size: int) -> TokenFile:
             f"{sidecar.tokens}: one of them is from another preparation or was cut short; prepare both again with "
             "python -m train.preprocess_data"
         )
+    samples = digest_of_samples(path)
+    if check_samples and sidecar and sidecar.samples_sha256 not in (None, samples):
+        raise UserError(
+            f"{path} is not the file that its sidecar {sidecar_path(path)} describes: samples of it differ; prepare "
+            "both again with python -m train.preprocess_data --overwrite"
+        )
     ids = np.memmap(path, dtype=dtype, mode="r")
     max_token_id = sidecar.max_token_id if sidecar else scan_max_token_id(ids)
     if max_token_id >= vocab_size:
@@ -201,7 +214,20 @@ def open_tokens(path: str | Path, vocab_size: int) -> TokenFile:
             f"{path} holds token id {max_token_id}, but the model's vocab_size is {vocab_size}: "
             f"set vocab_size to {max_token_id + 1} or more, or prepare the text with the model's own tokenizer"
         )
-    return TokenFile(path, ids, sidecar)
+    return TokenFile(path, ids, sidecar, samples)
+
+
+def digest_of_samples(path: Path) -> str:
+    """SHA-256 of a file's size, its ends and pages between them: 2.3 MB are read, whatever its size."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        digest.update(size.to_bytes(8, "little"))
+        pages = [(size * page // (PAGES + 1), PAGE_BYTES) for page in range(1, PAGES + 1)]
+        for start, count in [(0, END_BYTES), *pages, (max(0, size - END_BYTES), END_BYTES)]:
+            file.seek(start)
+            digest.update(file.read(count))
+    return digest.hexdigest()
 
 
 def file_size(path: Path) -> int:

@@ -27,7 +27,14 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from filelock import FileLock, Timeout
 
-from train.data.token_file import Sidecar, TokenWriter, sidecar_path, token_dtype, write_token_file
+from train.data.token_file import (
+    Sidecar,
+    TokenWriter,
+    digest_of_samples,
+    sidecar_path,
+    token_dtype,
+    write_token_file,
+)
 from train.data.tokenizer import VOCABULARY_SIZE
 from train.preprocess_data.splits import in_order
 from train.preprocess_data.streams import BEGINNING, Position
@@ -188,6 +195,7 @@ class Preparation:
         source, journal = self.folder / f"{name}.bin", self.journal
         sidecar = replace(journal.parts[name], **journal.provenance, rows=journal.rows, request=journal.request)
         if order is None:
+            sidecar = replace(sidecar, samples_sha256=digest_of_samples(source))
             write_json(sidecar_path(target), sidecar.to_json())
             source.replace(target)
         else:
