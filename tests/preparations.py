@@ -21,7 +21,7 @@ from tests.conftest import python
 
 COMMAND = ["-m", "train.preprocess_data"]
 FORKS_SECONDS = 300
-CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate"}  # audit events
+CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "os.link"}  # audit events
 
 
 def prepare(*words: object, cwd: Path, check: bool = True) -> subprocess.CompletedProcess[str]:
@@ -146,11 +146,12 @@ def _forked(words: list[str], cwd: str, log: str, change: int | None, error: int
     os.dup2(said, 2)
     os.chdir(cwd)
     if change is not None:
-        _watch_changes(cwd, change, error)
+        watch_changes(cwd, change, error)
     run_command(lambda: main(words))
 
 
-def _watch_changes(folder: str, number: int, error: int | None) -> None:
+def watch_changes(folder: str, number: int, error: int | None = None) -> None:
+    """Kill this process before its change with this number in a folder, or let this and all further ones fail."""
     left = number
     sync = os.fsync
 

@@ -108,7 +108,8 @@ def test_resuming_from_an_earlier_step_deletes_the_later_ones(tmp_path: Path, mo
     for step in (4, 8):
         save(tmp_path, model, step)
     (tmp_path / "step-8-copy").mkdir()
-    starting.prepare_run_folder(tmp_path, starting.find(str(tmp_path / "step-4"), tmp_path), overwrite=False)
+    start = starting.decide(tmp_path, str(tmp_path / "step-4"), overwrite=False, delete_newer=True)
+    starting.prepare_run_folder(tmp_path, start)
     assert starting.find("latest", tmp_path).step == 4
     save(tmp_path, model, 5, keep=1)
     assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-5", "step-8-copy"]
@@ -145,7 +146,7 @@ def test_an_unfinished_folder_is_never_read_as_a_checkpoint(tmp_path: Path, mode
     save(tmp_path, model, 1)
     shutil.copytree(tmp_path / "step-1", tmp_path / ".step-2.tmp")
     assert starting.find("latest", tmp_path).step == 1
-    starting.prepare_run_folder(tmp_path, None, overwrite=False)
+    starting.prepare_run_folder(tmp_path, starting.decide(tmp_path, "latest", overwrite=False))
     assert not (tmp_path / ".step-2.tmp").exists()
 
 
@@ -166,12 +167,6 @@ def test_damage_is_named(tmp_path: Path, model: GPT2FlashForCausalLM, damage, na
     with pytest.raises(UserError) as error:
         checkpoints.read_tensors(starting.find("latest", tmp_path), model)
     assert all(name in str(error.value) for name in names), str(error.value)
-
-
-def test_overwrite_spares_a_folder_that_holds_no_run(tmp_path: Path) -> None:
-    (tmp_path / "thesis.tex").touch()
-    with pytest.raises(UserError, match="holds files but no run"):
-        starting.check_free(tmp_path, resuming=False, overwrite=True)
 
 
 def test_a_killed_run_resumes_from_its_last_checkpoint(flags: list[str], finished: Path, tmp_path: Path) -> None:

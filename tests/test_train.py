@@ -265,7 +265,7 @@ def test_compiled_blocks_compute_the_same(flags: list[str], finished: Path, tmp_
         (["--attn_implementation=flash_attention_2"], ["flash_attention_2", "CUDA"]),
         (["--attn_implementation=flashy"], ["flashy", "sdpa"]),
         (["--report_to=wandb"], ["wandb", "pip install"]),
-        (["--resume_from_checkpoint"], ["does not exist"]),
+        (["--resume_from_checkpoint=step-2"], ["step-2 does not exist"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )

@@ -16,11 +16,12 @@ def main() -> None:
 
     silence_third_party_warnings()
     from train.run.loop import train
-    from train.run.setup import resolve
+    from train.run.setup import own_run_folder, resolve
 
     gc.freeze()
     gc.enable()
-    train(resolve(config))
+    with own_run_folder(config):
+        train(resolve(config))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ Names every tensor and file that is missing or damaged, and exits with 2 if ther
 from collections.abc import Iterator
 from pathlib import Path
 
-from train.checkpoints.step_folder import LATEST, STATE, Checkpoint, faults, latest, read_state, step_folders
+from train.checkpoints.run_folder import LATEST, latest
+from train.checkpoints.step_folder import STATE, Checkpoint, faults, read_state, step_folders
 from train.config.arguments import ArgumentParser
 from train.utils.command import run_command
 from train.utils.errors import UserError

@@ -9,6 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from modeling_gpt2flash import GPT2FlashConfig, GPT2FlashForCausalLM
 from train.checkpoints import nanogpt
+from train.checkpoints.run_folder import model_folder
 from train.data.tokenizer import VOCABULARY_SIZE, gpt2_tokenizer
 from train.utils import processes
 from train.utils.devices import device_type
@@ -78,7 +79,7 @@ def load_model(
     source = pretrained_arguments(name)
     if nanogpt.is_checkpoint(name):
         source = {"pretrained_model_name_or_path": None, "state_dict": nanogpt.read_weights(Path(name), config)}
-    check_shards(Path(name))
+    check_shards(model_folder(Path(name)))
     try:
         loaded: Any = GPT2FlashForCausalLM.from_pretrained(
             **source,
@@ -110,7 +111,7 @@ def load_for_inference(
     if not nanogpt.is_checkpoint(path):
         if not Path(path).is_dir():
             raise UserError(f"{flag} {path}: there is no such folder")
-        if not (Path(path) / "config.json").exists():
+        if not (model_folder(Path(path)) / "config.json").exists():
             raise UserError(f"{flag} {path}: has no config.json; name a step-N folder or a finished run's folder")
     name = str(path)
     model: Any = load_model(name, load_config(name, flag=flag), dtype=dtype, flag=flag)
@@ -141,7 +142,7 @@ def own_tokenizer(name: str, n_positions: int, *, flag: str = "--model") -> PreT
     """The tokenizer in a model folder or Hub repository, with a padding token; None if it has none."""
     if name in SIZES or nanogpt.is_checkpoint(name):
         return None
-    folder = Path(name)
+    folder = model_folder(Path(name))
     if folder.is_dir() and not any((folder / file).exists() for file in TOKENIZER_FILES):
         return None
     try:
@@ -172,8 +173,13 @@ def default_learning_rate(name: str) -> float:
 
 
 def pretrained_arguments(name: str) -> dict[str, Any]:
-    """Arguments of `from_pretrained` for a folder or a Hub id, which may be pinned as owner/name@revision."""
-    if Path(name).exists() or "@" not in name:
+    """Arguments of `from_pretrained` for a folder or a Hub id, which may be pinned as owner/name@revision.
+
+    Of a run folder, they name the latest step folder.
+    """
+    if Path(name).exists():
+        return {"pretrained_model_name_or_path": str(model_folder(Path(name)))}
+    if "@" not in name:
         return {"pretrained_model_name_or_path": name}
     name, _, revision = name.partition("@")
     return {"pretrained_model_name_or_path": name, "revision": revision}

@@ -1,5 +1,6 @@
-"""Finished runs on disk: their folders read, checked and labelled; nothing here knows how a run was made."""
+"""Runs on disk: their folders read, checked and labelled; nothing here knows how a run was made."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -13,6 +14,7 @@ from train.utils.files import parse_json, read_json
 
 SUMMARY_FILE = "metrics.json"
 STEPS_FILE = "metrics.jsonl"
+LATEST = "latest"  # the file that names the last complete step folder
 NAMED_GAPS = 5  # in a message about missing steps
 
 
@@ -55,6 +57,27 @@ def labels_for(folders: Sequence[Path]) -> list[str]:
                 break
         labels.append("/".join(tail))
     return labels
+
+
+def latest(run_folder: Path) -> Path:
+    """The step folder that the run folder's `latest` names; a `UserError` if it names something else."""
+    name = (run_folder / LATEST).read_text(encoding="utf-8", errors="replace").strip()
+    if not re.fullmatch(r"step-\d+", name):
+        raise UserError(
+            f"{run_folder / LATEST}: names {name!r}; write the step-N folder in {run_folder} to resume from"
+        )
+    return run_folder / name
+
+
+def model_folder(path: Path) -> Path:
+    """Where the model in a folder is: in the step folder that a run folder's `latest` names, otherwise in it.
+
+    The links in a run folder are for other tools: a kill can leave them at the step before. Without its step folders,
+    a run folder is a model folder like any other.
+    """
+    if (path / LATEST).is_file() and (folder := latest(path)).is_dir():
+        return folder
+    return path
 
 
 def read_run(folder: Path, label: str) -> FinishedRun:

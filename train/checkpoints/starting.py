@@ -1,25 +1,199 @@
-"""Where a run starts: the checkpoint that it resumes from, and a run folder that is free for it."""
+"""Where a run starts: the checkpoint that it resumes from, and what an earlier run left in its folder.
 
+A run may be killed at any moment, also while it replaces an earlier one or before its first checkpoint, and the same
+command must then find a way on. `decide` is the table of what is done for each content of the run folder.
+"""
+
+import re
 import shutil
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
+from train.checkpoints.run_folder import LATEST, STEPS_FILE, SUMMARY_FILE, latest
 from train.checkpoints.step_folder import (
-    LATEST,
     STATE,
     Checkpoint,
     TrainingState,
     faults,
-    latest,
+    model_files,
+    point_to,
     read_state,
     step_folders,
 )
 from train.utils import processes
 from train.utils.errors import UserError
-from train.utils.files import delete_folder, write_text
+from train.utils.files import delete_folder
 
 # Fields of the training state that a resumed run must share with its checkpoint, or its loss curve would be another.
 SAME_IN_A_RUN = ("model", "train_data", "seed", "block_size", "document_mask", "sequences_per_step", "optimizer")
+# What a run writes beside its checkpoints; records of trackers come last, as the log is the run's own.
+LOGS = (SUMMARY_FILE, LATEST, STEPS_FILE, "profile", "trackers.json", "tensorboard", "wandb", "trackio", "mlflow.db")
+# Temporary names of `train.utils.files` and of links: what a kill leaves behind.
+TEMPORARY = re.compile(r"\.(step-\d+|latest|.+\.(jsonl?|safetensors|py|txt|jinja))(\.\d+)?\.tmp")
+DELETE_NEWER = "--delete_newer_checkpoints"
+
+
+@dataclass(frozen=True)
+class Start:
+    """How a run starts. `delete` is in the order in which a kill leaves a folder that the same command accepts."""
+
+    checkpoint: Checkpoint | None
+    delete: tuple[Path, ...] = ()
+    note: str | None = None
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What is in a run folder; everything else in it belongs to someone else."""
+
+    run_folder: Path
+    checkpoints: list[Path]  # complete step folders, oldest first
+    leftovers: list[Path]  # half-written, half-deleted, without weights: of no value
+    weights: list[Path]  # safetensors in the run folder and its step folders
+    logs: list[Path]
+
+    @property
+    def is_finished(self) -> bool:
+        return self.run_folder / SUMMARY_FILE in self.logs
+
+    @property
+    def is_a_run(self) -> bool:
+        return bool(self.logs or step_folders(self.run_folder) or self.leftovers)
+
+    @property
+    def is_of_value(self) -> bool:
+        """Whether it has what the same command would not write again."""
+        return bool(self.checkpoints or self.weights or self.is_finished)
+
+    @property
+    def everything(self) -> tuple[Path, ...]:
+        """All that a run wrote. The logs come last: as long as one is left, the folder is known to hold a run."""
+        names = {file.name for _, folder in step_folders(self.run_folder) for file in model_files(folder)}
+        links = [self.run_folder / name for name in sorted(names) if (self.run_folder / name).is_file()]
+        weights = [file for file in self.weights if file.parent == self.run_folder and file not in links]
+        summary = [path for path in self.logs if path.name == SUMMARY_FILE]
+        logs = [path for path in self.logs if path.name != SUMMARY_FILE]
+        steps = [folder for _, folder in step_folders(self.run_folder)]
+        others = [path for path in self.leftovers if path not in steps]
+        return (*summary, *links, *weights, *others, *steps, *logs)
+
+    def __str__(self) -> str:
+        if self.is_finished:
+            return "a finished run"
+        return "an unfinished run" if self.checkpoints else "weights of a run, but no complete checkpoint"
+
+
+def look(run_folder: Path) -> Contents:
+    steps = [folder for _, folder in step_folders(run_folder)]
+    incomplete = [folder for folder in steps if not any(folder.glob("*.safetensors"))]
+    return Contents(
+        run_folder,
+        checkpoints=[folder for folder in steps if (folder / STATE).exists()],
+        leftovers=[*incomplete, *sorted(filter(is_leftover, run_folder.glob(".*")))],
+        weights=sorted([*run_folder.glob("*.safetensors"), *run_folder.glob("step-*/*.safetensors")]),
+        logs=[run_folder / name for name in LOGS if (run_folder / name).exists()],
+    )
+
+
+def is_leftover(path: Path) -> bool:
+    return bool(TEMPORARY.fullmatch(path.name) or re.fullmatch(r"\.step-\d+\.old", path.name))
+
+
+def decide(run_folder: Path, resume: str | None, overwrite: bool, delete_newer: bool = False) -> Start:
+    """How a run starts in `run_folder`: nothing is changed yet.
+
+    | it holds            | no flag       | --resume_from_checkpoint | the same, of another folder | --overwrite   |
+    | ------------------- | ------------- | ------------------------ | --------------------------- | ------------- |
+    | nothing of a run    | starts        | starts, says so          | starts from there           | starts        |
+    | logs and leftovers  | starts anew   | starts anew, says so     | starts from there, anew     | replaces them |
+    | checkpoints         | refused       | resumes                  | refused                     | replaces them |
+    | only weights, or a summary | refused | refused                | refused                     | replaces them |
+    | a model, no run     | refused       | refused                  | refused                     | refused       |
+
+    Resuming from a step folder that has newer ones beside it is refused unless they are to be deleted.
+
+    Raises:
+        UserError: where it is refused, or if the named checkpoint does not exist or is not complete.
+    """
+    found = look(run_folder)
+    if not found.is_a_run and (found.weights or (run_folder / "config.json").exists()):
+        raise UserError(f"{run_folder} holds a model, which a run would replace; name another --checkpoint_path")
+    if overwrite:
+        return Start(None, found.everything)
+    if resume is not None and not _is_latest_of(resume, run_folder):
+        checkpoint = find(resume, run_folder)
+        if checkpoint.is_in(run_folder):
+            return _resume_from(checkpoint, found, delete_newer)
+    elif resume is not None and found.checkpoints:
+        return _resume_from_newest(resume, found)
+    else:
+        checkpoint = None
+    if found.is_of_value:
+        raise UserError(f"{run_folder} already holds {found}: {_remedies(found, resume)}")
+    note = None
+    if resume is not None and checkpoint is None:
+        note = f"--resume_from_checkpoint {resume}: {run_folder} has no checkpoint yet: the run starts from step 0"
+    elif found.logs:
+        note = f"{run_folder} has the log of a run without a checkpoint: the run starts anew"
+    stale = [path for path in found.logs if path.name == LATEST]
+    return Start(checkpoint, (*found.leftovers, *stale), note)
+
+
+def _is_latest_of(resume: str, run_folder: Path) -> bool:
+    return resume == "latest" or Path(resume).resolve() == run_folder.resolve()
+
+
+def _remedies(found: Contents, resume: str | None) -> str:
+    ways = ["--overwrite replaces it"]
+    if found.checkpoints and resume is None:
+        ways.append("--resume_from_checkpoint resumes it")
+    elif found.weights and not found.checkpoints:
+        ways.append(f"--model {found.weights[-1].parent} starts from its weights elsewhere")
+    return f"{', '.join(ways)}, or name another --checkpoint_path"
+
+
+def _resume_from_newest(resume: str, found: Contents) -> Start:
+    checkpoint, note = _newest(resume, found.run_folder)
+    damaged = [folder for step, folder in step_folders(found.run_folder) if step > checkpoint.step][::-1]
+    return Start(checkpoint, (*damaged, *(path for path in found.leftovers if path not in damaged)), note)
+
+
+def _resume_from(checkpoint: Checkpoint, found: Contents, delete_newer: bool) -> Start:
+    newer = [folder for step, folder in step_folders(found.run_folder) if step > checkpoint.step][::-1]
+    of_value = ", ".join(folder.name for folder in newer if folder not in found.leftovers)
+    if of_value and not delete_newer:
+        raise UserError(
+            f"--resume_from_checkpoint {checkpoint.folder}: {found.run_folder} has newer checkpoints "
+            f"({of_value}): {DELETE_NEWER} deletes them, another --checkpoint_path keeps them, and "
+            "--resume_from_checkpoint without a value resumes from the newest"
+        )
+    note = f"{DELETE_NEWER}: deleting {of_value} of {found.run_folder}" if of_value else None
+    return Start(checkpoint, (*newer, *(path for path in found.leftovers if path not in newer)), note)
+
+
+def prepare_run_folder(run_folder: Path, start: Start) -> None:
+    """Create the run folder, and delete what does not belong to the run that starts. Main process only.
+
+    Every step of it can be repeated after a kill in the middle of it.
+    """
+    run_folder.mkdir(parents=True, exist_ok=True)
+    if start.note is not None:
+        _say(start.note)
+    (run_folder / SUMMARY_FILE).unlink(missing_ok=True)  # a resumed run is not finished
+    if start.checkpoint is not None and start.checkpoint.is_in(run_folder):
+        point_to(run_folder / start.checkpoint.folder.name)  # the links may be of another step
+    for path in start.delete:
+        if path.name.startswith("step-"):
+            delete_folder(path)
+        elif path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def has_checkpoint(run_folder: Path) -> bool:
+    return bool(look(run_folder).checkpoints)
 
 
 def find(requested: str, run_folder: Path) -> Checkpoint:
@@ -42,14 +216,9 @@ def find(requested: str, run_folder: Path) -> Checkpoint:
         instead, _ = _newest_intact(folder.parent)
         remedy = f"resume from {instead.folder}" if instead else "start a new run without the flag"
         raise UserError(f"--resume_from_checkpoint {requested}: {fault}; {remedy}")
-    checkpoint, fault = _newest_intact(folder)
-    if checkpoint is None:
-        raise UserError(
-            f"--resume_from_checkpoint {requested}: {fault}, and no other checkpoint there is intact; start a new "
-            "run, with --overwrite or another --checkpoint_path"
-        )
-    if fault is not None:
-        _say(f"{fault}; resuming from {checkpoint.folder}, the newest checkpoint that is intact")
+    checkpoint, note = _newest(requested, folder)
+    if note is not None:
+        _say(note)
     return checkpoint
 
 
@@ -67,23 +236,41 @@ def read_intact(folder: Path) -> tuple[Checkpoint | None, str | None]:
     return checkpoint, None
 
 
+def _newest(requested: str, run_folder: Path) -> tuple[Checkpoint, str | None]:
+    """The newest checkpoint of a run that is intact; the sentence to say if it is not the one that `latest` names."""
+    checkpoint, reason = _newest_intact(run_folder)
+    if checkpoint is None:
+        raise UserError(
+            f"--resume_from_checkpoint {requested}: {reason}, and no other checkpoint there is intact; start a new "
+            "run, with --overwrite or another --checkpoint_path"
+        )
+    if reason is None:
+        return checkpoint, None
+    return checkpoint, f"{reason}; resuming from {checkpoint.folder}, the newest checkpoint that is intact"
+
+
 def _newest_intact(run_folder: Path) -> tuple[Checkpoint | None, str | None]:
-    """The checkpoint that `latest` names, or else the newest that is intact; and the fault of the one named."""
-    folders = [folder for _, folder in reversed(step_folders(run_folder))]
-    fault = None
+    """The newest checkpoint that is intact, and why it is not the one that `latest` names.
+
+    A kill between the two leaves a complete step folder newer than `latest`; the damaged ones are computed again.
+    """
+    folders, named, reason = [folder for _, folder in step_folders(run_folder)], None, None
     try:
         named = latest(run_folder)
-        folders = [named, *(folder for folder in folders if folder != named)]
     except FileNotFoundError:
-        fault = f"{run_folder / LATEST} is missing"
+        reason = f"{run_folder / LATEST} is missing"
     except UserError as error:
-        fault = str(error)
-    for folder in folders:
-        checkpoint, found = read_intact(folder)
+        reason = str(error)
+    if named is not None and named not in folders:
+        folders.append(named)
+    for folder in sorted(folders, key=lambda folder: int(folder.name.removeprefix("step-")), reverse=True):
+        checkpoint, fault = read_intact(folder)
         if checkpoint is not None:
-            return checkpoint, fault
-        fault = fault or found
-    return None, fault
+            if reason is None and named is not None and folder != named:
+                reason = f"{run_folder / LATEST} names {named.name}"
+            return checkpoint, reason
+        reason = reason or fault
+    return None, reason
 
 
 def _is_run_folder(folder: Path) -> bool:
@@ -106,34 +293,3 @@ def check_same_run(checkpoint: Checkpoint, state: TrainingState) -> None:
                 f"{checkpoint.folder}: was trained with {key} {found}, this run has {wanted}; "
                 f"give the same flags, or start a new run from its weights with --model {checkpoint.folder}"
             )
-
-
-def check_free(run_folder: Path, resuming: bool, overwrite: bool) -> None:
-    """Refuse a run folder that holds a run, unless that run is to be resumed or replaced."""
-    if overwrite and run_folder.exists() and any(run_folder.iterdir()) and not _holds_a_run(run_folder):
-        raise UserError(f"--overwrite: {run_folder} holds files but no run; name another --checkpoint_path")
-    if not resuming and not overwrite and _holds_a_run(run_folder):
-        kind = "a finished run" if (run_folder / "metrics.json").exists() else "an unfinished run"
-        raise UserError(
-            f"{run_folder} already holds {kind}: --overwrite replaces it, --resume_from_checkpoint resumes it, "
-            "or name another --checkpoint_path"
-        )
-
-
-def prepare_run_folder(run_folder: Path, checkpoint: Checkpoint | None, overwrite: bool) -> None:
-    """Create the run folder, and delete what an earlier run wrote to it after `checkpoint`. Main process only."""
-    if overwrite and run_folder.exists():
-        shutil.rmtree(run_folder)
-    run_folder.mkdir(parents=True, exist_ok=True)
-    for leftover in [*run_folder.glob(".step-*.tmp"), *run_folder.glob(".step-*.old")]:
-        shutil.rmtree(leftover)
-    (run_folder / "metrics.json").unlink(missing_ok=True)  # a resumed run is not finished
-    if checkpoint is not None and checkpoint.is_in(run_folder):
-        write_text(run_folder / LATEST, checkpoint.folder.name + "\n")
-        for step, folder in step_folders(run_folder):
-            if step > checkpoint.step:
-                delete_folder(folder)
-
-
-def _holds_a_run(run_folder: Path) -> bool:
-    return any((run_folder / name).exists() for name in (LATEST, "metrics.jsonl", "metrics.json"))

@@ -28,6 +28,7 @@ from transformers import PreTrainedTokenizerBase
 from modeling_gpt2flash import GPT2FlashConfig, GPT2FlashForCausalLM
 from train.checkpoints.digests import Digests, digest_of_file, faults_of_files, faults_of_tensors
 from train.checkpoints.loading import load_config
+from train.checkpoints.run_folder import LATEST
 from train.checkpoints.safetensors_writer import TensorFile
 from train.optim.parameter_groups import moments_of
 from train.utils.errors import UserError
@@ -36,7 +37,7 @@ from train.utils.files import atomic_folder, delete_folder, from_json, read_json
 STATE = "training_state.json"
 WEIGHTS = "model.safetensors"
 OPTIMIZER = "optimizer.safetensors"
-LATEST = "latest"
+TRAINING_FILES = {STATE, OPTIMIZER}  # all other files of a step folder are the model's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +108,6 @@ def save(
         shell.save_pretrained(folder, state_dict={})  # every file but the weights
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        model_files = sorted({WEIGHTS, *(path.name for path in folder.iterdir())})
         written = sorted(path for path in folder.rglob("*") if path.is_file())
         files = {str(path.relative_to(folder)): digest_of_file(path) for path in written}
         with (
@@ -120,9 +120,7 @@ def save(
                     write(moments, f"{kind}.{name}", state_of[kind])
         state = dataclasses.replace(state, digests=Digests(tensors=digests, files=files))
         (folder / STATE).write_text(json.dumps(dataclasses.asdict(state), indent=2) + "\n", encoding="utf-8")
-    write_text(run_folder / LATEST, target.name + "\n")
-    for name in model_files:
-        _link(target / name, run_folder / name)
+    point_to(target)
     if keep is not None:
         for _, old in step_folders(run_folder)[:-keep]:
             delete_folder(old)
@@ -136,7 +134,24 @@ def tensor_shapes(model: nn.Module, optimizer: str) -> dict[str, dict[str, torch
     return {WEIGHTS: weights, OPTIMIZER: moments}
 
 
+def point_to(folder: Path) -> None:
+    """Point `latest`, then the run folder's links, at a step folder. Main process only.
+
+    A kill in between leaves links to the files of the step before. Our own tools do not read them: `model_folder`.
+    """
+    write_text(folder.parent / LATEST, folder.name + "\n")
+    for file in model_files(folder):
+        _link(file, folder.parent / file.name)
+
+
+def model_files(folder: Path) -> list[Path]:
+    """The files of a step folder that make it a model folder."""
+    return sorted(path for path in folder.iterdir() if path.name not in TRAINING_FILES)
+
+
 def _link(source: Path, link: Path) -> None:
+    if link.exists() and link.samefile(source):
+        return  # to rename one name of a file to another does nothing, and would leave the temporary one
     temporary = link.with_name(f".{link.name}.tmp")
     temporary.unlink(missing_ok=True)
     try:
@@ -147,18 +162,9 @@ def _link(source: Path, link: Path) -> None:
 
 
 def step_folders(run_folder: Path) -> list[tuple[int, Path]]:
-    """The complete step folders and their steps, oldest first; a user's `step-8-copy` is not one of them."""
-    return sorted((int(path.name[5:]), path) for path in run_folder.glob("step-*") if path.name[5:].isdigit())
-
-
-def latest(run_folder: Path) -> Path:
-    """The step folder that the run folder's `latest` names; a `UserError` if it names something else."""
-    name = (run_folder / LATEST).read_text(encoding="utf-8", errors="replace").strip()
-    if not re.fullmatch(r"step-\d+", name):
-        raise UserError(
-            f"{run_folder / LATEST}: names {name!r}; write the step-N folder in {run_folder} to resume from"
-        )
-    return run_folder / name
+    """The step folders and their steps, oldest first; a user's `step-8-copy` is not one of them."""
+    folders = [path for path in run_folder.glob("step-*") if path.name[5:].isdecimal() and path.is_dir()]
+    return sorted((int(path.name[5:]), path) for path in folders)
 
 
 def read_state(folder: Path) -> Checkpoint:

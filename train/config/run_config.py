@@ -123,6 +123,9 @@ class Checkpoints:
     resume_from_checkpoint: str | None = flag(
         None, "resume from this step folder, or from the run's last complete one (latest)", nargs="?", const="latest"
     )
+    delete_newer_checkpoints: bool = flag(
+        False, "with --resume_from_checkpoint and a step folder of this run: delete the newer ones beside it"
+    )
     overwrite: bool = flag(False, "replace a run that is already in the output folder")
 
 
@@ -308,6 +311,11 @@ def check(config: RunConfig) -> None:
         refuse("resume_from_checkpoint", "is empty; name a step folder, or latest")
     if config.resume_from_checkpoint and config.overwrite:
         raise UserError("--resume_from_checkpoint and --overwrite contradict each other; give one of them")
+    if config.delete_newer_checkpoints and config.resume_from_checkpoint in (None, "latest"):
+        raise UserError(
+            "--delete_newer_checkpoints: deletes those that are newer than the step folder to resume from; name it "
+            "with --resume_from_checkpoint, or drop the flag"
+        )
     if config.optimizer == "muon" and config.optimized:
         refuse(
             "optimizer",

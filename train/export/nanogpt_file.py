@@ -9,7 +9,7 @@ import torch
 from train.checkpoints import nanogpt, starting
 from train.checkpoints import step_folder as checkpoints
 from train.checkpoints.loading import TUNING_LEARNING_RATE, load_for_inference
-from train.checkpoints.run_folder import STEPS_FILE, read_steps
+from train.checkpoints.run_folder import STEPS_FILE, model_folder, read_steps
 from train.config.run_config import RunConfig
 from train.export.checks import check_logits, largest_difference, logits_of
 from train.utils.errors import UserError
@@ -45,12 +45,11 @@ def write(checkpoint: str, folder: Path, model: Any, dtype: str) -> list[str]:
 
 
 def find_training_state(checkpoint: str) -> checkpoints.Checkpoint | None:
-    """The training state in a step or run folder; None if there is none. A `UserError` names what is damaged."""
-    folder = Path(checkpoint)
-    if not any((folder / name).exists() for name in (checkpoints.STATE, checkpoints.LATEST)):
+    """The training state beside the weights; None if there is none. A `UserError` names what is damaged."""
+    folder = model_folder(Path(checkpoint))
+    if not (folder / checkpoints.STATE).exists():
         return None
-    step_folder = folder if (folder / checkpoints.STATE).exists() else checkpoints.latest(folder)
-    trained, fault = starting.read_intact(step_folder)  # and no other step's, which would not fit the weights
+    trained, fault = starting.read_intact(folder)  # and no other step's, which would not fit the weights
     if trained is None:
         raise UserError(f"--checkpoint {checkpoint}: {fault}; export another step folder")
     return trained

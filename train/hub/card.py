@@ -16,9 +16,9 @@ from train.utils.tables import markdown_table
 
 CHART = "training_loss.png"
 # Settings of how the run was carried out, not of what was trained.
-LEFT_OUT = {"checkpoint_path", "push_to_hub", "report_to", "resume_from_checkpoint", "overwrite", "train_data_path",
-            "val_data_path", "model", "prompt", "max_new_tokens", "profile", "profile_steps", "memory_snapshot",
-            "save_interval", "save_total_limit", "run_type"}  # fmt: skip
+LEFT_OUT = {"checkpoint_path", "push_to_hub", "report_to", "resume_from_checkpoint", "delete_newer_checkpoints",
+            "overwrite", "train_data_path", "val_data_path", "model", "prompt", "max_new_tokens", "profile",
+            "profile_steps", "memory_snapshot", "save_interval", "save_total_limit", "run_type"}  # fmt: skip
 
 
 def card(run: FinishedRun, repo: str) -> ModelCard:

@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from huggingface_hub import HfApi
+from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from train.checkpoints.run_folder import read_run
-from train.checkpoints.step_folder import latest
+from train.checkpoints.run_folder import model_folder, read_run
+from train.checkpoints.step_folder import model_files
 from train.compare.run_charts import training_loss_chart
 from train.hub.card import CHART, card
 from train.utils.errors import UserError, first_line
@@ -31,19 +31,28 @@ def check(repo: str, flag: str = "--push_to_hub") -> None:
 
 
 def push(run_folder: Path, repo: str, flag: str = "--push_to_hub") -> str:
-    """Write the card and its chart into the run folder, upload them with the latest model, and return its address."""
+    """Write the card and its chart into the run folder, upload them with the latest model, and return its address.
+
+    The weights are those of the step that the card describes: the run folder's own links may be of an earlier one.
+    """
     run = read_run(run_folder, repo.rpartition("/")[2])
+    folder, wanted = model_folder(run_folder), f"step-{run.summary['steps']}"
+    if folder.name != wanted:
+        there = f"the latest checkpoint is {folder.name}" if folder != run_folder else f"there is no {wanted}"
+        raise UserError(
+            f"{run_folder}: its metrics.json is of {run.summary['steps']} steps and {there}: the card would describe "
+            "other weights; let the run finish, or resume it"
+        )
     write_text(run_folder / "README.md", str(card(run, repo)))
     (run_folder / CHART).write_bytes(training_loss_chart([run]).png())
     # Nothing else of the folder: metrics and traces name paths of this machine.
-    model_files = [path.name for path in latest(run_folder).iterdir() if (run_folder / path.name).exists()]
+    files = [*model_files(folder), run_folder / "README.md", run_folder / CHART]
     try:
         api = HfApi()
         api.create_repo(repo, exist_ok=True)
-        done = api.upload_folder(
-            repo_id=repo,
-            folder_path=run_folder,
-            allow_patterns=[*model_files, "README.md", CHART],
+        done = api.create_commit(
+            repo,
+            [CommitOperationAdd(path_in_repo=file.name, path_or_fileobj=file) for file in files],
             commit_message=f"{run.summary['steps']} steps",
         )
     except Exception as error:  # each its own class

@@ -24,7 +24,7 @@ from train.run.profiling import Profiler
 from train.run.setup import ResolvedRun
 from train.run.summary import write_summary
 from train.run.validate import validate
-from train.utils import processes
+from train.utils import lock, processes
 from train.utils.errors import UserError
 
 
@@ -45,7 +45,7 @@ def build(run: ResolvedRun) -> Engine:
     tensors = checkpoints.read_tensors(checkpoint, model) if checkpoint else None
     engine.wait()  # until all processes have read their files, because a claimed folder may be emptied
     if engine.is_main:
-        starting.prepare_run_folder(run.config.run_folder, checkpoint, run.config.overwrite)
+        starting.prepare_run_folder(run.config.run_folder, run.start)
         rendezvous.claim(run.config.run_folder)
         if run.restarted:
             start = f"resumes from {checkpoint.folder}" if checkpoint else "starts again: there was no checkpoint"
@@ -77,6 +77,7 @@ def save(engine: Engine, run: ResolvedRun, log: RunLog, step: int) -> None:
     log.flush()  # first: a run that resumes from the checkpoint needs the records up to it
     if engine.is_main:
         config = run.config
+        lock.check(config.run_folder)
         checkpoints.save(
             config.run_folder, run.model, run.tokenizer, tensors, run.state(step), config.save_total_limit
         )

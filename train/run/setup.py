@@ -4,7 +4,9 @@ The parts are resolved in this order: engine (run type, launcher, DeepSpeed JSON
 checkpoint), model, data. What needs no file is refused before the first one is opened.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +28,7 @@ from train.engines.pipeline.partition import Partition, partition
 from train.engines.transforms import SELECTIVE_ATTENTION, check_cpp_compiler
 from train.hub import upload
 from train.run import trackers
-from train.utils import processes
+from train.utils import lock, processes
 from train.utils.devices import device_type, has_fast_bf16, has_memory_history, matmul_precision
 from train.utils.errors import UserError
 
@@ -42,7 +44,7 @@ class ResolvedRun:
 
     config: RunConfig
     deepspeed: dict[str, Any]  # DeepSpeed's JSON without any "auto"; empty in a baseline
-    checkpoint: checkpoints.Checkpoint | None  # from which it resumes
+    start: starting.Start  # in its folder
     restarted: bool  # by the launcher, in the run folder of an earlier attempt of this job
     model: GPT2FlashConfig
     own_tokenizer: PreTrainedTokenizerBase | None  # that of the weights from which the run starts
@@ -52,6 +54,11 @@ class ResolvedRun:
     val: EvalBatches
     total_steps: int
     warmup_steps: int
+
+    @property
+    def checkpoint(self) -> checkpoints.Checkpoint | None:
+        """The checkpoint from which it resumes."""
+        return self.start.checkpoint
 
     @property
     def precision(self) -> str:
@@ -93,15 +100,26 @@ class ResolvedRun:
         )
 
 
+def own_run_folder(config: RunConfig) -> AbstractContextManager[None]:
+    """A context in which no other run can write to the run folder. Of the processes of a job, the main one owns it.
+
+    Raises:
+        UserError: on entering it, if another run does.
+    """
+    if processes.rank() != 0:
+        return nullcontext()
+    return lock.owned(config.run_folder, "--checkpoint_path", inherited=rendezvous.is_claimed(config.run_folder))
+
+
 def resolve(config: RunConfig) -> ResolvedRun:
     """Resolve everything that flags and files decide; refuse what is impossible."""
     check_environment(config)
     restarted = rendezvous.is_claimed(config.run_folder)
     if restarted:  # from its last complete checkpoint, else from where it started
-        own = "latest" if (config.run_folder / checkpoints.LATEST).exists() else config.resume_from_checkpoint
-        config = replace(config, overwrite=False, resume_from_checkpoint=own)
+        own = "latest" if starting.has_checkpoint(config.run_folder) else config.resume_from_checkpoint
+        config = replace(config, overwrite=False, delete_newer_checkpoints=False, resume_from_checkpoint=own)
     config, deepspeed = resolve_engine(config)
-    checkpoint = resolve_checkpoint(config, restarted)
+    start = resolve_start(config)
     model = model_config(config.model, dropout=config.dropout, loss_chunk_size=config.loss_chunk_size)
     config = replace(config, block_size=config.block_size or model.n_positions)
     tokenizer = resolve_tokenizer(config, model)
@@ -117,7 +135,7 @@ def resolve(config: RunConfig) -> ResolvedRun:
     run = ResolvedRun(
         config=config,
         deepspeed=deepspeed,
-        checkpoint=checkpoint,
+        start=start,
         restarted=restarted,
         model=model,
         own_tokenizer=tokenizer,
@@ -128,8 +146,8 @@ def resolve(config: RunConfig) -> ResolvedRun:
         total_steps=total_steps,
         warmup_steps=min(2000, total_steps // 20) if config.warmup_steps is None else config.warmup_steps,
     )
-    if checkpoint is not None:
-        check_checkpoint(run, checkpoint)
+    if start.checkpoint is not None:
+        check_checkpoint(run, start.checkpoint)
     return run
 
 
@@ -172,13 +190,16 @@ def resolve_engine(config: RunConfig) -> tuple[RunConfig, dict[str, Any]]:
     return config, deepspeed
 
 
-def resolve_checkpoint(config: RunConfig, restarted: bool) -> checkpoints.Checkpoint | None:
+def resolve_start(config: RunConfig) -> starting.Start:
     """The checkpoint to resume from; refuses a run folder that holds another run."""
-    resume = config.resume_from_checkpoint
-    checkpoint = starting.find(resume, config.run_folder) if resume else None
-    same_folder = checkpoint is not None and checkpoint.is_in(config.run_folder)
-    starting.check_free(config.run_folder, same_folder or restarted, config.overwrite)
-    return checkpoint
+    if config.overwrite and config.run_folder.resolve() in (Path(config.model).resolve() / "x").parents:
+        raise UserError(
+            f"--model {config.model}: --overwrite deletes it before the run has a checkpoint; name another "
+            "--checkpoint_path"
+        )
+    return starting.decide(
+        config.run_folder, config.resume_from_checkpoint, config.overwrite, config.delete_newer_checkpoints
+    )
 
 
 def resolve_tokenizer(config: RunConfig, model: GPT2FlashConfig) -> PreTrainedTokenizerBase | None:
