@@ -74,9 +74,9 @@ def accelerate(
     return command(*launch, "-m", module, *words, cwd=cwd, check=check)
 
 
-def torchrun(*words: object, cwd: Path, processes: int = 2) -> subprocess.CompletedProcess[str]:
+def torchrun(*words: object, cwd: Path, processes: int = 2, check: bool = True) -> subprocess.CompletedProcess[str]:
     launch = ["torchrun", "--nproc_per_node", processes, "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
-    return command(*launch, *words, cwd=cwd)
+    return command(*launch, *words, cwd=cwd, check=check)
 
 
 def train(*flags: object, cwd: Path, check: bool = True) -> subprocess.CompletedProcess[str]:

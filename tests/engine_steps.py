@@ -63,7 +63,7 @@ def interrupted(engine: Engine, run: ResolvedRun) -> Iterator[dict[str, Any]]:
     for step in range(run.total_steps):
         yield vars(engine.train_step(step, micro_batches(engine, run, step), LEARNING_RATE))
         validate(engine, run.val, run.config.train_micro_batch_size_per_gpu + 1, max_steps=2)
-        save(engine, run, step + 1)
+        save(engine, run, run.state(step + 1))
         if engine.is_main:
             model = load_for_inference(run.config.run_folder)
             tokenizer = load_tokenizer(run.config.run_folder, model.config)

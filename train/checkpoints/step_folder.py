@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,16 @@ OPTIMIZER = "optimizer.safetensors"
 TRAINING_FILES = {STATE, OPTIMIZER}  # all other files of a step folder are the model's
 
 
+@dataclass(frozen=True)
+class GuardState:
+    """What a resumed run needs in order to judge its updates as the uninterrupted one does."""
+
+    updates: int  # steps that have updated the weights
+    skipped_in_a_row: int = 0
+    losses: list[float] = field(default_factory=list)  # of the last steps, where spikes are looked for; oldest first
+    grad_norms: list[float] = field(default_factory=list)
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainingState:
     """Schema of `training_state.json`: the run of a checkpoint, besides weights and moments."""
@@ -53,6 +63,8 @@ class TrainingState:
     document_mask: bool = False  # the default of a field is what was used before the field existed
     sequences_per_step: int
     optimizer: str = "adamw"
+    guard: GuardState | None = None
+    temporary: bool = False  # to be deleted when the next checkpoint is complete
     total_steps: int
     config: dict[str, Any]  # the flags of the run
     digests: Digests | None = None  # None in a checkpoint from before there were any
@@ -68,6 +80,10 @@ class Checkpoint:
     @property
     def step(self) -> int:
         return self.state.step
+
+    @property
+    def guard(self) -> GuardState:
+        return self.state.guard or GuardState(self.step)
 
     def is_in(self, run_folder: Path) -> bool:
         return self.folder.parent.resolve() == run_folder.resolve()
@@ -121,9 +137,12 @@ def save(
         state = dataclasses.replace(state, digests=Digests(tensors=digests, files=files))
         (folder / STATE).write_text(json.dumps(dataclasses.asdict(state), indent=2) + "\n", encoding="utf-8")
     point_to(target)
-    if keep is not None:
-        for _, old in step_folders(run_folder)[:-keep]:
-            delete_folder(old)
+    older = [folder for _, folder in step_folders(run_folder)[:-1]]
+    kept = [folder for folder in older if not read_json(folder / STATE).get("temporary")]
+    kept = kept if keep is None else kept[len(kept) + 1 - keep :]
+    for folder in older:
+        if folder not in kept:
+            delete_folder(folder)
     return target
 
 

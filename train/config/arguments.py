@@ -83,7 +83,7 @@ def _argument(each: Field, annotation: Any) -> dict[str, Any]:
         options["choices"] = get_args(kind)
     elif kind is bool:
         options |= {"type": _boolean, "nargs": "?", "const": True, "metavar": "BOOL"}
-    elif kind in (int, float):
+    elif kind in (int, float) and "type" not in options:
         options["type"] = number(kind, **{key: each.metadata[key] for key in BOUNDS if key in each.metadata})
     elif kind is Path:
         options["type"] = Path
@@ -127,6 +127,15 @@ def _text(word: str) -> str:
         flag, _, value = word.partition("=") if word.startswith("--") else ("", "", word)
         raise UserError(f"{flag or 'an argument'}: {os.fsencode(value)!r} is not UTF-8; write it in UTF-8") from None
     return word
+
+
+def duration(text: str) -> float:
+    """The `type` of an argument that is a time: seconds of "H:M:S", "M:S" or Slurm's "D-H:M:S"."""
+    found = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} is no time; write it as H:M:S, for example 11:50:00, or D-H:M:S")
+    days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
+    return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
 
 
 def _underscored(word: str) -> str:

@@ -246,6 +246,10 @@ def _check_zero(settings: dict[str, Any], file: str, bf16: bool) -> None:
         raise UserError(f'{file}: "zero_optimization" needs a "stage" of 0, 1, 2 or 3')
     if zero.get("stage", 0) == 0 and bf16:
         raise UserError(f"{file}: ZeRO stage 0 with bf16 starts with a false AdamW step in DeepSpeed; use stage 1")
+    if zero.get("compute_grad_norm", True) is False:
+        raise UserError(
+            f'{file}: "compute_grad_norm" false hides updates that are not finite; remove it, or write true'
+        )
     # Else Accelerate puts DeepSpeed's own CPU optimizer in place of ours, whose learning rate no longer moves after
     # resuming.
     if zero.get("offload_optimizer") and settings.setdefault("zero_force_ds_cpu_optimizer", False):

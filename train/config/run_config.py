@@ -15,7 +15,7 @@ from typing import Any, Literal
 import yaml
 
 from train.config import packaged
-from train.config.arguments import ArgumentParser, flag
+from train.config.arguments import ArgumentParser, duration, flag
 from train.optim.schedule import SCHEDULES
 from train.utils.errors import UserError, did_you_mean
 
@@ -98,6 +98,12 @@ class Optimization:
         None, "clip the global gradient norm, 0: no clipping (default: the DeepSpeed JSON's number, else 1.0)",
         at_least=0,
     )  # fmt: skip
+    on_nonfinite: Literal["stop", "skip"] = flag(
+        "stop", "before an update whose loss or gradient norm is not finite: stop the run, or skip the update"
+    )
+    on_spike: Literal["off", "warn", "skip", "stop"] = flag(
+        "off", "before an update whose loss or gradient norm is 6 standard deviations above the last 128 steps'"
+    )
     seed: int = flag(1337, "seed of the initial weights, the order of the data and dropout", at_least=0, below=2**32)
 
 
@@ -116,7 +122,19 @@ class Checkpoints:
     """Checkpoints"""
 
     checkpoint_path: str = flag("checkpoint", "the run is written to the folder in here that is named after its type")
-    save_interval: int = flag(0, "steps between checkpoints; 0: at the end only", at_least=0)
+    save_interval: int = flag(0, "steps between checkpoints; 0: none by their number", at_least=0)
+    save_minutes: float = flag(
+        None,
+        "minutes between checkpoints that last until the next one; 0: none by time (default: 30 without "
+        "--save_interval, else 0)",
+        at_least=0,
+    )
+    max_time: float | None = flag(
+        None,
+        "stop in time to save before this much time is over, as H:M:S or D-H:M:S; a Slurm job also stops in time "
+        "before its own end",
+        type=duration,
+    )
     save_total_limit: int | None = flag(
         None, "keep this many of the newest checkpoints (default: all of them)", at_least=1
     )

@@ -13,7 +13,7 @@ from modeling_gpt2flash.documents import kernel_arguments
 from train.config import launcher_env as launcher
 from train.data.batches import IGNORED_LABEL
 from train.engines import zero
-from train.engines.base import Engine, StepResult
+from train.engines.base import Engine
 from train.engines.gradient_clipping import clip
 from train.engines.transforms import checkpoint_arguments, checkpoint_blocks
 from train.metrics.annotations import annotate
@@ -60,30 +60,27 @@ class AcceleratedEngine(Engine):
             wrapping = "plain"
         return wrapping, 0, self.rank
 
-    def train_step(
-        self, step: int, micro_batches: Iterable[dict[str, torch.Tensor]], learning_rate: float
-    ) -> StepResult:
+    def _compute_step(self, micro_batches: Iterable[dict[str, torch.Tensor]]) -> None:
         self.model.train()
-        self._begin_step(step, learning_rate)
-        losses: list[torch.Tensor] = []
-        grad_norm: torch.Tensor | None = None
         for micro_batch in micro_batches:
             with self.accelerator.accumulate(self.model):
                 with annotate("data"):
                     inputs = self._inputs(micro_batch)
                 with annotate("forward"):
                     loss = self.model(**inputs, use_cache=False, skip_logits=True).loss
-                    losses.append(loss.detach().float())
+                    self.losses.append(loss.detach().float())
                 with annotate("backward"):
                     self.accelerator.backward(loss)
-                with annotate("optimizer"):
-                    if self.accelerator.sync_gradients:
-                        grad_norm = clip(self.accelerator, self.model.parameters(), self.config.max_grad_norm)
-                    self.optimizer.step()
-                    self.optimizer.zero_grad()
-        with annotate("communication"):
-            mean = self.accelerator.reduce(torch.stack(losses).mean(), "mean").item()
-            return StepResult(mean, None if grad_norm is None else float(grad_norm))
+                if self.accelerator.sync_gradients and not self.deepspeed:  # whose step is part of its backward
+                    with annotate("optimizer"):
+                        if self._review(clip(self.accelerator, self.model.parameters(), self.config.max_grad_norm)):
+                            self.optimizer.step()
+                        self.optimizer.zero_grad()
+
+    def _gather_losses(self, requests: list[torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        own = torch.stack([torch.stack(self.losses).mean(), *requests])
+        loss, *asked = self.accelerator.reduce(own, "mean")
+        return loss, asked
 
     @torch.no_grad()
     def eval_step(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -4,8 +4,9 @@ Weights and the optimizer's moments are exchanged as full tensors, in fp32, unde
 layout can load the checkpoint of any other.
 """
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from socket import gethostname
 from typing import Any
@@ -21,6 +22,7 @@ from train.engines.accelerator import deepspeed_accelerator, plain_accelerator
 from train.engines.placement import RankPlacement, check_launch, check_placements
 from train.engines.state import create_moments, full_tensor, held_by_optimizer, set_full_tensor, torch_optimizer
 from train.engines.transforms import checkpoint_arguments, compile_blocks, fuse_gelu, keep_freed_memory
+from train.metrics.annotations import annotate
 from train.metrics.peak_memory import peak_memory
 from train.optim.parameter_groups import build_optimizer, moments_of
 from train.utils import processes
@@ -30,10 +32,30 @@ from train.utils.errors import UserError
 
 @dataclass(frozen=True)
 class StepResult:
-    """Mean loss over the global batch, and the norm of the gradient before clipping (None if it is not reported)."""
+    """What a step computed, the same in all processes."""
 
-    loss: float
-    grad_norm: float | None
+    loss: float  # mean over the global batch
+    grad_norm: float  # of the gradient before clipping
+    updated: bool  # whether the optimizer has updated the weights
+    requests: tuple[bool, ...]  # whether any process made the request
+
+
+def is_finite(loss: float, grad_norm: float) -> bool:
+    return math.isfinite(loss) and math.isfinite(grad_norm)
+
+
+@dataclass(frozen=True)
+class Review:
+    """What decides, after the backward pass and before the optimizer, whether a step updates the weights.
+
+    It is given numbers over all processes, so that each decides alike.
+    """
+
+    accepts: Callable[[float, float], bool] = is_finite  # (loss, norm of the gradient)
+    requests: Callable[[], Sequence[bool]] = tuple  # what this process asks of all; their number is always the same
+
+
+DEFAULT_REVIEW = Review()
 
 
 class Engine(ABC):
@@ -54,6 +76,7 @@ class Engine(ABC):
         self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.is_main = self.accelerator.is_main_process
         self.data_rank, self.data_world_size, self.pipeline_rank = self.rank, self.world_size, 0
+        self.losses: list[torch.Tensor] = []  # of the micro-batches of the last step, on the device
         if self.world_size != launched:
             raise UserError(
                 f"the launcher started {launched} processes, but Accelerate counts {self.world_size}: each would "
@@ -90,6 +113,8 @@ class Engine(ABC):
         self.model, self.optimizer = self.accelerator.prepare(module, optimizer)
         assert torch_optimizer(self.optimizer) is optimizer, "DeepSpeed has replaced the optimizer by its own"
         create_moments(self.optimizer, config.optimized)
+        if self.deepspeed:
+            zero.review_updates(self.model, self._review)
         host, wrapping = gethostname(), self._requested_wrapping()
         actual = RankPlacement(self.rank, host, self.device.type, *self._placement())
         requested = RankPlacement(processes.rank(), host, device_type(), wrapping, self.pipeline_rank, self.data_rank)
@@ -108,18 +133,51 @@ class Engine(ABC):
         """The part of the model that this process trains, with activation checkpointing applied."""
 
     @abstractmethod
+    def _compute_step(self, micro_batches: Iterable[dict[str, torch.Tensor]]) -> None:
+        """Forward and backward passes, then the update, if `_review` accepts it. Each loss goes to `losses`."""
+
     def train_step(
-        self, step: int, micro_batches: Iterable[dict[str, torch.Tensor]], learning_rate: float
+        self,
+        step: int,
+        micro_batches: Iterable[dict[str, torch.Tensor]],
+        learning_rate: float,
+        review: Review = DEFAULT_REVIEW,
     ) -> StepResult:
-        """One optimizer update from this process's share of the global batch.
+        """One step from this process's share of the global batch, which updates the weights if `review` accepts it.
 
         The random state of dropout depends on (seed, step, rank) alone, so a resumed run needs no saved state.
         """
-
-    def _begin_step(self, step: int, learning_rate: float) -> None:
         torch.manual_seed(_mix(self.config.seed, step, self.rank))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
+        self.losses.clear()
+        self.review = review
+        self._compute_step(micro_batches)
+        return self.result
+
+    def _review(self, grad_norm: torch.Tensor) -> bool:
+        """Whether the step updates the weights; called once in each step, with the norm over all processes.
+
+        This is the only time in a step that the host waits for the device.
+        """
+        with annotate("communication"):
+            loss, requests = self._gather_losses(
+                [torch.full((), float(asked), device=self.device) for asked in self.review.requests()]
+            )
+            values = torch.stack([loss.float(), grad_norm.float().to(self.device), *requests]).tolist()
+        loss_value, norm_value, *asked = values
+        updated = self.review.accepts(loss_value, norm_value)
+        self.result = StepResult(loss_value, norm_value, updated, tuple(value > 0 for value in asked))
+        return updated
+
+    @abstractmethod
+    def _gather_losses(self, requests: list[torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """The mean of all processes' `losses`, and of their requests."""
+
+    def non_finite_losses(self) -> list[tuple[int, int, float]]:
+        """(rank, micro-batch, loss) of the last step's losses that are not finite, those of all processes."""
+        own = [(self.rank, number, float(loss)) for number, loss in enumerate(self.losses)]
+        return [each for each in gather_object(own) if not math.isfinite(each[2])]
 
     @abstractmethod
     def eval_step(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -127,6 +185,10 @@ class Engine(ABC):
 
         The sum over all processes is that of all processes' batches.
         """
+
+    def any_process(self, asks: bool) -> bool:
+        """Whether any process asks."""
+        return bool(self.sum_over_processes(torch.tensor(float(asks), device=self.device)) > 0)
 
     def sum_over_processes(self, values: torch.Tensor) -> torch.Tensor:
         return self.accelerator.reduce(values, "sum")

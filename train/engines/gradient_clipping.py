@@ -1,7 +1,7 @@
-"""Gradient clipping by the global norm, in every layout without a pipeline.
+"""Gradient clipping by the global norm, in every layout without DeepSpeed.
 
 DeepSpeed clips within its own step, by `gradient_clipping` in its JSON, which `config/deepspeed_config.py` makes the
-same as the flag. A pipeline is always DeepSpeed's.
+same as the flag.
 """
 
 from collections.abc import Iterable
@@ -11,10 +11,8 @@ from accelerate import Accelerator
 from torch.distributed.tensor import DTensor
 
 
-def clip(accelerator: Accelerator, parameters: Iterable[torch.Tensor], max_norm: float) -> torch.Tensor | None:
-    """Clip the gradients in place, 0: not at all. Returns their global norm before that, which waits for no device.
-
-    With DeepSpeed, called after its step, this only reports the norm, or None where DeepSpeed has none.
-    """
+def clip(accelerator: Accelerator, parameters: Iterable[torch.Tensor], max_norm: float) -> torch.Tensor:
+    """Clip the gradients in place, 0: not at all. Returns their norm before that, a scalar on the device."""
     norm = accelerator.clip_grad_norm_(parameters, max_norm or float("inf"))
+    assert norm is not None
     return norm.full_tensor() if isinstance(norm, DTensor) else norm  # FSDP2

@@ -5,10 +5,12 @@ each parameter group; ZeRO-3 keeps shards of the weights as well, under `paramet
 where it offloads to, is in the DeepSpeed JSON (`config/deepspeed_config.py`).
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from modeling_gpt2flash import GPT2FlashForCausalLM
 
@@ -65,6 +67,47 @@ def set_full_tensor(parameter: torch.Tensor, value: torch.Tensor, moment: str | 
     safe_set_full_fp32_param(parameter, value)
     with zero.GatheredParameters([parameter], modifier_rank=0, enabled=hasattr(parameter, "ds_id")):
         parameter.data.copy_(value)
+
+
+def review_updates(engine: Any, review: Callable[[torch.Tensor], bool]) -> None:
+    """Let `review`, given the norm of the gradient over all processes, decide whether DeepSpeed updates the weights.
+
+    ZeRO skips an update whose norm is not finite, and that is how it is made to skip one. It computes the norm in any
+    case, and need not search the gradients for infinities before that.
+    """
+    optimizer = engine.optimizer
+    if hasattr(optimizer, "scaled_global_norm"):  # ZeRO-1 and 2
+        norm_of_all = optimizer.scaled_global_norm
+
+        def reviewed_norm() -> torch.Tensor:
+            norm = torch.as_tensor(norm_of_all())
+            return norm if review(norm) else torch.full_like(norm, math.inf)
+
+        optimizer.scaled_global_norm = reviewed_norm
+        optimizer.check_grad_overflow = True
+        optimizer.check_overflow = lambda **_: None
+    elif hasattr(optimizer, "_get_norm_groups"):  # ZeRO-3
+        from deepspeed.runtime.utils import combine_grad_norm_groups
+
+        norms_of_groups = optimizer._get_norm_groups
+
+        def reviewed_norms() -> list[torch.Tensor]:
+            norms = norms_of_groups()
+            return norms if review(combine_grad_norm_groups(norms)) else [torch.tensor(math.inf)]
+
+        optimizer._get_norm_groups = reviewed_norms
+    else:  # without ZeRO, DeepSpeed steps torch's optimizer, with the complete gradients
+        update = optimizer.step
+
+        def reviewed_step() -> None:
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            norm = get_total_norm([parameter.grad for parameter in parameters])
+            if review(norm):
+                clip_grads_with_norm_(parameters, engine.gradient_clipping() or math.inf, norm)
+                update()
+
+        engine.clip_fp32_gradients = lambda: None
+        optimizer.step = reviewed_step
 
 
 def partitions(zero: Any) -> list[torch.Tensor] | None:

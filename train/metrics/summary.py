@@ -126,8 +126,11 @@ def summarize(
 
 
 def over_steps(records: Sequence[Mapping[str, Any]], key: str, how: str) -> float | None:
-    """The last value of a step metric, or the mean of its last `FINAL_STEPS`; None if no step has it."""
-    values = [nan_for_null(record[key]) for record in records if key in record]
+    """The last value of a step metric, or the mean of its last `FINAL_STEPS`; None if no step has it.
+
+    Steps whose update was skipped do not count.
+    """
+    values = [nan_for_null(record[key]) for record in records if key in record and not record.get("skipped")]
     values = values[-1:] if how == "last" else values[-FINAL_STEPS:]
     return sum(values) / len(values) if values else None
 

@@ -66,6 +66,11 @@ class RunLog:
         if self.main:
             self._attempt(lambda: self.file.sync(self.records))
 
+    def lacks_validation(self, step: int) -> bool:
+        """Whether the last record is that of `step` and has no validation."""
+        last = self.records[-1] if self.records else {}
+        return last.get("step") == step and "val_loss" not in last
+
     def message(self, sentence: str) -> None:
         """Print a sentence above the progress bar."""
         if self.main:

@@ -2,30 +2,34 @@
 
 import os
 import time
+from collections.abc import Iterator
 from contextlib import closing
 from functools import partial
+from typing import Any, NoReturn
 
 from accelerate.utils import gather_object, set_seed
 
 from train.checkpoints import starting
 from train.checkpoints import step_folder as checkpoints
 from train.checkpoints.loading import load_model
+from train.checkpoints.step_folder import GuardState
 from train.config import launcher_env as launcher
 from train.data.prefetch import Batch, read_ahead
 from train.engines import rendezvous
 from train.engines.accelerated import AcceleratedEngine
-from train.engines.base import Engine
+from train.engines.base import Engine, Review
 from train.hub.upload import push
 from train.metrics.annotations import annotate
 from train.metrics.energy import EnergyMeter, energy_reader
-from train.optim.schedule import learning_rate
+from train.run.guard import Guard
 from train.run.log import RunLog
 from train.run.profiling import Profiler
 from train.run.setup import ResolvedRun
+from train.run.signals import Interruptions
 from train.run.summary import write_summary
 from train.run.validate import validate
 from train.utils import lock, processes
-from train.utils.errors import UserError
+from train.utils.errors import RUN_AGAIN, STOPPED_BY_GUARD, EarlyEnd, UserError
 
 
 def build(run: ResolvedRun) -> Engine:
@@ -53,7 +57,7 @@ def build(run: ResolvedRun) -> Engine:
     engine.wait()
     engine.prepare(model)
     if checkpoint is not None and tensors is not None:
-        engine.load_state(*tensors, checkpoint.step)
+        engine.load_state(*tensors, checkpoint.guard.updates)
     return engine
 
 
@@ -71,19 +75,80 @@ def due(step: int, interval: int, last: int) -> bool:
 
 
 @annotate("checkpoint")
-def save(engine: Engine, run: ResolvedRun, log: RunLog, step: int) -> None:
-    """Write the checkpoint after `step` steps, parameter by parameter."""
+def save(engine: Engine, run: ResolvedRun, state: checkpoints.TrainingState) -> None:
+    """Write the checkpoint of a state, parameter by parameter."""
     tensors = engine.tensors()
-    log.flush()  # first: a run that resumes from the checkpoint needs the records up to it
     if engine.is_main:
         config = run.config
         lock.check(config.run_folder)
-        checkpoints.save(
-            config.run_folder, run.model, run.tokenizer, tensors, run.state(step), config.save_total_limit
-        )
+        checkpoints.save(config.run_folder, run.model, run.tokenizer, tensors, state, config.save_total_limit)
     for _ in tensors:
         pass  # the other processes only take part in gathering
     engine.wait()
+
+
+class Checkpoints:
+    """Saves the run, each step at most once."""
+
+    def __init__(
+        self, engine: Engine, run: ResolvedRun, log: RunLog, guard: Guard, interruptions: Interruptions
+    ) -> None:
+        self.engine, self.run, self.log, self.guard, self.interruptions = engine, run, log, guard, interruptions
+        self.step = run.first_step  # of the newest checkpoint
+
+    def save(self, step: int, *, temporary: bool = False) -> None:
+        """Write the checkpoint after `step` steps; a `temporary` one is deleted when the next is complete."""
+        if step <= self.step:
+            return
+        began = time.monotonic()
+        self.log.flush()  # first: a run that resumes from the checkpoint needs the records up to it
+        save(self.engine, self.run, self.run.state(step, self.guard.state(), temporary))
+        self.step = step
+        self.interruptions.saved(time.monotonic() - began)
+
+    def end_early(self, step: int, reason: str) -> NoReturn:
+        """Save after `step` steps, and end all processes, of which those with a reason give theirs."""
+        self.save(step)
+        reasons = dict.fromkeys(each for each in gather_object([reason]) if each)
+        self.log.close()
+        self.engine.close()
+        where = f"{self.run.config.run_folder}/step-{step} is saved" if step > 0 else "nothing is saved yet"
+        raise EarlyEnd(
+            f"{' and '.join(reasons)}: the run stops after step {step:,} of {self.run.total_steps:,}; {where}, and "
+            f"--resume_from_checkpoint continues",
+            RUN_AGAIN,
+        )
+
+    def end_by_guard(self, step: int, finding: str) -> NoReturn:
+        """Save the weights before an update that is not made, which are those after `step` steps, and end."""
+        self.save(step)
+        self.log.close()
+        self.engine.close()
+        flag = "on_spike" if self.guard.reason == "spike" else "on_nonfinite"
+        folder = self.run.config.run_folder
+        saved = f"{folder}/step-{step} has the weights before it" if step > 0 else "there are no weights before it"
+        raise EarlyEnd(
+            f"{finding}, so the run stops before this update; {saved}. python -m train.replay {folder} --step "
+            f"{step + 1} finds where it arises; --resume_from_checkpoint with --{flag} skip continues without it",
+            STOPPED_BY_GUARD,
+        )
+
+
+def introduction(run: ResolvedRun, engine: Engine) -> Iterator[str]:
+    """What is worth knowing of a run that begins."""
+    config = run.config
+    yield engine.layout
+    if run.partition is not None:
+        yield f"{run.partition.table()}\nschedule {config.pipeline_schedule}"
+    yield f"attention: {run.attention[0]} ({run.attention[1]}); precision: {run.precision}"
+    if config.loss_chunk_size and launcher.asks("FSDP"):  # Accelerate shards the head, which must then be called
+        yield f"--loss_chunk_size {config.loss_chunk_size} has no effect: FSDP2 computes the full logits"
+    times = [
+        f"every {config.save_interval:,} steps" * (config.save_interval > 0),
+        f"every {config.save_minutes:g} minutes (each until the next one is complete)" * (config.save_minutes > 0),
+        "after the last step",
+    ]
+    yield f"checkpoints: {', '.join(filter(None, times))}"
 
 
 def micro_batches(engine: Engine, run: ResolvedRun, step: int) -> list[Batch]:
@@ -98,14 +163,37 @@ def micro_batches(engine: Engine, run: ResolvedRun, step: int) -> list[Batch]:
 def train(run: ResolvedRun) -> None:
     """Train from the run's checkpoint, or from step 0, to its last step, and finish the run folder."""
     config = run.config
-    engine = build(run)
-    log = RunLog(engine.accelerator, run)
-    log.message(engine.layout)
-    if run.partition is not None:
-        log.message(f"{run.partition.table()}\nschedule {config.pipeline_schedule}")
-    log.message(f"attention: {run.attention[0]} ({run.attention[1]}); precision: {run.precision}")
-    if config.loss_chunk_size and launcher.asks("FSDP"):  # Accelerate shards the head, which must then be called
-        log.message(f"--loss_chunk_size {config.loss_chunk_size} has no effect: FSDP2 computes the full logits")
+    with Interruptions(config, run.checkpoint_bytes, keeps_time=processes.rank() == 0) as interruptions:
+        engine = build(run)
+        log = RunLog(engine.accelerator, run)
+        measured = train_steps(run, engine, log, interruptions)
+        main, world_size = engine.is_main, engine.world_size
+        log.close()
+        engine.close()
+        interruptions.end_at_once()
+        if main:
+            write_summary(run, log.records, world_size, measured)
+    if main and config.push_to_hub is not None:
+        print(push(config.run_folder, config.push_to_hub))
+
+
+def train_steps(run: ResolvedRun, engine: Engine, log: RunLog, interruptions: Interruptions) -> dict[str, Any]:
+    """All steps with their validations and checkpoints; returns what was measured of memory and energy."""
+    config = run.config
+    for sentence in introduction(run, engine):
+        log.message(sentence)
+    guard = Guard(config, run.checkpoint.guard if run.checkpoint else GuardState(0))
+    saves = Checkpoints(engine, run, log, guard, interruptions)
+    review = Review(guard.accepts, interruptions.requests)
+    validation = partial(
+        validate, engine, run.val, config.train_micro_batch_size_per_gpu, config.eval_steps, interruptions.is_asked
+    )
+    if due(run.first_step, config.eval_interval, run.total_steps) and engine.any_process(
+        log.lacks_validation(run.first_step)
+    ):  # the run ended before it
+        log.amend(validation() or {})
+    if engine.any_process(interruptions.is_asked()):
+        saves.end_early(run.first_step, interruptions.reason)
 
     energy = EnergyMeter(energy_reader(engine.device))
     steps = range(run.first_step, run.total_steps)
@@ -117,15 +205,8 @@ def train(run: ResolvedRun) -> None:
             with annotate("data"):
                 batches = next(data)
             data_seconds = time.perf_counter() - began
-            rate = learning_rate(
-                step,
-                peak=config.learning_rate,
-                total_steps=run.total_steps,
-                warmup_steps=run.warmup_steps,
-                min_ratio=config.min_learning_rate_ratio,
-                schedule=config.lr_schedule,
-            )
-            result = engine.train_step(step, batches, rate)
+            rate = run.learning_rate(step)
+            result = engine.train_step(step, batches, rate, review)
             seconds = time.perf_counter() - began
             energy.stop(counts=step > run.first_step and not profiler.at_work)
 
@@ -143,17 +224,25 @@ def train(run: ResolvedRun) -> None:
             }
             if profiler.at_work:
                 record["profiled"] = True
+            if guard.reason:
+                finding = guard.finding(done, result, engine.non_finite_losses())
+                if guard.action == "stop":
+                    saves.end_by_guard(step, finding)
+                log.message(finding if result.updated else f"{finding}; the update is skipped")
+            if not result.updated:
+                record["skipped"] = True
             log.write(record)
-            if due(done, config.eval_interval, run.total_steps):
-                log.amend(validate(engine, run.val, config.train_micro_batch_size_per_gpu, config.eval_steps))
-            if due(done, config.save_interval, run.total_steps):
-                save(engine, run, log, done)
+            stop, save = result.requests
+            if save or stop or due(done, config.save_interval, run.total_steps):
+                saves.save(done, temporary=not due(done, config.save_interval, run.total_steps))
+            if due(done, config.eval_interval, run.total_steps) and not stop:
+                validated = validation()
+                log.amend(validated or {})
+                stop = validated is None
+            if stop:
+                saves.end_early(done, interruptions.reason)
             profiler.step()
-    log.close()
-    main, world_size, measured = engine.is_main, engine.world_size, engine.peak_memory(profiler.peak_before)
-    measured |= energy.metrics(engine.device, engine.sum_over_processes, run.tokens_per_step)
-    engine.close()
-    if main:
-        write_summary(run, log.records, world_size, measured)
-        if config.push_to_hub is not None:
-            print(push(config.run_folder, config.push_to_hub))
+            interruptions.step_done()
+    return engine.peak_memory(profiler.peak_before) | energy.metrics(
+        engine.device, engine.sum_over_processes, run.tokens_per_step
+    )

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from modeling_gpt2flash import GPT2FlashConfig
+from modeling_gpt2flash import GPT2FlashConfig, GPT2FlashForCausalLM
 from modeling_gpt2flash.attention import choose_attention
 from train.checkpoints import starting
 from train.checkpoints import step_folder as checkpoints
@@ -27,6 +27,7 @@ from train.engines import rendezvous
 from train.engines.pipeline.partition import Partition, partition
 from train.engines.transforms import SELECTIVE_ATTENTION, check_cpp_compiler
 from train.hub import upload
+from train.optim.schedule import learning_rate
 from train.run import trackers
 from train.utils import lock, processes
 from train.utils.devices import device_type, has_fast_bf16, has_memory_history, matmul_precision
@@ -35,6 +36,7 @@ from train.utils.errors import UserError
 PROBE = (
     "Two tokenizers that split this (short) sentence alike, with its symbols and\n 2 lines, are taken to be the same."
 )
+SAVE_MINUTES = 30.0  # by default; a save costs seconds
 SHAPE = ("n_layer", "n_head", "n_embd", "n_inner", "n_positions", "vocab_size")
 
 
@@ -83,7 +85,25 @@ class ResolvedRun:
     def shape(self) -> dict[str, int | None]:
         return {key: getattr(self.model, key) for key in SHAPE}
 
-    def state(self, step: int) -> checkpoints.TrainingState:
+    def learning_rate(self, step: int) -> float:
+        return learning_rate(
+            step,
+            peak=self.config.learning_rate,
+            total_steps=self.total_steps,
+            warmup_steps=self.warmup_steps,
+            min_ratio=self.config.min_learning_rate_ratio,
+            schedule=self.config.lr_schedule,
+        )
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Weights and two moments, in fp32."""
+        with torch.device("meta"):
+            return 12 * GPT2FlashForCausalLM(self.model).num_parameters()
+
+    def state(
+        self, step: int, guard: checkpoints.GuardState | None = None, temporary: bool = False
+    ) -> checkpoints.TrainingState:
         """The state to checkpoint after `step` steps."""
         return checkpoints.TrainingState(
             step=step,
@@ -95,6 +115,8 @@ class ResolvedRun:
             document_mask=self.config.document_mask,
             sequences_per_step=self.train.global_batch_size,
             optimizer=self.config.optimizer,
+            guard=guard,
+            temporary=temporary,
             total_steps=self.total_steps,
             config=asdict(self.config),
         )
@@ -178,7 +200,10 @@ def resolve_engine(config: RunConfig) -> tuple[RunConfig, dict[str, Any]]:
     else:
         bf16 = config.mixed_precision == "bf16" or (config.mixed_precision == "auto" and bf16_is_fast)
         config = replace(config, mixed_precision="bf16" if bf16 else "no")
-    defaults = DEFAULTS[config.run_type] | {"learning_rate": default_learning_rate(config.model)}
+    defaults = DEFAULTS[config.run_type] | {
+        "learning_rate": default_learning_rate(config.model),
+        "save_minutes": 0.0 if config.save_interval else SAVE_MINUTES,
+    }
     config = replace(config, **{key: value for key, value in defaults.items() if getattr(config, key) is None})
     if config.pipeline_stages == 1 and config.pipeline_schedule != "1f1b":
         raise UserError(f"--pipeline_schedule {config.pipeline_schedule}: there is one stage; give --pipeline_stages")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from train.utils import processes
-from train.utils.errors import UserError, file_error, memory_error, text_of
+from train.utils.errors import EarlyEnd, UserError, file_error, memory_error, text_of
 
 READER_GONE = 128 + 13  # SIGPIPE
 
@@ -40,6 +40,10 @@ def run_command(main: Callable[[], None]) -> NoReturn:
         sys.exit(130)
     except UserError as error:
         _exit_with_user_error(str(error))
+    except EarlyEnd as end:
+        if processes.rank() == 0:
+            print(end, file=sys.stderr, flush=True)
+        processes.exit_process(end.code)
     except Exception as error:
         _exit_if_unreadable()
         sentence = file_error(error)

@@ -15,9 +15,21 @@ OUT_OF_MEMORY = re.compile(
     r"can't allocate memory|not enough memory|out of memory|Storage size calculation overflowed"
 )
 
+# Exit codes beside 0, 1 (an error of the program or of a peer) and 2 (`UserError`).
+STOPPED_BY_GUARD = 3
+RUN_AGAIN = 75  # sysexits.h's EX_TEMPFAIL: everything is saved, the same command continues
+
 
 class UserError(Exception):
     """An invalid request: the message names the key, its value and the remedy."""
+
+
+class EarlyEnd(Exception):
+    """The run ends before its last step, in the same way on all processes; the message says why and how to go on."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 def first_line(error: BaseException) -> str:

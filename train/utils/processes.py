@@ -57,8 +57,8 @@ def exit_with_error(error: Exception) -> NoReturn:
     os._exit(1)  # a regular exit can hang or abort when peers have already exited
 
 
-def exit_process() -> NoReturn:
-    """Exit this process of a job with code 0, once everything is written and closed.
+def exit_process(code: int = 0) -> NoReturn:
+    """Exit this process of a job, once everything is written and closed.
 
     A regular exit finalizes the interpreter first. Threads of the process group that release a collective's tensors
     after that, as after the last validation of FSDP2 or ZeRO-3, abort ("terminate called without an active
@@ -67,7 +67,7 @@ def exit_process() -> NoReturn:
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(code)
 
 
 def watch_peer(pids: Sequence[int]) -> None:

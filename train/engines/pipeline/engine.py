@@ -24,7 +24,7 @@ from modeling_gpt2flash.pipeline import Passed, full_name, is_tied, locate, mode
 from train.config.run_config import RunConfig
 from train.data.batches import IGNORED_LABEL
 from train.engines import zero
-from train.engines.base import Engine, StepResult
+from train.engines.base import Engine
 from train.engines.pipeline.partition import Partition
 from train.engines.pipeline.stage_module import EMBEDDINGS, HEAD, DualPipeVStageModule, StageModule
 from train.engines.transforms import checkpoint_arguments
@@ -82,6 +82,7 @@ class PipelinedEngine(Engine):
                 self.pipeline_size,
                 self.tied,
                 _call if self.compiles_checkpointing else recompute,
+                self.losses,
             )
         assert module.stage_id == self.pipeline_rank
         own = set(module.parameters())
@@ -106,7 +107,9 @@ class PipelinedEngine(Engine):
             instruction: annotate(PHASES.get(instruction.__name__, "communication"))(self._annotate_stage(execute))
             for instruction, execute in self.model._INSTRUCTION_MAP.items()
         }
-        self.model._aggregate_total_loss = annotate("communication")(self.model._aggregate_total_loss)
+        # DeepSpeed sends the loss to all stages after the update; the review needs it before.
+        self.aggregate_loss = self.model._aggregate_total_loss
+        self.model._aggregate_total_loss = lambda: self.mean_loss
 
     def _annotate_stage(self, execute: Callable[..., None]) -> Callable[..., None]:
         """The same instruction, annotated with its stage; DualPipeV's phase 1 is that of the second chunk."""
@@ -133,17 +136,17 @@ class PipelinedEngine(Engine):
                 found[EMBEDDINGS if self.tied and name == HEAD else name] = parameter
         yield from found.items()
 
-    def train_step(
-        self, step: int, micro_batches: Iterable[dict[str, torch.Tensor]], learning_rate: float
-    ) -> StepResult:
-        self._begin_step(step, learning_rate)
+    def _compute_step(self, micro_batches: Iterable[dict[str, torch.Tensor]]) -> None:
         micro_batches = iter(micro_batches)
         first = next(micro_batches)
         self._reset_changed_shapes(first)
-        loss = self.model.train_batch(map(_inputs_and_labels, chain([first], micro_batches)))
-        grad_norm = self.model.get_global_grad_norm()
-        with annotate("communication"):
-            return StepResult(float(loss), None if grad_norm is None else float(grad_norm))
+        self.model.train_batch(map(_inputs_and_labels, chain([first], micro_batches)))
+
+    def _gather_losses(self, requests: list[torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        asked = torch.stack(requests) if requests else torch.empty(0, device=self.device)
+        dist.all_reduce(asked)
+        self.mean_loss = self.aggregate_loss()
+        return self.mean_loss, list(asked)
 
     def eval_step(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         # DualPipeV needs two micro-batches per pipeline rank; the others are fillers without labels.

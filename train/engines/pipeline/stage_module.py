@@ -28,6 +28,7 @@ class StageModule(PipelineModule):
         size: the number of pipeline ranks.
         tied: whether embeddings and head share their weight.
         checkpoint: how DeepSpeed calls layers whose activations are recomputed.
+        losses: where the last stage puts the loss of each micro-batch that it trains on.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class StageModule(PipelineModule):
         size: int,
         tied: bool,
         checkpoint: Callable,
+        losses: list[torch.Tensor],
     ) -> None:
         self.bounds = bounds
         embeddings, *blocks_and_norm, head = layers
@@ -45,7 +47,10 @@ class StageModule(PipelineModule):
             """The mean over a micro-batch while training, the sum while evaluating."""
             assert isinstance(head, HeadLayer)
             with record_function(LOSS):
-                return head.loss(hidden_states, shift_labels, num_items_in_batch=None if self.training else 1)
+                result = head.loss(hidden_states, shift_labels, num_items_in_batch=None if self.training else 1)
+            if self.training:
+                losses.append(result.detach())
+            return result
 
         keys = ("wte", "wte") if tied else ("embeddings", "head")
         specs = [

@@ -1,0 +1,143 @@
+"""The guard: which updates a run does not make, the same in every layout, and how it goes on or ends."""
+
+import json
+import math
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import ROOT, accelerate, python, records, torchrun
+from tests.jobs import layout
+from train.checkpoints.step_folder import GuardState
+from train.config.run_config import RunConfig, parse
+from train.run.guard import SIGMA, SKIPS_IN_A_ROW, WINDOW, Guard, is_spike
+
+STEPS = ["--max_steps=8", "--save_interval=2", "--warmup_steps=2", "--max_new_tokens=0"]
+PLANTED = ["5", "0", "transformer.h.1.mlp", "nan"]  # in step 5, on rank 0
+
+
+def config(*flags: str) -> RunConfig:
+    return parse(list(flags))
+
+
+# The rule
+
+
+def test_a_spike_is_six_standard_deviations_above_the_mean_of_the_window() -> None:
+    earlier = deque([2.0, 4.0] * (WINDOW // 2), maxlen=WINDOW)  # mean 3, standard deviation a little above 1
+    deviation = math.sqrt(WINDOW / (WINDOW - 1))
+    assert not is_spike(3 + SIGMA * deviation - 1e-9, earlier)
+    assert is_spike(3 + SIGMA * deviation + 1e-9, earlier)
+    assert not is_spike(-1e9, earlier), "only what is above"
+    assert not is_spike(1e9, deque([2.0, 4.0] * (WINDOW // 4 - 1))), "half a window is needed"
+    assert is_spike(1e9, deque([2.0, 4.0] * (WINDOW // 4)))
+
+
+@pytest.mark.parametrize("numbers", [(math.nan, 1.0), (math.inf, 1.0), (2.0, math.nan), (2.0, math.inf)])
+def test_what_is_not_finite_stops_and_leaves_no_trace(numbers: tuple[float, float]) -> None:
+    before = GuardState(7, losses=[1.0], grad_norms=[2.0])
+    guard = Guard(config("--on_spike=warn"), before)
+    assert not guard.accepts(*numbers)
+    assert (guard.reason, guard.action) == ("non-finite", "stop")
+    assert guard.state() == before
+
+
+def test_skipping_has_an_end() -> None:
+    guard = Guard(config("--on_nonfinite=skip"), GuardState(0))
+    for _ in range(SKIPS_IN_A_ROW):
+        assert not guard.accepts(math.nan, 1.0)
+        assert guard.action == "skip"
+    assert guard.accepts(2.0, 1.0)
+    for _ in range(SKIPS_IN_A_ROW):
+        assert not guard.accepts(2.0, math.inf)
+    assert not guard.accepts(2.0, math.inf)
+    assert guard.action == "stop"
+    assert guard.state() == GuardState(1, SKIPS_IN_A_ROW)
+
+
+@pytest.mark.parametrize(("action", "updates"), [("warn", 65), ("skip", 64), ("stop", 64)])
+@pytest.mark.parametrize("spike", [(9.0, 1.0), (2.0, 9.0)])
+def test_what_is_done_about_a_spike(action: str, updates: int, spike: tuple[float, float]) -> None:
+    guard = Guard(config(f"--on_spike={action}"), GuardState(0))
+    for step in range(WINDOW // 2):
+        assert guard.accepts(2.0 + step % 2, 1.0 + step % 2)
+        assert not guard.reason
+    assert guard.accepts(*spike) == (action == "warn")
+    assert (guard.reason, guard.action) == ("spike", action)
+    state = guard.state()
+    assert state.updates == updates
+    assert (state.losses[-1] == spike[0]) == (action != "stop"), "a resumed run meets it again"
+    # As in OLMo-core, it belongs to the window of the next, which are judged by a larger deviation.
+    assert guard.accepts(2.0, 1.0)
+
+
+# Whole runs
+
+
+def finish(words: list[str], cwd: Path, launch: str, check: bool = True) -> Any:
+    if launch == "python":
+        return python("-m", *words, cwd=cwd, check=check)
+    if launch == "fsdp2":
+        return accelerate(*words[1:], cwd=cwd, layout="fsdp2", module=words[0], check=check)
+    return torchrun("-m", *words, cwd=cwd, check=check)
+
+
+def check_decisions(flags: list[str], launch: str, tmp_path: Path) -> None:
+    """A planted NaN stops the run, its weights saved; skipped, the run resumes exactly from before and after it."""
+    kind = "optimized" if any("optimized" in flag for flag in flags) else "baseline"
+    planted = ["tests.planted", *PLANTED, *flags, *STEPS]
+    stopped = finish([*planted, f"--checkpoint_path={tmp_path}/stop"], tmp_path, launch, check=False)
+    said = stopped.stdout + stopped.stderr
+    assert stopped.returncode == (3 if launch == "python" else 1), said  # a launcher reports its processes' 3
+    assert launch == "python" or "exitcode  : 3" in said
+    assert "step 5: the loss is nan (rank " in said
+    assert f"{tmp_path}/stop/{kind}/step-4 has the weights before it" in said
+    assert len(records(tmp_path / "stop" / kind)) == 4
+    assert (tmp_path / "stop" / kind / "latest").read_text() == "step-4\n"
+
+    skip = [*planted, "--on_nonfinite=skip"]
+    finish([*skip, f"--checkpoint_path={tmp_path}/skip"], tmp_path, launch)
+    run = tmp_path / "skip" / kind
+    assert [record["step"] for record in records(run) if record.get("skipped")] == [5]
+    guard = json.loads((run / "step-8" / "training_state.json").read_text())["guard"]
+    assert guard["updates"] == 7
+    for step in (4, 6):
+        resume = [f"--resume_from_checkpoint={run}/step-{step}", f"--checkpoint_path={tmp_path}/from-{step}"]
+        finish([*skip, *resume], tmp_path, launch)
+        for file in ("model.safetensors", "optimizer.safetensors"):
+            resumed = tmp_path / f"from-{step}" / kind / "step-8" / file
+            assert resumed.read_bytes() == (run / "step-8" / file).read_bytes(), (step, file)
+
+
+@pytest.fixture
+def small(flags: list[str]) -> list[str]:
+    return [flag for flag in flags if not flag.startswith(("--max_steps", "--save_interval", "--warmup_steps"))]
+
+
+def test_one_process_stops_or_skips_and_resumes_exactly(small: list[str], tmp_path: Path) -> None:
+    check_decisions(small, "python", tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("name", ["baseline", "zero1", "zero2", "zero3", "fsdp2", "pipeline"])
+def test_every_layout_stops_or_skips_and_resumes_exactly(
+    small: list[str], tmp_path: Path, name: str, precision: str
+) -> None:
+    own = [flag for flag in layout("baseline" if name == "fsdp2" else name) if "mixed_precision" not in flag]
+    check_decisions(
+        [*small, *own, f"--mixed_precision={precision}"], "fsdp2" if name == "fsdp2" else "torchrun", tmp_path
+    )
+
+
+def test_a_norm_that_is_not_computed_cannot_be_judged(tmp_path: Path) -> None:
+    file = json.loads((ROOT / "ds_configs/zero2.json").read_text())
+    file["zero_optimization"]["compute_grad_norm"] = False
+    (tmp_path / "zero2.json").write_text(json.dumps(file))
+    done = python(
+        "-m", "train", "--run_type=optimized", f"--deepspeed_config={tmp_path}/zero2.json", cwd=tmp_path, check=False
+    )
+    assert done.returncode == 2
+    assert "compute_grad_norm" in done.stderr

@@ -1,0 +1,166 @@
+"""A run that is asked to end: it finishes the step, saves, says so and exits with 75, on all ranks."""
+
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import python, records
+from tests.jobs import Job, job, launcher, layout
+from train.config.arguments import duration
+from train.run.signals import SIGNALS, find_deadline
+
+ENDLESS = ["--max_steps=100000", "--max_new_tokens=0", "--eval_steps=1"]
+
+
+@pytest.fixture
+def endless(flags: list[str]) -> list[str]:
+    return [flag for flag in flags if not flag.startswith(("--max_steps", "--max_new"))] + ENDLESS
+
+
+def check_saved(run: Path, said: str) -> int:
+    """The step of the one checkpoint, which is that of the last record."""
+    step = records(run)[-1]["step"]
+    assert [folder.name for folder in run.glob("step-*")] == [f"step-{step}"]
+    assert (run / "latest").read_text() == f"step-{step}\n"
+    assert f"the run stops after step {step:,} of 100,000; {run}/step-{step} is saved" in said
+    assert "Traceback" not in said
+    assert not (run / "metrics.json").exists()
+    return step
+
+
+# Times
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("11:50:00", 42_600), ("0:30", 30), ("1-00:00:10", 86_410), ("100:00:00", 360_000)]
+)
+def test_a_duration(text: str, seconds: float) -> None:
+    assert duration(text) == seconds
+
+
+def test_the_earlier_deadline_counts() -> None:
+    slurm = {"SLURM_JOB_END_TIME": "5000"}
+    assert find_deadline(None, {}, 1000) == (None, "")
+    assert find_deadline(3600, {}, 1000) == (4600, "--max_time 1:00:00")
+    assert find_deadline(3600, slurm, 1000) == (4600, "--max_time 1:00:00")
+    assert find_deadline(7200, slurm, 1000) == (5000, "the end of the Slurm job")
+
+
+def test_a_time_that_is_none_is_refused(tmp_path: Path) -> None:
+    done = python("-m", "train", "--max_time", "soon", cwd=tmp_path, check=False)
+    assert done.returncode == 2
+    assert "--max_time: 'soon' is no time; write it as H:M:S" in done.stderr
+
+
+def test_a_run_stops_in_time_and_the_same_command_continues(endless: list[str], tmp_path: Path) -> None:
+    run = tmp_path / "baseline"
+    for _ in range(2):  # each ends after one step, because what a save may need is more than the time that is left
+        done = python(
+            "-m", "train", *endless, "--max_time=0:01", f"--checkpoint_path={tmp_path}",
+            *(["--resume_from_checkpoint"] if run.exists() else []), cwd=tmp_path, check=False,
+        )  # fmt: skip
+        assert done.returncode == 75, done.stderr
+        assert "--max_time 0:00:01: the run stops after step" in done.stderr
+        step = check_saved(run, done.stderr)
+    assert step == 2, "the first checkpoint was temporary"
+
+
+def test_checkpoints_by_time_replace_each_other(flags: list[str], tmp_path: Path) -> None:
+    done = python(
+        "-m",
+        "train",
+        *flags,
+        "--save_minutes=1e-9",
+        "--save_interval=4",
+        f"--checkpoint_path={tmp_path}",
+        cwd=tmp_path,
+    )
+    assert "checkpoints: every 4 steps, every 1e-09 minutes" in done.stdout
+    assert sorted(folder.name for folder in (tmp_path / "baseline").glob("step-*")) == ["step-4", "step-8"]
+
+
+# Signals
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_ends_a_run_with_a_checkpoint(endless: list[str], tmp_path: Path, number: signal.Signals) -> None:
+    run = tmp_path / "baseline"
+    with job(sys.executable, "-m", "train", *endless, f"--checkpoint_path={tmp_path}", cwd=tmp_path) as started:
+        started.until_step(3, run)
+        started.process.send_signal(number)
+        assert started.end() == 75, started.said()
+        said = started.said()
+    assert f"{number.name}: the run finishes this step, saves a checkpoint and stops" in said
+    assert check_saved(run, said) >= 3
+
+
+def test_a_second_ctrl_c_ends_at_once(endless: list[str], tmp_path: Path) -> None:
+    slow = [*endless, "--gradient_accumulation_steps=100000", f"--checkpoint_path={tmp_path}"]
+    with job(sys.executable, "-m", "train", *slow, cwd=tmp_path) as started:
+        started.until(lambda: "checkpoints: " in started.said())
+        for _ in range(2):
+            started.process.send_signal(signal.SIGINT)
+            time.sleep(2.5)
+        assert started.end(60) == 130
+        assert "ended by the second Ctrl-C" in started.said()
+        assert "Traceback" not in started.said()
+    assert not list((tmp_path / "baseline").glob("*step-*"))
+
+
+def test_a_signal_during_a_validation_ends_it(endless: list[str], corpus: Path, tmp_path: Path) -> None:
+    run = tmp_path / "baseline"
+    long = [flag for flag in endless if not flag.startswith(("--eval_steps", "--val_data_path"))]
+    (tmp_path / "val.bin").write_bytes((corpus / "train.bin").read_bytes() * 400)
+    long += [f"--val_data_path={tmp_path}/val.bin", "--eval_interval=2", f"--checkpoint_path={tmp_path}"]
+    with job(sys.executable, "-m", "train", *long, cwd=tmp_path) as started:
+        started.until_step(2, run)
+        time.sleep(1)
+        started.process.send_signal(signal.SIGTERM)
+        assert started.end(60) == 75, started.said()
+        assert check_saved(run, started.said()) == 2
+
+
+def signal_to(started: Job, target: str, number: signal.Signals) -> None:
+    (started.process if target == "launcher" else started.worker(int(target))).send_signal(number)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["baseline", "zero2", "pipeline"])
+@pytest.mark.parametrize(("target", "number"), [("1", signal.SIGUSR1), ("0", signal.SIGTERM)])
+def test_a_signal_to_one_rank_ends_all_after_the_same_step(
+    endless: list[str], tmp_path: Path, name: str, target: str, number: signal.Signals
+) -> None:
+    run = tmp_path / ("baseline" if name == "baseline" else "optimized")
+    words = [*launcher("torchrun"), "-m", "train", *endless, *layout(name), f"--checkpoint_path={tmp_path}"]
+    with job(*words, cwd=tmp_path) as started:
+        started.until_step(3, run)
+        signal_to(started, target, number)
+        assert started.end() == 1  # torchrun's own code for processes that ended with another than 0
+        said = started.said()
+    assert said.count("exitcode  : 75") >= 1, said
+    assert check_saved(run, said.replace("Traceback (most recent call last)", "torchrun's own", 1)) >= 3
+    assert f"{number.name}: the run stops" in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", ["torchrun", "accelerate", "deepspeed"])
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_to_the_launcher_ends_all_with_a_checkpoint(
+    endless: list[str], tmp_path: Path, program: str, number: signal.Signals
+) -> None:
+    run = tmp_path / "optimized"
+    words = [*launcher(program), "-m" if program != "deepspeed" else "--module", "train", *endless, *layout("zero2")]
+    with job(*words, f"--checkpoint_path={tmp_path}", cwd=tmp_path) as started:
+        started.until_step(3, run)
+        workers = [started.worker(rank) for rank in (0, 1)]
+        started.process.send_signal(number)
+        started.end()
+        for worker in workers:
+            worker.wait(60)
+        said = started.said()
+    assert "is saved, and --resume_from_checkpoint continues" in said, said
+    assert (run / "latest").read_text() == f"step-{records(run)[-1]['step']}\n"
+    assert (run / (run / "latest").read_text().strip() / "training_state.json").exists()

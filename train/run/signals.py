@@ -1,0 +1,138 @@
+"""How a run ends before its last step without losing work: signals, a time limit, and a launcher that is gone.
+
+A signal to any process asks all of them to finish the step, save and exit; the request travels with the loss of the
+step (`engines.base.Review`), so that all stop after the same one. A second Ctrl-C ends the process at once. The main
+process alone keeps the time.
+"""
+
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from contextlib import AbstractContextManager
+from datetime import timedelta
+from types import FrameType
+from typing import Any
+
+from train.config.run_config import RunConfig
+from train.utils.errors import RUN_AGAIN, EarlyEnd
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+REPEATED_AFTER = 2.0  # seconds: a terminal and a launcher both send the same Ctrl-C to a process
+MARGIN = 15.0  # seconds before a deadline that remain for everything that was not estimated
+SLOW_DISK = 100e6  # bytes/s: how long the first save is expected to take
+
+
+class Interruptions(AbstractContextManager):
+    """Collects what asks this process to end early, while it is entered.
+
+    Args:
+        checkpoint_bytes: size of a checkpoint, from which the time of the first save is estimated.
+        keeps_time: whether this process watches the time limit and the time between checkpoints.
+    """
+
+    def __init__(self, config: RunConfig, checkpoint_bytes: int, keeps_time: bool) -> None:
+        self.reason = ""  # why this process asks to stop; empty while it does not
+        self.save_seconds = checkpoint_bytes / SLOW_DISK
+        self.slowest_step = 0.0
+        self.save_every = config.save_minutes * 60
+        self.keeps_time = keeps_time
+        self.deadline, self.limit = find_deadline(config.max_time, dict(os.environ), process_start())
+        self.last_save = self.last_step = time.monotonic()
+        self.at_once = False
+        self.received: dict[int, float] = {}
+
+    def __enter__(self) -> "Interruptions":
+        self.previous: dict[int, Any] = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        # Python runs a handler when its main thread is back from C++, which may wait for another process: what is to
+        # happen at once is done by a thread.
+        self.wakeup, receiver = socket.socketpair()
+        self.wakeup.setblocking(False)
+        self.previous_wakeup = signal.set_wakeup_fd(self.wakeup.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, args=(receiver,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.set_wakeup_fd(self.previous_wakeup)
+        self.wakeup.close()
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def is_asked(self) -> bool:
+        """Whether this process asks to stop."""
+        return bool(self.reason)
+
+    def request(self, reason: str) -> None:
+        """Ask all processes to stop after this step."""
+        self.reason = self.reason or reason
+
+    def requests(self) -> tuple[bool, bool]:
+        """(stop, save), at the end of a step's backward pass."""
+        now = time.monotonic()
+        self.slowest_step = max(self.slowest_step, now - self.last_step)
+        if not self.keeps_time:
+            return bool(self.reason), False
+        needed = MARGIN + 2 * self.slowest_step + 2 * self.save_seconds
+        if self.deadline is not None and time.time() + needed > self.deadline:
+            self.request(self.limit)
+        return bool(self.reason), self.save_every > 0 and now - self.last_save >= self.save_every
+
+    def step_done(self) -> None:
+        """To be called at the end of each step, so that validations and saves do not count as its time."""
+        self.last_step = time.monotonic()
+
+    def saved(self, seconds: float) -> None:
+        self.last_save, self.save_seconds = time.monotonic(), seconds
+
+    def end_at_once(self) -> None:
+        """From now on a signal raises `EarlyEnd` in the main thread: no other process waits for this one any more."""
+        self.at_once = True
+        self._raise_if_asked()
+
+    def _raise_if_asked(self) -> None:
+        if self.reason:
+            raise EarlyEnd(
+                f"{self.reason}: all steps are done and saved; --resume_from_checkpoint writes metrics.json", RUN_AGAIN
+            )
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.request(signal.Signals(number).name)
+        if self.at_once:
+            self._raise_if_asked()
+
+    def _watch(self, receiver: socket.socket) -> None:
+        """Report the first signal, and end the process at the second Ctrl-C."""
+        while numbers := receiver.recv(16):
+            for number in numbers:
+                first = self.received.setdefault(number, time.monotonic())
+                if number == signal.SIGINT and time.monotonic() - first > REPEATED_AFTER:
+                    sys.stderr.write("\nended by the second Ctrl-C, without a checkpoint of this step\n")
+                    sys.stderr.flush()
+                    os._exit(130)
+                if len(self.received) == 1 and first == max(self.received.values()) and self.keeps_time:
+                    again = "; Ctrl-C again ends at once" if number == signal.SIGINT else ""
+                    name = signal.Signals(number).name
+                    sys.stderr.write(f"\n{name}: the run finishes this step, saves a checkpoint and stops{again}\n")
+                    sys.stderr.flush()
+        receiver.close()
+
+
+def find_deadline(max_time: float | None, environ: dict[str, str], start: float) -> tuple[float | None, str]:
+    """(Unix time by which the run must have ended, what sets it): --max_time or the end of Slurm's job.
+
+    `start` is when this process began, from which --max_time counts.
+    """
+    limits: list[tuple[float | None, str]] = []
+    if max_time is not None:
+        limits.append((start + max_time, f"--max_time {timedelta(seconds=max_time)}"))
+    if environ.get("SLURM_JOB_END_TIME", "").isdigit():
+        limits.append((float(environ["SLURM_JOB_END_TIME"]), "the end of the Slurm job"))
+    return min(limits, default=(None, ""), key=lambda limit: limit[0] or 0)
+
+
+def process_start() -> float:
+    import psutil
+
+    return psutil.Process().create_time()
