@@ -72,8 +72,8 @@ def test_a_restart_leaves_an_earlier_run_alone(flags: list[str], tmp_path: Path)
 
 JOIN = """
 import sys
-from train.engines.rendezvous import join
-store = join()
+from train.job.rendezvous import join
+store = join(60, {})
 print(store.port, flush=True)
 store.add("came", 1)
 sys.stdin.read()
@@ -85,7 +85,7 @@ def test_processes_meet_in_the_store_of_their_own_attempt(tmp_path: Path) -> Non
     agent = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     shared = {
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(agent.port), "TORCHELASTIC_USE_AGENT_STORE": "True",
-        "TORCHELASTIC_RUN_ID": "test", "GROUP_WORLD_SIZE": "2",
+        "TORCHELASTIC_RUN_ID": "test", "GROUP_WORLD_SIZE": "2", "WORLD_SIZE": "2",
     }  # fmt: skip
 
     def start(rank: int) -> Popen[str]:

@@ -189,6 +189,13 @@ class Parallelism:
     pipeline_schedule: Literal["1f1b", "dualpipev"] = flag(
         "1f1b", "order of a pipeline's work; dualpipev splits the model into twice as many stages, two per process"
     )
+    timeout: int = flag(
+        600,
+        "seconds after which a job of several processes ends when none of them has made progress or one has given no "
+        "sign of life; longer than the first step, which may compile",
+        at_least=1,
+        at_most=10**7,
+    )
 
 
 @dataclass(frozen=True)

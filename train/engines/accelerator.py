@@ -1,6 +1,7 @@
 """The Accelerator of a run: plain PyTorch (one process, DDP, FSDP2) or DeepSpeed, by its flags and its launcher."""
 
 import os
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -31,10 +32,11 @@ def plain_accelerator(config: RunConfig) -> Accelerator:
     launcher.check(config, {})
     fsdp = _fsdp_plugin(config) if launcher.asks("FSDP") else None
     on_cpu = device_type() == "cpu"
+    group = InitProcessGroupKwargs(timeout=group_timeout(config))
     if fsdp and on_cpu:
         # Accelerate 1.15 shards on accelerators only; on a CPU it would silently train unsharded.
-        PartialState(cpu=True).distributed_type = DistributedType.MULTI_GPU
-    return Accelerator(cpu=on_cpu and not fsdp, fsdp_plugin=fsdp, **_common_arguments(config))
+        PartialState(cpu=True, timeout=group.timeout).distributed_type = DistributedType.MULTI_GPU
+    return Accelerator(cpu=on_cpu and not fsdp, fsdp_plugin=fsdp, kwargs_handlers=[group], **_common_arguments(config))
 
 
 def deepspeed_accelerator(config: RunConfig, deepspeed: dict[str, Any]) -> Accelerator:
@@ -45,9 +47,8 @@ def deepspeed_accelerator(config: RunConfig, deepspeed: dict[str, Any]) -> Accel
         )
     launcher.check(config, deepspeed["zero_optimization"])
     launcher.forget()
-    handlers = []
-    if device_type() == "cpu":
-        handlers.append(InitProcessGroupKwargs(backend="gloo"))
+    backend = "gloo" if device_type() == "cpu" else "nccl"
+    if backend == "gloo":
         # DeepSpeed would compile its shared-memory collectives at the first start otherwise.
         import deepspeed.ops as deepspeed_ops
 
@@ -57,13 +58,28 @@ def deepspeed_accelerator(config: RunConfig, deepspeed: dict[str, Any]) -> Accel
     accelerator = Accelerator(
         deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=deepspeed),
         step_scheduler_with_optimizer=False,
-        kwargs_handlers=handlers,
+        kwargs_handlers=[InitProcessGroupKwargs(backend=backend, timeout=group_timeout(config))],
         **_common_arguments(config),
     )
     # transformers would build every model under ZeRO-3's `zero.Init` otherwise, which initializes weights differently
     # from other layouts, and would also shard the model that generates the sample.
     unset_hf_deepspeed_config()
     return accelerator
+
+
+def group_timeout(config: RunConfig) -> timedelta:
+    """PyTorch's own limit of each collective, after which it raises (gloo) or aborts the process (NCCL).
+
+    Longer than --timeout: `train.job.watchdog` says more, and lets a rank wait as long as others make progress.
+    """
+    return timedelta(seconds=max(2 * config.timeout, 1800))
+
+
+def set_group_timeouts(config: RunConfig) -> None:
+    """Give it to all process groups: those that DeepSpeed and FSDP2 create have PyTorch's default."""
+    if torch.distributed.is_initialized():
+        for group in torch.distributed.distributed_c10d._world.pg_map:
+            torch.distributed.distributed_c10d._set_pg_timeout(group_timeout(config), group)
 
 
 def _fsdp_plugin(config: RunConfig) -> FullyShardedDataParallelPlugin:

@@ -18,7 +18,7 @@ from torch import nn
 from modeling_gpt2flash import GPT2FlashForCausalLM
 from train.config.run_config import RunConfig
 from train.engines import zero
-from train.engines.accelerator import deepspeed_accelerator, plain_accelerator
+from train.engines.accelerator import deepspeed_accelerator, plain_accelerator, set_group_timeouts
 from train.engines.placement import RankPlacement, check_launch, check_placements
 from train.engines.state import create_moments, full_tensor, held_by_optimizer, set_full_tensor, torch_optimizer
 from train.engines.transforms import checkpoint_arguments, compile_blocks, fuse_gelu, keep_freed_memory
@@ -115,6 +115,7 @@ class Engine(ABC):
         create_moments(self.optimizer, config.optimized)
         if self.deepspeed:
             zero.review_updates(self.model, self._review)
+        set_group_timeouts(config)
         host, wrapping = gethostname(), self._requested_wrapping()
         actual = RankPlacement(self.rank, host, self.device.type, *self._placement())
         requested = RankPlacement(processes.rank(), host, device_type(), wrapping, self.pipeline_rank, self.data_rank)

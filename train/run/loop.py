@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import asdict
 from functools import partial
 from typing import Any, NoReturn
 
@@ -15,12 +16,14 @@ from train.checkpoints.loading import load_model
 from train.checkpoints.step_folder import GuardState
 from train.config import launcher_env as launcher
 from train.data.prefetch import Batch, read_ahead
-from train.engines import rendezvous
 from train.engines.accelerated import AcceleratedEngine
 from train.engines.base import Engine, Review
 from train.hub.upload import push
+from train.job import rendezvous, watchdog
+from train.job.watchdog import mark, marked
 from train.metrics.annotations import annotate
 from train.metrics.energy import EnergyMeter, energy_reader
+from train.metrics.hardware import versions
 from train.run.guard import Guard
 from train.run.log import RunLog
 from train.run.profiling import Profiler
@@ -29,24 +32,20 @@ from train.run.signals import Interruptions
 from train.run.summary import write_summary
 from train.run.validate import validate
 from train.utils import lock, processes
-from train.utils.errors import RUN_AGAIN, STOPPED_BY_GUARD, EarlyEnd, UserError
+from train.utils.errors import RUN_AGAIN, STOPPED_BY_GUARD, EarlyEnd
 
 
 def build(run: ResolvedRun) -> Engine:
     """The engine with the model in it, at the step of the run's checkpoint. From here the run folder is this run's."""
-    rendezvous.join()
+    watchdog.start(rendezvous.join(run.config.timeout, facts(run)), run.config.timeout)
     engine = _create_engine(run)
     processes.watch_peer(gather_object([os.getpid()]))
     checkpoint = run.checkpoint
-    states = gather_object([run.state(run.first_step)])
-    if any(state != states[0] for state in states):
-        raise UserError(
-            "the processes do not see the same flags, data or checkpoint; "
-            "give all machines the same command and the same folders"
-        )
     set_seed(run.config.seed)
+    mark("loading the model")
     model = load_model(run.config.model, run.model, attn_implementation=run.attention[0])
     tensors = checkpoints.read_tensors(checkpoint, model) if checkpoint else None
+    mark("preparing the run folder")
     engine.wait()  # until all processes have read their files, because a claimed folder may be emptied
     if engine.is_main:
         starting.prepare_run_folder(run.config.run_folder, run.start)
@@ -55,10 +54,19 @@ def build(run: ResolvedRun) -> Engine:
             start = f"resumes from {checkpoint.folder}" if checkpoint else "starts again: there was no checkpoint"
             print(f"restarted by the launcher: the run {start}", flush=True)
     engine.wait()
+    mark("preparing the model")
     engine.prepare(model)
     if checkpoint is not None and tensors is not None:
+        mark("loading the checkpoint")
         engine.load_state(*tensors, checkpoint.guard.updates)
+    mark("the start")
     return engine
+
+
+def facts(run: ResolvedRun) -> dict[str, Any]:
+    """What all processes of the job must have in common, by name."""
+    state = asdict(run.state(run.first_step))
+    return {f"--{name}": value for name, value in state.pop("config").items()} | state | versions()
 
 
 def _create_engine(run: ResolvedRun) -> Engine:
@@ -77,7 +85,7 @@ def due(step: int, interval: int, last: int) -> bool:
 @annotate("checkpoint")
 def save(engine: Engine, run: ResolvedRun, state: checkpoints.TrainingState) -> None:
     """Write the checkpoint of a state, parameter by parameter."""
-    tensors = engine.tensors()
+    tensors = marked(engine.tensors(), f"the checkpoint of step {state.step}")
     if engine.is_main:
         config = run.config
         lock.check(config.run_folder)
@@ -200,13 +208,14 @@ def train_steps(run: ResolvedRun, engine: Engine, log: RunLog, interruptions: In
     data = read_ahead(partial(micro_batches, engine, run), steps, engine.device)
     with closing(data), Profiler(run, engine) as profiler:
         for step in steps:
+            mark(f"step {step + 1}")
             energy.start()
             began = time.perf_counter()
             with annotate("data"):
                 batches = next(data)
             data_seconds = time.perf_counter() - began
             rate = run.learning_rate(step)
-            result = engine.train_step(step, batches, rate, review)
+            result = engine.train_step(step, marked(batches, f"step {step + 1}"), rate, review)
             seconds = time.perf_counter() - began
             energy.stop(counts=step > run.first_step and not profiler.at_work)
 

@@ -23,10 +23,10 @@ from train.config.run_config import DEFAULTS, RunConfig
 from train.data.batches import EvalBatches, TrainBatches
 from train.data.token_file import open_tokens
 from train.data.tokenizer import TOKENIZER_NAME, gpt2_encoding
-from train.engines import rendezvous
 from train.engines.pipeline.partition import Partition, partition
 from train.engines.transforms import SELECTIVE_ATTENTION, check_cpp_compiler
 from train.hub import upload
+from train.job import rendezvous
 from train.optim.schedule import learning_rate
 from train.run import trackers
 from train.utils import lock, processes

@@ -10,6 +10,7 @@ from train.data.batches import EvalBatches
 from train.data.prefetch import Batch, read_ahead
 from train.engines.base import Engine
 from train.evaluate_metrics import load_metric
+from train.job.watchdog import marked
 from train.metrics.annotations import annotate
 
 ASKED_EVERY = 16  # batches, because the answer waits for the device
@@ -38,7 +39,7 @@ def validate(
 
     bar = tqdm(total=steps, desc="validation", unit="batch", leave=False, mininterval=1, disable=not engine.is_main)
     with closing(read_ahead(one_batch, range(steps), engine.device)) as data, bar:
-        for number, [batch] in enumerate(data, start=1):
+        for number, [batch] in enumerate(marked(data, "validation"), start=1):
             sums += engine.eval_step(batch)
             bar.update()
             if number % ASKED_EVERY == 0 and engine.any_process(interrupted()):

@@ -20,6 +20,7 @@ from typing import NoReturn
 
 from train.utils.errors import first_line
 
+WATCH = "watch_"  # what the names of threads begin with that only watch the job
 GRACE_SECONDS = 10  # launchers end the other processes within one or two seconds
 # Errors that collectives raise when a peer has exited: gloo's sockets, NCCL, and the store that rank 0 hosts.
 LOST_PEER = re.compile(
@@ -47,14 +48,19 @@ def exit_with_error(error: Exception) -> NoReturn:
     """Print `error` with this process's rank and exit with code 1. Call it while `error` is being handled."""
     if isinstance(error, RuntimeError) and LOST_PEER.search(str(error)):
         time.sleep(GRACE_SECONDS)
-        _print(f"rank {rank()} of {world_size()}: lost another process of the job: {_with_type(error)}")
+        print_line(f"rank {rank()} of {world_size()}: lost another process of the job: {_with_type(error)}")
     else:
-        _print(f"rank {rank()} of {world_size()}: {_with_type(error)}\n{traceback.format_exc()}")
-        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
-
-        get_error_handler().record_exception(error)  # for the summary that torchrun prints at the end
+        print_line(f"rank {rank()} of {world_size()}: {_with_type(error)}\n{traceback.format_exc()}")
+        record_for_launcher(error)
     sys.stdout.flush()
     os._exit(1)  # a regular exit can hang or abort when peers have already exited
+
+
+def record_for_launcher(error: Exception) -> None:
+    """Leave the error for the summary that torchrun prints at the end."""
+    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+    get_error_handler().record_exception(error)
 
 
 def exit_process(code: int = 0) -> NoReturn:
@@ -68,6 +74,12 @@ def exit_process(code: int = 0) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def print_line(text: str) -> None:
+    """Print to stderr, on a line of its own."""
+    sys.stderr.write(f"\n{text}\n")  # starts on a new line: a progress bar may be on the current one
+    sys.stderr.flush()
 
 
 def watch_peer(pids: Sequence[int]) -> None:
@@ -92,7 +104,7 @@ def watch_peer(pids: Sequence[int]) -> None:
             watched[os.pidfd_open(pids[peer])] = peer
     except (OSError, psutil.Error):
         return
-    threading.Thread(target=_watch, args=(watched, pids), daemon=True).start()
+    threading.Thread(target=_watch, args=(watched, pids), daemon=True, name=f"{WATCH}peer").start()
 
 
 def _watch(watched: dict[int, int | None], pids: Sequence[int]) -> None:
@@ -104,12 +116,14 @@ def _watch(watched: dict[int, int | None], pids: Sequence[int]) -> None:
             poll.unregister(pidfd)
             ended = watched.pop(pidfd)
             if ended is None:
-                _print(f"rank {rank()} of {len(pids)}: the launcher has exited")
+                print_line(f"rank {rank()} of {len(pids)}: the launcher has exited")
                 os._exit(1)
             number = _ended_by(pids[ended])
             # The launcher itself ends processes by SIGTERM, and a person by Ctrl-C.
             if number not in (None, signal.SIGTERM, signal.SIGINT):
-                _print(f"rank {ended} of {len(pids)}: ended by {signal.Signals(number).name} (process {pids[ended]})")
+                print_line(
+                    f"rank {ended} of {len(pids)}: ended by {signal.Signals(number).name} (process {pids[ended]})"
+                )
 
 
 def _ended_by(pid: int) -> int | None:
@@ -124,8 +138,3 @@ def _ended_by(pid: int) -> int | None:
 
 def _with_type(error: Exception) -> str:
     return f"{type(error).__name__}: {first_line(error)}"
-
-
-def _print(text: str) -> None:
-    sys.stderr.write(f"\n{text}\n")  # starts on a new line: a progress bar may be on the current one
-    sys.stderr.flush()
