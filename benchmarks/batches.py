@@ -2,10 +2,10 @@
 
     python -m benchmarks.batches
 
-Blocks at random positions of a memory-mapped file of 2 GiB are read into the tensors of a step. Warm: the file is in
-the page cache. Cold: before each step the kernel drops the file, which is then mapped anew. Cold without read-ahead:
-without `TokenFile.will_need`; the major page faults of a step show that the reads were cold. docs/performance.md
-explains why.
+Blocks at random positions of a file of 2 GiB are read into the tensors of a step. Warm: the file is in
+the page cache. Cold: before each step the kernel drops the file. Cold without read-ahead: without
+`TokenFile.will_need`; the blocks that the system reads from the disk (`ru_inblock`) show that the reads were cold.
+docs/performance.md explains why.
 
 `--train` measures real runs of `python -m train` on that file: the time of a step, and its wait for data.
 """
@@ -42,20 +42,20 @@ def drop_from_page_cache(path: Path) -> None:
 
 
 def load(tokens: TokenFile, block_size: int, sequences: int, step: int) -> tuple[float, int]:
-    """Milliseconds and major page faults of one step's batch, without the choice of its blocks."""
+    """Milliseconds, and blocks read from the disk, of one step's batch, without the choice of its blocks."""
     batches = TrainBatches(tokens, block_size, sequences, seed=0)
     batches.block_indices(step)  # computes the permutation of the epoch, once
-    faults = resource.getrusage(resource.RUSAGE_SELF).ru_majflt
+    blocks = resource.getrusage(resource.RUSAGE_SELF).ru_inblock
     started = time.perf_counter()
     batches.micro_batch(step, 0, 0, 1, sequences)
-    return 1e3 * (time.perf_counter() - started), resource.getrusage(resource.RUSAGE_SELF).ru_majflt - faults
+    return 1e3 * (time.perf_counter() - started), resource.getrusage(resource.RUSAGE_SELF).ru_inblock - blocks
 
 
 def row(path: Path, block_size: int, sequences: int, rounds: int) -> list[str]:
     def measured(steps: Iterator[int], warm: bool = False, read_ahead: bool = True) -> tuple[float, int]:
         step = next(steps)
         drop_from_page_cache(path)
-        tokens = open_tokens(path, END_OF_TEXT + 1)  # mapped anew: the kernel keeps the pages of a mapping
+        tokens = open_tokens(path, END_OF_TEXT + 1)
         if warm:
             load(tokens, block_size, sequences, step)
         with nullcontext() if read_ahead else patch.object(TokenFile, "will_need"):
@@ -69,9 +69,9 @@ def row(path: Path, block_size: int, sequences: int, rounds: int) -> list[str]:
     taken = take_turns(sides, rounds)
     warm, cold, plain = ([milliseconds for milliseconds, _ in own] for own in taken.values())
     rate = 1e3 * block_size * sequences / statistics.median(warm)
-    faults = statistics.median(number for _, number in taken["plain"])
+    blocks = statistics.median(number for _, number in taken["plain"])
     shape = [str(block_size), str(sequences)]
-    return [*shape, spread(warm), f"{rate:,.0f}", spread(cold), f"{spread(plain)}, {faults:.0f} faults"]
+    return [*shape, spread(warm), f"{rate:,.0f}", spread(cold), f"{spread(plain)}, {blocks:.0f} blocks"]
 
 
 def trained_row(path: Path, model: str, block_size: int, sequences: int, steps: int) -> list[str]:

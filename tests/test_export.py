@@ -1,12 +1,16 @@
 """Checkpoints as plain GPT-2 and as ONNX."""
 
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 
+from tests.conftest import ROOT
 from tests.tiny_gpt2 import make_ours
 from train.checkpoints.loading import load_for_inference
 from train.export import __main__ as export
@@ -131,3 +135,16 @@ def test_onnx_without_its_packages_or_in_another_dtype_is_a_sentence(
     monkeypatch.setattr("train.export.onnx_graph.PACKAGES", ())
     with pytest.raises(UserError, match="--dtype float16: the graph is fp32"):
         export.main([*words, "--dtype", "float16"])
+
+
+def test_what_a_killed_export_leaves_is_removed_by_the_next(finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "[out]"  # brackets, which a pattern of file names takes for a set of characters
+    with subprocess.Popen([sys.executable, "-m", "train.export", str(finished), str(out)], cwd=ROOT) as killed:
+        while not list(tmp_path.iterdir()):
+            assert killed.poll() is None
+            time.sleep(0.001)
+        killed.kill()
+    (leftover,) = tmp_path.iterdir()
+    assert leftover.suffix == ".tmp"
+    export.main([str(finished), str(out)])
+    assert list(tmp_path.iterdir()) == [out]

@@ -1,4 +1,5 @@
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -279,3 +280,41 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert out.count("python -m train.generate --checkpoint") == 5
     assert "--prompt_file" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--temperature", "nan"], r"^--temperature: 'nan' is not a number$"),
+        (["--temperature", "1e-30"], r"^--temperature 1e-30: logits divided by so little overflow; write 0"),
+        (["--seed", str(2**70)], r"^--seed: 1180591620717411303424 must be at least 0 and below 18,446,744"),
+        (["--seed", "9" * 5000], r"^--seed: '9{78}… is not a whole number$"),
+        (["--batch_size", str(2**60)], r"^--batch_size: 1152921504606846976 is larger than any count here can be"),
+        (["--max_new_tokens", "1e999"], r"^--max_new_tokens: '1e999' is not a whole number$"),
+        (["--prompt", "caf\udce9"], r"^an argument: b'caf\\xe9' is not UTF-8; write it in UTF-8$"),
+        (["--prompt=caf\udce9"], r"^--prompt: b'caf\\xe9' is not UTF-8; write it in UTF-8$"),
+    ],
+)
+def test_values_that_are_none_are_refused_in_one_line(words: list[str], message: str, writer: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        main(["--checkpoint", str(writer), *words])
+
+
+@pytest.mark.parametrize("words", [["--num_return_sequences"], ["--benchmark", "--batch_sizes"]])
+def test_more_sequences_than_any_memory_holds(words: list[str], writer: Path) -> None:
+    with pytest.raises(UserError, match=r"^2,147,483,648 sequences at once: the logits of one token alone take"):
+        main(["--checkpoint", str(writer), "--max_new_tokens", "2", *words, str(2**31)])
+
+
+@pytest.mark.parametrize("kind", ["latin-1", "pipe", "folder"])
+def test_a_file_of_prompts_that_cannot_be_read(kind: str, writer: Path, tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    if kind == "latin-1":
+        path.write_bytes(b"caf\xe9\n")
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.mkdir()
+    reason = {"latin-1": "is not text: byte 3 is not UTF-8", "pipe": "is a pipe or", "folder": "cannot be read: Is a"}
+    with pytest.raises(UserError, match=f"prompts.txt {reason[kind]}"):
+        main(["--checkpoint", str(writer), "--prompt_file", str(path)])

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import os
 import random
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 
 from train.data import token_file as tokens
 from train.data import tokenizer
+from train.data.batches import TrainBatches
 from train.data.token_file import TokenWriter, open_tokens, sidecar_path, write_token_file
 from train.data.tokenizer import (
     END_OF_TEXT,
@@ -184,7 +186,7 @@ def test_a_large_vocabulary_takes_four_bytes(tmp_path: Path) -> None:
     path = write_tokens(tmp_path / "train.bin", [0, 70_000, 65_535], vocabulary_size=100_000)
     assert path.stat().st_size == 12
     tokens_on_disk = open_tokens(path, 100_000)
-    assert tokens_on_disk.ids.tolist() == [0, 70_000, 65_535]
+    assert tokens_on_disk.read(0, 9).tolist() == [0, 70_000, 65_535]
 
 
 def test_a_failed_file_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,7 +218,7 @@ def test_a_crash_never_leaves_a_file_with_another_files_sidecar(
     monkeypatch.setattr(tokens, "write_json", spy)
     write_tokens(path, [4, 5])
     assert seen == [False, False]
-    assert open_tokens(path, VOCABULARY_SIZE).ids.tolist() == [4, 5]
+    assert open_tokens(path, VOCABULARY_SIZE).read(0, 9).tolist() == [4, 5]
 
 
 def test_a_bare_file_is_nanogpts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,7 +226,7 @@ def test_a_bare_file_is_nanogpts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     np.array([5, 50_000, 7], dtype=np.uint16).tofile(path)
     monkeypatch.setattr(tokens, "SCAN_CHUNK", 2)
     opened = open_tokens(str(path), vocab_size=50_001)
-    assert (opened.path, opened.sidecar, len(opened), opened.ids.tolist()) == (path, None, 3, [5, 50_000, 7])
+    assert (opened.path, opened.sidecar, len(opened), opened.read(0, 9).tolist()) == (path, None, 3, [5, 50_000, 7])
     with pytest.raises(UserError, match=r"train\.bin holds token id 50000.*vocab_size is 50000.*50001"):
         open_tokens(path, vocab_size=50_000)
 
@@ -297,7 +299,7 @@ def test_a_sidecar_of_an_older_version_stays_readable(tmp_path: Path) -> None:
     sidecar = json.loads(sidecar_path(path).read_text())
     del sidecar["samples_sha256"]
     sidecar_path(path).write_text(json.dumps(sidecar))
-    assert open_tokens(path, VOCABULARY_SIZE).ids.tolist() == [1, 2, 3]
+    assert open_tokens(path, VOCABULARY_SIZE).read(0, 9).tolist() == [1, 2, 3]
 
 
 def test_a_bare_file_is_known_by_its_content(tmp_path: Path) -> None:
@@ -309,3 +311,27 @@ def test_a_bare_file_is_known_by_its_content(tmp_path: Path) -> None:
     flip(other, 3)
     assert identity != open_tokens(other, 65_536).identity
     assert identity["sha256"] is None
+
+
+def test_a_file_that_is_cut_while_it_is_read_is_a_sentence(tmp_path: Path) -> None:
+    """A mapped file would end the process by SIGBUS."""
+    path = tmp_path / "train.bin"
+    np.arange(20_000, dtype=np.uint16).tofile(path)
+    tokens = open_tokens(path, VOCABULARY_SIZE)
+    batches = TrainBatches(tokens, 1000, 1, seed=0)
+    os.truncate(path, 5000)
+    assert tokens.read(0, 2500).tolist() == list(range(2500))
+    beyond = next(step for step in range(19) if batches.block_indices(step)[0] == 5)
+    with pytest.raises(UserError, match=r"train\.bin was cut short while it was read: it had 20,000 tokens and ends"):
+        batches.micro_batch(beyond, 0, 0, 1, 1)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_what_is_no_regular_file_is_refused_at_once(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "train.bin"
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero")
+    with pytest.raises(UserError, match="is a pipe or a device, not a token file"):
+        open_tokens(path, VOCABULARY_SIZE)

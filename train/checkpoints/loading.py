@@ -5,15 +5,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from modeling_gpt2flash import GPT2FlashConfig, GPT2FlashForCausalLM
 from train.checkpoints import nanogpt
 from train.checkpoints.run_folder import model_folder
 from train.data.tokenizer import VOCABULARY_SIZE, gpt2_tokenizer
+from train.engines.pipeline.partition import parameter_count
 from train.utils import processes
-from train.utils.devices import device_type
+from train.utils.devices import accelerators, device_type
 from train.utils.errors import UserError, first_line
+from train.utils.units import in_unit
 
 # Layers, heads, width, standard deviation of the initial weights; 1024 positions. The first four are OpenAI's (Radford
 # et al. 2019, table 2). `tiny` is for a CPU; its weights start larger, 0.02 x sqrt(768 / 128), for so narrow a model's
@@ -28,6 +31,7 @@ SIZES = {
 # Peak learning rates of new models: those of GPT-3's 125M, 350M, 760M and 1.3B (arXiv:2005.14165, table 2.1).
 LEARNING_RATES = {"gpt2": 6e-4, "gpt2-medium": 3e-4, "gpt2-large": 2.5e-4, "gpt2-xl": 2e-4, "tiny": 6e-4}
 TUNING_LEARNING_RATE = 5e-5  # transformers' own default
+BF16_BYTES = 2
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
 
 
@@ -114,8 +118,26 @@ def load_for_inference(
         if not (model_folder(Path(path)) / "config.json").exists():
             raise UserError(f"{flag} {path}: has no config.json; name a step-N folder or a finished run's folder")
     name = str(path)
-    model: Any = load_model(name, load_config(name, flag=flag), dtype=dtype, flag=flag)
+    config = load_config(name, flag=flag)
+    check_size(name, config, flag=flag)
+    model: Any = load_model(name, config, dtype=dtype, flag=flag)
     return model.to(device or device_type()).eval()
+
+
+def check_size(name: str, config: GPT2FlashConfig, *, flag: str = "--model", machines: int = 1) -> None:
+    """Refuse a model before it is built if its weights alone, in bf16, are more than all memory there is.
+
+    That is the RAM, swap and devices of `machines` like this one: a layout may distribute the weights over all of it.
+    """
+    needed = BF16_BYTES * parameter_count(config)
+    here = psutil.virtual_memory().total + psutil.swap_memory().total
+    there_is = machines * (here + sum(device["memory_bytes"] for device in accelerators()))
+    if needed > there_is:
+        raise UserError(
+            f"{flag} {name}: the weights alone take {in_unit('bytes', needed)} in bf16, and RAM, swap and devices are "
+            f"{in_unit('bytes', there_is)}; take fewer layers (n_layer {config.n_layer:,}), a smaller width "
+            f"(n_embd {config.n_embd:,}) or vocabulary (vocab_size {config.vocab_size:,})"
+        )
 
 
 def check_shards(folder: Path) -> None:

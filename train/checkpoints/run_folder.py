@@ -9,7 +9,7 @@ from typing import Any
 
 from train.metrics.summary import check_summary, is_number
 from train.metrics.table import STEP_METRICS, look_up
-from train.utils.errors import UserError
+from train.utils.errors import UserError, shortened
 from train.utils.files import parse_json, read_json
 
 SUMMARY_FILE = "metrics.json"
@@ -96,8 +96,8 @@ def read_run(folder: Path, label: str) -> FinishedRun:
     steps, fault = summary["steps"], f" ({fault})" if fault else ""
     if not isinstance(steps, int) or 2 * len(records) < steps or (records and records[-1]["step"] > steps):
         raise UserError(
-            f"{steps_path} has {len(records)} steps{fault} and {SUMMARY_FILE} sums up {steps}: they are of different "
-            "runs, or incomplete; train it again"
+            f"{steps_path} has {len(records)} steps{fault} and {SUMMARY_FILE} sums up {shortened(steps)}: they are of "
+            "different runs, or incomplete; train it again"
         )
     missing = missing_steps(records, steps)
     known = {record["step"]: record for record in records}
@@ -160,7 +160,7 @@ def _record(text: bytes, path: Path, line: int) -> dict[str, Any]:
         if metric.required and metric.key not in record:
             raise UserError(f'{path}, line {line}: "{metric.key}" is missing')
         if (value := record.get(metric.key)) is not None and not is_number(value):
-            raise UserError(f'{path}, line {line}: "{metric.key}" is {value!r}, not a number')
+            raise UserError(f'{path}, line {line}: "{metric.key}" is {shortened(value)}, not a number')
     return record
 
 

@@ -14,10 +14,9 @@ from dataclasses import Field, field, fields
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
-from train.utils.errors import UserError, did_you_mean
+from train.utils.errors import UserError, did_you_mean, shortened
 
 LARGEST = 2**53  # of whole numbers without a bound of their own: a float still counts to it
-SHOWN_CHARACTERS = 40  # of what is no number
 BOUNDS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
 
 
@@ -108,12 +107,12 @@ def number(kind: type[int] | type[float], **bounds: float) -> Callable[[str], An
         except (ValueError, OverflowError):  # no number, or one beyond what any can be
             finite = False
         if not finite:
-            shown = text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}…"
-            raise argparse.ArgumentTypeError(f"{shown!r} is not {'a whole number' if kind is int else 'a number'}")
+            expected_kind = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{shortened(text)} is not {expected_kind}")
         if kind is int and abs(value) > LARGEST and not bounds.keys() & {"at_most", "below"}:
-            raise argparse.ArgumentTypeError(f"{text} is larger than any count here can be ({LARGEST:,})")
+            raise argparse.ArgumentTypeError(f"{text[:40]} is larger than any count here can be ({LARGEST:,})")
         if not all(BOUNDS[key](value, bound) for key, bound in bounds.items()):
-            raise argparse.ArgumentTypeError(f"{text} must be {expected}")
+            raise argparse.ArgumentTypeError(f"{text[:40]} must be {expected}")
         return value
 
     return parse

@@ -315,7 +315,7 @@ def check(config: RunConfig) -> None:
     """Refuse combinations that are impossible, and values whose bounds are no numbers."""
 
     def refuse(key: str, remedy: str) -> None:
-        raise UserError(f"--{key} {getattr(config, key)}: {remedy}")
+        raise UserError(f"--{key} {str(getattr(config, key))[:80]}: {remedy}")
 
     for name in config.trackers:
         if name not in TRACKERS:
@@ -323,7 +323,7 @@ def check(config: RunConfig) -> None:
             raise UserError(
                 f"--report_to {name}: unknown tracker; {nearest}choose from {', '.join(TRACKERS)}, or none"
             )
-    if not re.fullmatch(r"\d+:\d+", config.profile_steps):
+    if not re.fullmatch(r"\d{1,15}:\d{1,15}", config.profile_steps):
         refuse("profile_steps", "write the first step and the one after the last, for example 10:13")
     first, stop = map(int, config.profile_steps.split(":"))
     if not 2 <= first < stop:

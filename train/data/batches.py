@@ -85,7 +85,7 @@ class TrainBatches:
         assert start + micro_batch_size <= self.global_batch_size, "micro-step, rank and size exceed the global batch"
         offsets = self.block_indices(step)[start : start + micro_batch_size] * self.block_size
         self.tokens.will_need(offsets, self.block_size + 1)
-        rows = np.stack([self.tokens.ids[offset : offset + self.block_size + 1] for offset in offsets])
+        rows = np.stack([self.tokens.read(offset, self.block_size + 1) for offset in offsets.tolist()])
         return as_tensors(rows[:, :-1].astype(np.int64), rows[:, 1:].astype(np.int64), self.document_mask)
 
 
@@ -105,6 +105,7 @@ class EvalBatches:
         self.block_size = block_size
         self.document_mask = document_mask
         self.blocks = math.ceil((len(tokens) - 1) / block_size)
+        self.padding = tokens.read(len(tokens) - 1, 1)[0]
 
     def steps(self, world_size: int, micro_batch_size: int) -> int:
         """Steps of each rank."""
@@ -112,12 +113,12 @@ class EvalBatches:
 
     def micro_batch(self, step: int, rank: int, world_size: int, micro_batch_size: int) -> dict[str, torch.Tensor]:
         """`input_ids` and `shift_labels`, both (B, T) int64; labels are -100 beyond the end of the file."""
-        input_ids = np.full((micro_batch_size, self.block_size), self.tokens.ids[-1], dtype=np.int64)
+        input_ids = np.full((micro_batch_size, self.block_size), self.padding, dtype=np.int64)
         shift_labels = np.full((micro_batch_size, self.block_size), IGNORED_LABEL, dtype=np.int64)
         first = (step * world_size + rank) * micro_batch_size
         for row, block in enumerate(range(first, min(first + micro_batch_size, self.blocks))):
             offset = block * self.block_size
-            ids = self.tokens.ids[offset : offset + self.block_size + 1]
+            ids = self.tokens.read(offset, self.block_size + 1)
             input_ids[row, : len(ids) - 1] = ids[:-1]
             shift_labels[row, : len(ids) - 1] = ids[1:]
         return as_tensors(input_ids, shift_labels, self.document_mask)

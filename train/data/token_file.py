@@ -7,8 +7,8 @@ file without a sidecar is read as bare `uint16`, so files that nanoGPT prepared 
 
 import dataclasses
 import hashlib
-import mmap
 import os
+import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,15 +154,20 @@ def write_token_file(
 
 @dataclass(frozen=True)
 class TokenFile:
-    """Token ids on disk, mapped and not read; `sidecar` is None for a bare file."""
+    """Token ids on disk, of which a part is read at a time; `sidecar` is None for a bare file.
+
+    They are not mapped: where a mapped file was cut short, or its disk fails, a signal (SIGBUS) ends the process.
+    """
 
     path: Path
-    ids: np.memmap
+    descriptor: int
+    dtype: np.dtype[Any]
+    tokens: int
     sidecar: Sidecar | None
     samples_sha256: str
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return self.tokens
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -170,18 +175,36 @@ class TokenFile:
         sha256 = self.sidecar.sha256 if self.sidecar else None
         return {"tokens": len(self), "sha256": sha256, "samples_sha256": self.samples_sha256}
 
+    def read(self, start: int, count: int) -> np.ndarray:
+        """The `count` ids from `start` on, (count,), or those up to the end of the file.
+
+        Raises:
+            UserError: if the file has become shorter since it was opened.
+        """
+        start_byte, left = start * self.dtype.itemsize, min(count, self.tokens - start) * self.dtype.itemsize
+        parts = []
+        while left > 0:  # one call reads 2 GiB at most
+            part = os.pread(self.descriptor, left, start_byte)
+            if not part:
+                raise UserError(
+                    f"{self.path} was cut short while it was read: it had {self.tokens:,} tokens and ends before "
+                    f"token {start + count:,}; prepare it again with python -m train.preprocess_data"
+                )
+            parts.append(part)
+            start_byte, left = start_byte + len(part), left - len(part)
+        return np.frombuffer(b"".join(parts), self.dtype)
+
     def will_need(self, offsets: np.ndarray, count: int) -> None:
-        """Have the system read the `count` ids at each offset in parallel; page faults would read them one by one."""
-        mapped = self.ids.base
-        if not isinstance(mapped, mmap.mmap) or not hasattr(mmap, "MADV_WILLNEED"):
+        """Have the system read the `count` ids at each offset in parallel; they would be read one after another."""
+        if not hasattr(os, "posix_fadvise"):
             return
-        for first in (offsets * self.ids.itemsize).tolist():
-            page = first // mmap.PAGESIZE * mmap.PAGESIZE
-            mapped.madvise(mmap.MADV_WILLNEED, page, first - page + count * self.ids.itemsize)
+        size = self.dtype.itemsize
+        for offset in offsets.tolist():
+            os.posix_fadvise(self.descriptor, offset * size, count * size, os.POSIX_FADV_WILLNEED)
 
 
 def open_tokens(path: str | Path, vocab_size: int, *, check_samples: bool = True) -> TokenFile:
-    """Map a token file, and check that a model with `vocab_size` tokens can read it.
+    """Open a token file, and check that a model with `vocab_size` tokens can read it.
 
     The sidecar's greatest id is trusted when its size and its samples fit the file; a bare file is scanned, once, in
     pieces. The sidecar's SHA-256 is not recomputed: OpenWebText's 18 GB would take a minute at every start.
@@ -207,14 +230,15 @@ def open_tokens(path: str | Path, vocab_size: int, *, check_samples: bool = True
             f"{path} is not the file that its sidecar {sidecar_path(path)} describes: samples of it differ; prepare "
             "both again with python -m train.preprocess_data --overwrite"
         )
-    ids = np.memmap(path, dtype=dtype, mode="r")
-    max_token_id = sidecar.max_token_id if sidecar else scan_max_token_id(ids)
+    tokens = TokenFile(path, os.open(path, os.O_RDONLY), dtype, size // dtype.itemsize, sidecar, samples)
+    weakref.finalize(tokens, os.close, tokens.descriptor)
+    max_token_id = sidecar.max_token_id if sidecar else scan_max_token_id(tokens)
     if max_token_id >= vocab_size:
         raise UserError(
             f"{path} holds token id {max_token_id}, but the model's vocab_size is {vocab_size}: "
             f"set vocab_size to {max_token_id + 1} or more, or prepare the text with the model's own tokenizer"
         )
-    return TokenFile(path, ids, sidecar, samples)
+    return tokens
 
 
 def digest_of_samples(path: Path) -> str:
@@ -235,15 +259,14 @@ def file_size(path: Path) -> int:
     prepare = "prepare one with python -m train.preprocess_data"
     if path.suffix == ".json":
         raise UserError(f"{path} is no token file: give the .bin beside it")
-    try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-    except IsADirectoryError:
-        raise UserError(
-            f"{path} is a folder, not a token file: give the file in it, such as {path / 'train.bin'}"
-        ) from None
-    except FileNotFoundError as error:
-        raise UserError(f"no token file at {path}: {prepare}") from error
+    if path.is_dir():
+        raise UserError(f"{path} is a folder, not a token file: give the file in it, such as {path / 'train.bin'}")
+    if not path.exists():
+        raise UserError(f"no token file at {path}: {prepare}")
+    if not path.is_file():
+        raise UserError(f"{path} is a pipe or a device, not a token file, which is read in any order: {prepare}")
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
     if not size:
         raise UserError(f"the token file {path} is empty: {prepare}")
     return size
@@ -262,5 +285,5 @@ def read_sidecar(path: Path) -> Sidecar | None:
         ) from None
 
 
-def scan_max_token_id(ids: np.ndarray) -> int:
-    return max(int(ids[start : start + SCAN_CHUNK].max()) for start in range(0, len(ids), SCAN_CHUNK))
+def scan_max_token_id(tokens: TokenFile) -> int:
+    return max(int(tokens.read(start, SCAN_CHUNK).max()) for start in range(0, len(tokens), SCAN_CHUNK))

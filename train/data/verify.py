@@ -3,8 +3,6 @@
 import hashlib
 from pathlib import Path
 
-import numpy as np
-
 from train.data.token_file import Sidecar, open_tokens, sidecar_path
 from train.data.tokenizer import END_OF_TEXT
 from train.utils.errors import UserError
@@ -40,8 +38,8 @@ def verify_file(path: Path) -> Sidecar:
     digest = hashlib.sha256()
     documents, greatest = 0, -1
     for start in range(0, len(tokens), READ_TOKENS):
-        ids = tokens.ids[start : start + READ_TOKENS]
-        digest.update(np.ascontiguousarray(ids).data)
+        ids = tokens.read(start, READ_TOKENS)
+        digest.update(ids.data)
         documents += int((ids == END_OF_TEXT).sum())
         greatest = max(greatest, int(ids.max()))
     again = "prepare it again with python -m train.preprocess_data --overwrite"

@@ -7,14 +7,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from train.config.arguments import ArgumentParser, flags_of, number
 from train.generate.decoding import Decoding
 from train.utils.command import run_command
 from train.utils.errors import UserError
 from train.utils.files import read_text
+from train.utils.units import in_unit
 
 BENCHMARK_PROMPT_TOKENS = 32
 BENCHMARK_BATCH_SIZES = (1, 8, 32)
+LOWEST_TEMPERATURE = 1e-6
+FP32_BYTES = 4
 SEPARATOR = "-" * 80
 EXAMPLES = """examples:
   one text, the most likely token at each step, on the screen as it is generated
@@ -81,6 +86,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 def check_flags(args: argparse.Namespace) -> None:
     """Refuse combinations that no model supports, before one is loaded."""
+    if 0 < args.temperature < LOWEST_TEMPERATURE:
+        raise UserError(
+            f"--temperature {args.temperature}: logits divided by so little overflow; write 0 for the most likely "
+            f"token, or {LOWEST_TEMPERATURE} or more"
+        )
     if args.num_return_sequences > 1 and args.temperature == 0:
         raise UserError(
             f"--num_return_sequences {args.num_return_sequences}: at --temperature 0 all texts would be the same; "
@@ -141,6 +151,16 @@ def check_positions(name: str, n_positions: int, prompt: int, new: int) -> None:
     )
 
 
+def check_rows(rows: int, vocab_size: int) -> None:
+    """Raise a `UserError` if the logits of `rows` sequences alone exceed this machine's memory."""
+    needed, there_is = FP32_BYTES * rows * vocab_size, psutil.virtual_memory().total
+    if needed > there_is:
+        raise UserError(
+            f"{rows:,} sequences at once: the logits of one token alone take {in_unit('bytes', needed)}, and this "
+            f"machine has {in_unit('bytes', there_is)}; ask for fewer"
+        )
+
+
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     check_flags(args)
@@ -185,7 +205,9 @@ def print_texts(args: argparse.Namespace, decoding: Decoding) -> None:
         check_positions("the assistant", assistant.config.n_positions, longest, args.max_new_tokens)
         assistant = optimize(assistant, args, rows=1)
 
-    model = optimize(model, args, rows=min(args.batch_size, len(prompts)) * args.num_return_sequences)
+    rows = min(args.batch_size, len(prompts)) * args.num_return_sequences
+    check_rows(rows, model.config.vocab_size)
+    model = optimize(model, args, rows)
     streamer: Any = TextStreamer(tokenizer, skip_special_tokens=True) if args.stream else None
     texts = generate_texts(
         model,
@@ -222,6 +244,7 @@ def benchmark(args: argparse.Namespace, decoding: Decoding) -> None:
     for batch_size in args.batch_sizes or BENCHMARK_BATCH_SIZES:
         model = load_for_inference(args.checkpoint, **_loading_arguments(args))  # again, so that only one is in memory
         check_positions("the model", model.config.n_positions, BENCHMARK_PROMPT_TOKENS, args.max_new_tokens)
+        check_rows(batch_size, model.config.vocab_size)
         parameters = model.num_parameters()
         model = optimize(model, args, rows=batch_size)
         torch.manual_seed(args.seed)

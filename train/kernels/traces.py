@@ -5,6 +5,7 @@ The format is that of torch.profiler's `export_chrome_trace`. Times are microsec
 
 import gzip
 import json
+import math
 import re
 import zlib
 from collections import defaultdict
@@ -13,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from train.utils.errors import UserError
+from train.utils.errors import UserError, shortened
 from train.utils.files import from_json
 
 SCHEMA = 1
@@ -140,7 +141,7 @@ def read_recording(path: Path) -> Recording:
         files = sorted(folder.glob("rank-*.json.gz"))
         if not files:
             raise UserError(f"{path}: holds no trace (profile/rank-*.json.gz); {HINT}")
-    elif path.exists():
+    elif path.is_file():
         run, files = path.parent.parent, [path]
     else:
         raise UserError(f"{path}: there is no such run folder or trace; {HINT}")
@@ -189,8 +190,10 @@ def read_trace(file: Path) -> Trace:
     try:
         threads, kernels = _sort_events(events)
         links = _links(events)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{file}: has an event that torch.profiler does not write ({error!r}); {HINT}") from None
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
+        raise UserError(
+            f"{file}: has an event that torch.profiler does not write ({shortened(error)}); {HINT}"
+        ) from None
     every = (event for own in threads.values() for event in own)
     steps = [event for event in every if event.name.startswith(STEP) and event.kind == "annotation"]
     if not steps:
@@ -202,7 +205,7 @@ def _read_json(file: Path) -> Any:
     try:
         with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
             return json.load(stream)
-    except (EOFError, OSError, zlib.error, ValueError) as error:  # of gzip, the file system and JSON
+    except (EOFError, OSError, zlib.error, ValueError, RecursionError) as error:  # of gzip, the disk, JSON
         raise UserError(f"{file}: is not a complete trace ({str(error) or type(error).__name__}); {HINT}") from None
 
 
@@ -231,7 +234,10 @@ def _sort_events(events: list[Any]) -> tuple[dict[Thread, list[Event]], list[Ker
 
 def _times(event: dict[str, Any]) -> tuple[float, float]:
     start = float(event["ts"])
-    return start, start + float(event["dur"])
+    end = start + float(event["dur"])
+    if not math.isfinite(end):
+        raise ValueError(f"ts {event['ts']}, dur {event['dur']}")
+    return start, end
 
 
 def _nest(events: list[Event]) -> None:

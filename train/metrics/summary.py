@@ -15,7 +15,7 @@ import numpy as np
 
 from train.metrics.flops import Flops, utilization
 from train.metrics.table import METRICS, look_up
-from train.utils.errors import UserError
+from train.utils.errors import UserError, shortened
 from train.utils.files import from_json, json_safe
 
 SCHEMA = 1  # version of the layout of `metrics.json`
@@ -144,7 +144,7 @@ def check_summary(summary: Any, path: Path) -> None:
     if not isinstance(summary, dict) or "schema" not in summary or "run_type" not in summary:
         raise UserError(f"{path} is JSON, but not the summary of a run (it lacks schema and run_type)")
     if summary["schema"] != SCHEMA:
-        raise UserError(f"{path} has schema {summary['schema']!r}; this version reads schema {SCHEMA}")
+        raise UserError(f"{path} has schema {shortened(summary['schema'])}; this version reads schema {SCHEMA}")
     required = [metric.key.partition(".")[0] for metric in METRICS if metric.required]
     required += [field.name for field in dataclasses.fields(RunFacts) if field.default is dataclasses.MISSING]
     if missing := [key for key in dict.fromkeys(required) if key not in summary]:
@@ -153,5 +153,5 @@ def check_summary(summary: Any, path: Path) -> None:
         value = look_up(summary, metric.key)
         expected = "a string" if metric.kind == "text" else "a number or null"
         if not (isinstance(value, str) if metric.kind == "text" else value is None or is_number(value)):
-            raise UserError(f'{path}: "{metric.key}" is {value!r}, not {expected}')
+            raise UserError(f'{path}: "{metric.key}" is {shortened(value)}, not {expected}')
     from_json(RunFacts, summary, path, "train")

@@ -23,10 +23,11 @@ from train.plan.memory import Ledger, predict
 from train.plan.shapes import ActivationCheckpointing, Layout, Shape
 from train.plan.speed import DEVICES, Device, Speed, predict_speed
 from train.utils.command import run_command
-from train.utils.errors import UserError
+from train.utils.errors import UserError, shortened
 from train.utils.tables import markdown_table
 from train.utils.third_party_warnings import silence_third_party_warnings
 
+MOST_LAYERS = 10_000  # each is computed for itself
 USABLE = 0.9  # of the device's memory; the rest is for the driver, libraries and an allocator's gaps
 UNITS = {"": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
@@ -59,6 +60,8 @@ def plans(
     block_size = block_size or config.n_positions
     if block_size > config.n_positions:
         raise UserError(f"--block_size {block_size}: {model} has {config.n_positions} positions; ask for fewer")
+    if config.n_layer > MOST_LAYERS:
+        raise UserError(f"--model {model}: has {config.n_layer:,} layers; a plan is made for {MOST_LAYERS:,} at most")
     shape = Shape.of(config, block_size)
     found = []
     for layout in _layouts(world_size, len(shape.layers), device):
@@ -150,8 +153,8 @@ def assumptions(device: Device, efficiency: float, limit: float, layout: Layout)
 def size(text: str) -> float:
     """ "80GB" -> 80e9 bytes; "40GiB", "512MB" and plain numbers as well."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    if match is None or match[2].upper() not in UNITS or float(match[1]) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no amount of bytes; write, for example, 80GB or 24GiB")
+    if match is None or match[2].upper() not in UNITS or not 0 < float(match[1]) < 1e30:
+        raise argparse.ArgumentTypeError(f"{shortened(text)} is no amount of bytes; write, for example, 80GB or 24GiB")
     return float(match[1]) * UNITS[match[2].upper()]
 
 
@@ -160,10 +163,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add, count = parser.add_argument, number(int, at_least=1)
     add("--model", default="gpt2", help="gpt2, gpt2-medium, ...; or a folder")
     add("--block_size", type=count, help="tokens in a sequence (default: the model's positions)")
-    add("--world_size", type=count, default=1, help="processes, one a device")
+    add("--world_size", type=number(int, at_least=1, at_most=1_000_000), default=1, help="processes, one a device")
     add("--device", choices=DEVICES, default="H100", help="of each process")
     add("--device_memory", type=size, default="80GB", help="of one device, for example 24GB")
-    add("--sequences_per_step", type=count, default=512, help="of all processes together; GPT-2 had 512")
+    sequences = number(int, at_least=1, at_most=1_000_000)
+    add("--sequences_per_step", type=sequences, default=512, help="of all processes together; GPT-2 had 512")
     share = number(float, above=0, at_most=1)
     add("--efficiency", type=share, default=0.4, help="fraction of its peak that a device reaches")
     add("--link", type=size, help="bytes/s between processes, for example 25GB (default: the device's own links)")

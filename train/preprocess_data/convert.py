@@ -99,7 +99,9 @@ class SpeedFlags:
         "else tiktoken",
         choices=ENCODERS,
     )
-    num_proc: int = flag(usable_cores(), "threads that tokenize (default: the cores of this machine)", at_least=1)
+    num_proc: int = flag(
+        usable_cores(), "threads that tokenize (default: the cores of this machine)", at_least=1, at_most=1024
+    )
 
 
 @dataclass(frozen=True)

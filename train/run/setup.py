@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -16,9 +17,16 @@ from modeling_gpt2flash import GPT2FlashConfig, GPT2FlashForCausalLM
 from modeling_gpt2flash.attention import choose_attention
 from train.checkpoints import starting
 from train.checkpoints import step_folder as checkpoints
-from train.checkpoints.loading import default_learning_rate, default_tokenizer, model_config, own_tokenizer
+from train.checkpoints.loading import (
+    check_size,
+    default_learning_rate,
+    default_tokenizer,
+    model_config,
+    own_tokenizer,
+)
 from train.config import deepspeed_config as deepspeed_json
 from train.config import launcher_env as launcher
+from train.config.arguments import LARGEST
 from train.config.run_config import DEFAULTS, RunConfig
 from train.data.batches import EvalBatches, TrainBatches
 from train.data.token_file import open_tokens
@@ -32,11 +40,13 @@ from train.run import trackers
 from train.utils import lock, processes
 from train.utils.devices import device_type, has_fast_bf16, has_memory_history, matmul_precision
 from train.utils.errors import UserError
+from train.utils.units import in_unit
 
 PROBE = (
     "Two tokenizers that split this (short) sentence alike, with its symbols and\n 2 lines, are taken to be the same."
 )
 SAVE_MINUTES = 30.0  # by default; a save costs seconds
+BYTES_PER_TOKEN = 16  # of a batch: input_ids and shift_labels in int64
 SHAPE = ("n_layer", "n_head", "n_embd", "n_inner", "n_positions", "vocab_size")
 
 
@@ -143,12 +153,15 @@ def resolve(config: RunConfig) -> ResolvedRun:
     config, deepspeed = resolve_engine(config)
     start = resolve_start(config)
     model = model_config(config.model, dropout=config.dropout, loss_chunk_size=config.loss_chunk_size)
+    check_size(config.model, model, machines=processes.machines())
     config = replace(config, block_size=config.block_size or model.n_positions)
     tokenizer = resolve_tokenizer(config, model)
     attention = resolve_attention(config, model)
     stages = resolve_partition(config, deepspeed, model)
     train, val = resolve_data(config, model, tokenizer)
     total_steps = config.max_steps or train.updates(config.epochs)
+    if total_steps > LARGEST:
+        raise UserError(f"--epochs {config.epochs:g}: these are more steps than can be counted; ask for fewer")
     if config.profiled is not None and config.profiled.stop - 1 > total_steps:
         raise UserError(
             f"--profile_steps {config.profile_steps}: the run has {total_steps} steps; name earlier ones, or give "
@@ -294,6 +307,14 @@ def resolve_data(
     tokens = open_tokens(config.train_data_path, model.vocab_size)
     data_parallel = processes.world_size() // config.pipeline_stages
     sequences_per_step = config.train_micro_batch_size_per_gpu * config.gradient_accumulation_steps * data_parallel
+    own = config.train_micro_batch_size_per_gpu * config.gradient_accumulation_steps
+    needed = own * config.block_size * BYTES_PER_TOKEN
+    if needed > (there_is := psutil.virtual_memory().total):
+        raise UserError(
+            f"--train_micro_batch_size_per_gpu {config.train_micro_batch_size_per_gpu:,} "
+            f"--gradient_accumulation_steps {config.gradient_accumulation_steps:,}: the tokens of a step alone take "
+            f"{in_unit('bytes', needed)}, and this machine has {in_unit('bytes', there_is)}; ask for fewer sequences"
+        )
     train = TrainBatches(tokens, config.block_size, sequences_per_step, config.seed, config.document_mask)
     gpt2s = tokens.sidecar is not None and tokens.sidecar.tokenizer == TOKENIZER_NAME
     if gpt2s and tokenizer is not None:

@@ -58,7 +58,7 @@ def write_summary(run: ResolvedRun, records: list[dict[str, Any]], world_size: i
         fused_attention=run.attention[0] != "eager",
     )
     length = min(LATENCY_TOKENS, run.model.n_positions // 2)
-    prompt_ids = torch.tensor(run.val.tokens.ids[None, :length].astype("int64"), device=model.device)
+    prompt_ids = torch.tensor(run.val.tokens.read(0, length)[None].astype("int64"), device=model.device)
     summary = summarize(
         facts,
         records,

@@ -37,6 +37,12 @@ def first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
+def shortened(value: object, length: int = 80) -> str:
+    """The `repr` of a value as far as a message has room for it."""
+    text = repr(value)
+    return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
 def text_of(message: str) -> str:
     """A message as text that can be written: it may hold bytes that are not UTF-8, of a file name or an argument."""
     return message.encode("utf-8", "backslashreplace").decode()

@@ -3,18 +3,24 @@
 A file or folder is complete or absent: it is written under another name, flushed, then renamed.
 """
 
+import glob
 import json
 import math
 import os
+import re
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from train.utils.errors import UserError
+import psutil
+
+from train.utils.errors import UserError, shortened
 
 T = TypeVar("T")
+MOST_NESTED = 100  # levels of JSON: what this package writes has fewer than ten
 
 
 def fsync(path: Path) -> None:
@@ -29,7 +35,7 @@ def fsync(path: Path) -> None:
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is flushed and renamed to `path`, otherwise removed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
     try:
         yield temporary
         fsync(temporary)
@@ -45,8 +51,7 @@ def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
 
     By then `path` must be absent, or an empty folder, unless the new folder may `replace` it.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = _temporary(path)
     temporary.mkdir(parents=True)
     try:
         yield temporary
@@ -58,6 +63,19 @@ def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
         fsync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # frees a full disk
+
+
+def _temporary(path: Path) -> Path:
+    """The temporary name beside `path` of this process, without what it and killed ones of this machine left there."""
+    host = re.sub(r"\W", "-", socket.gethostname())
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.{host}.*.tmp"):
+        owner = leftover.name.split(".")[-2]
+        if owner == f"{os.getpid()}" or not (owner.isdigit() and psutil.pid_exists(int(owner))):
+            if leftover.is_dir():
+                shutil.rmtree(leftover, ignore_errors=True)
+            else:
+                leftover.unlink(missing_ok=True)
+    return path.with_name(f".{path.name}.{host}.{os.getpid()}.tmp")
 
 
 def delete_folder(folder: Path) -> None:
@@ -80,6 +98,8 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_text(path: Path) -> str:
     """The content of a file in UTF-8."""
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise UserError(f"{path} is a pipe or a device, and not a file")  # a pipe without a writer would wait for ever
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -89,9 +109,16 @@ def read_text(path: Path) -> str:
 
 
 def parse_json(text: str, path: Path, line: int = 1) -> Any:
-    """JSON whose first line is `line` of `path`. NaN and Infinity, which Python writes by default, become null."""
+    """JSON whose first line is `line` of `path`, nested at most `MOST_NESTED` deep.
+
+    NaN and Infinity, which Python writes by default, become null, and so do numbers beyond a float's range.
+    """
     try:
-        value = json.loads(text, parse_constant=lambda name: None, parse_float=_finite)
+        value = json.loads(text, parse_constant=lambda name: None, parse_float=_finite, parse_int=_whole)
+        if text.count("[") + text.count("{") > MOST_NESTED:
+            _check_depth(value)
+    except RecursionError:
+        raise UserError(f"{path}, line {line}: nested more than {MOST_NESTED} deep") from None
     except json.JSONDecodeError as error:
         where = f"{path}, line {line + error.lineno - 1}, column {error.colno}"
         raise UserError(f"{where}: broken JSON ({error.msg})") from None
@@ -120,15 +147,29 @@ def from_json(schema: type[T], value: Any, path: Path, writer: str) -> T:
     key = f'"{".".join(map(str, first["loc"]))}"' if first["loc"] else "its content"
     if first["type"] == "missing":
         raise UserError(f"{path}: {key} is missing: it is not what {writer} writes")
-    found = repr(first["input"])
-    found = found if len(found) <= 80 else f"{found[:79]}…"
     mistake = first["msg"].replace("Input should be", "not")
-    raise UserError(f"{path}: {key} is {found}, {mistake}: it is not what {writer} writes")
+    raise UserError(f"{path}: {key} is {shortened(first['input'])}, {mistake}: it is not what {writer} writes")
 
 
 def json_safe(value: Any) -> Any:
     """The same value with every NaN and infinity, at any depth, as None: strict JSON has neither."""
     return json.loads(json.dumps(value), parse_constant=lambda name: None)
+
+
+def _check_depth(value: Any) -> None:
+    """Raise a `RecursionError` if lists and objects are nested deeper than the code that reads them may recurse."""
+    level, depth = [value], 0
+    while level := [each for each in level if isinstance(each, list | dict)]:
+        depth += 1
+        if depth > MOST_NESTED:
+            raise RecursionError
+        level = [inner for each in level for inner in (each.values() if isinstance(each, dict) else each)]
+
+
+def _whole(text: str) -> int | float | None:
+    """A JSON integer; as a float where it is beyond 64 bits, and None beyond a float's range."""
+    value = _finite(text)
+    return value if value is None or abs(value) >= 2**63 else int(text)
 
 
 def _finite(text: str) -> float | None:

@@ -35,6 +35,14 @@ def parameter_counts(n_layer: int, n_embd: int, n_inner: int | None, vocab_size:
     return [(vocab_size + n_positions) * n_embd, *[block] * n_layer, 2 * n_embd, vocab_size * n_embd]
 
 
+def parameter_count(config: PreTrainedConfig) -> int:
+    """Parameters of a model, with the tied head counted once, in constant time for any number of layers."""
+    embeddings, block, norm, _ = parameter_counts(
+        1, config.n_embd, config.n_inner, config.vocab_size, config.n_positions
+    )
+    return embeddings + config.n_layer * block + norm
+
+
 class Partition(NamedTuple):
     """The layers of each stage, and the sizes that the partition was based on."""
 
