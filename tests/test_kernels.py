@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -348,6 +349,16 @@ def damaged(kind: str, eager: Path, folder: Path) -> Path:
             file.write_bytes(b"{}")
         case "cut before packing":
             file.write_bytes(gzip.compress(b'{"traceEvents": [{"ph"'))
+        case "nested":
+            file.write_bytes(gzip.compress(b"[" * 100_000))
+        case "thousand digits":
+            file.write_bytes(gzip.compress(b'{"traceEvents": [' + b"9" * 5000 + b"]}"))
+        case "no duration":
+            events = [{**each, "ts": 1e90} for each in content["traceEvents"] if "ts" in each]
+            write_trace(run, {**content, "traceEvents": events})
+        case "infinite duration":
+            events = [{**each, "dur": math.inf} for each in content["traceEvents"] if "dur" in each]
+            write_trace(run, {**content, "traceEvents": events})
         case "other JSON":
             file.write_bytes(gzip.compress(b"[1, 2]"))
         case "foreign":
@@ -382,6 +393,10 @@ def damaged(kind: str, eager: Path, folder: Path) -> Path:
         ("truncated", "rank-0.json.gz: is not a complete trace .Compressed file ended"),
         ("no gzip", "rank-0.json.gz: is not a complete trace .Not a gzipped file"),
         ("cut before packing", "rank-0.json.gz: is not a complete trace .Expecting .:. delimiter"),
+        ("nested", "rank-0.json.gz: is not a complete trace .maximum recursion depth"),
+        ("thousand digits", "rank-0.json.gz: is not a complete trace .Exceeds the limit"),
+        ("no duration", "rank-0.json.gz: holds no complete step"),
+        ("infinite duration", "rank-0.json.gz: has an event that torch.profiler does not write"),
         ("other JSON", "rank-0.json.gz: is JSON, but not a trace"),
         ("foreign", "rank-0.json.gz: is a trace of another program"),
         ("later version", "rank-0.json.gz: has facts of version 99"),

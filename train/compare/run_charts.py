@@ -15,7 +15,6 @@ from train.utils.units import in_unit, memory_kind_title, short_count, times, un
 
 Curve = np.ndarray[Any, np.dtype[np.float64]]
 
-BEYOND_CHARTS = 1e100  # whose scales and sums would overflow
 MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
 
 
@@ -23,9 +22,8 @@ MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
 
 
 def series(run: FinishedRun, key: str) -> Curve:
-    """One value a step; null (a loss that was not a number), or one too large to draw, as NaN: a gap in a curve."""
-    values = np.array([record.get(key) for record in run.steps], dtype=np.float64)
-    return np.where(np.abs(values) < BEYOND_CHARTS, values, math.nan)
+    """One value a step; null (a loss that was not a number) as NaN, which leaves a gap in a curve."""
+    return np.array([record.get(key) for record in run.steps], dtype=np.float64)
 
 
 def smoothing_steps(steps: int) -> int:

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 aten = torch.ops.aten
 
+LONGEST = 2**48
 ITEM_BYTES = {
     "float": 4, "double": 8, "c10::BFloat16": 2, "c10::Half": 2, "long int": 8, "long": 8, "int": 4, "bool": 1,
     "unsigned char": 1, "signed char": 1, "short": 2,
@@ -64,9 +65,16 @@ IN_PLACE = {
 REDUCTIONS = {"aten::sum", "aten::amax", "aten::linalg_vector_norm"}
 
 
+def _shapes(args: dict[str, Any]) -> list[Any]:
+    """The shapes of the inputs; none where a length is more than any tensor has, whose products would overflow."""
+    dims = args.get("Input Dims") or []
+    lengths = (length for shape in dims if isinstance(shape, list) for length in shape if isinstance(length, int))
+    return dims if all(0 <= length < LONGEST for length in lengths) else []
+
+
 def flops(name: str, args: dict[str, Any]) -> int | None:
     """Return the FLOPs of an operator, or None where its name or its shapes do not determine them."""
-    dims = args.get("Input Dims") or []
+    dims = _shapes(args)
     formula = FORMULAS.get(name)
     if formula is None or len(dims) < formula.inputs:
         return None
@@ -78,7 +86,7 @@ def flops(name: str, args: dict[str, Any]) -> int | None:
 
 def moved_bytes(name: str, args: dict[str, Any]) -> int | None:
     """Return the bytes that an operator reads and writes at least, or None where its name or shapes do not tell."""
-    dims, types = args.get("Input Dims") or [], args.get("Input type") or []
+    dims, types = _shapes(args), args.get("Input type") or []
     strides = args.get("Input Strides") or [[1] * len(shape) for shape in dims]
     sizes = [
         # A dimension of stride 0 is expanded: the same elements again.

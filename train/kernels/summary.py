@@ -72,7 +72,7 @@ class Row(RowNames):
     @property
     def intensity(self) -> float | None:
         """FLOPs per byte."""
-        return self.flops / self.bytes if self.flops and self.bytes else None
+        return self.flops / self.bytes if self.flops > 0 and self.bytes > 0 else None
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,8 @@ class RunSummary:
     @property
     def roofline_points(self) -> list[Row]:
         """The rows of training whose FLOPs and bytes are both known."""
-        return [row for row in self.rows if row.intensity and row.flops_per_second and row.phase in TRAINING_PHASES]
+        rows = [row for row in self.rows if row.phase in TRAINING_PHASES]
+        return [row for row in rows if row.intensity and row.flops_per_second and row.flops_per_second > 0]
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ The format is that of torch.profiler's `export_chrome_trace`. Times are microsec
 
 import gzip
 import json
-import math
 import re
 import zlib
 from collections import defaultdict
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from train.utils.errors import UserError, shortened
-from train.utils.files import from_json
+from train.utils.files import BEYOND_NUMBERS, from_json, parse_json
 
 SCHEMA = 1
 METADATA_KEY = "gpt2flash"
@@ -186,7 +185,7 @@ def read_trace(file: Path) -> Trace:
             f"version {SCHEMA}: {HINT}"
         )
     host, base_time = content.get("host_name", ""), content.get("baseTimeNanoseconds", 0)
-    run = from_json(ProfileFacts, facts, file, "python -m train --profile")
+    run = from_json(ProfileFacts, parse_json(json.dumps(facts), file), file, "python -m train --profile")
     try:
         threads, kernels = _sort_events(events)
         links = _links(events)
@@ -195,7 +194,9 @@ def read_trace(file: Path) -> Trace:
             f"{file}: has an event that torch.profiler does not write ({shortened(error)}); {HINT}"
         ) from None
     every = (event for own in threads.values() for event in own)
-    steps = [event for event in every if event.name.startswith(STEP) and event.kind == "annotation"]
+    steps = [
+        each for each in every if each.name.startswith(STEP) and each.kind == "annotation" and each.end > each.start
+    ]
     if not steps:
         raise UserError(f"{file}: holds no complete step; {HINT}")
     return Trace(file, facts["rank"], run, host, base_time, threads, kernels, links, steps)
@@ -235,7 +236,7 @@ def _sort_events(events: list[Any]) -> tuple[dict[Thread, list[Event]], list[Ker
 def _times(event: dict[str, Any]) -> tuple[float, float]:
     start = float(event["ts"])
     end = start + float(event["dur"])
-    if not math.isfinite(end):
+    if not abs(end) < BEYOND_NUMBERS:
         raise ValueError(f"ts {event['ts']}, dur {event['dur']}")
     return start, end
 

@@ -5,7 +5,6 @@ A file or folder is complete or absent: it is written under another name, flushe
 
 import glob
 import json
-import math
 import os
 import re
 import shutil
@@ -20,6 +19,7 @@ import psutil
 from train.utils.errors import UserError, shortened
 
 T = TypeVar("T")
+BEYOND_NUMBERS = 1e100
 MOST_NESTED = 100  # levels of JSON: what this package writes has fewer than ten
 
 
@@ -111,7 +111,8 @@ def read_text(path: Path) -> str:
 def parse_json(text: str, path: Path, line: int = 1) -> Any:
     """JSON whose first line is `line` of `path`, nested at most `MOST_NESTED` deep.
 
-    NaN and Infinity, which Python writes by default, become null, and so do numbers beyond a float's range.
+    NaN and Infinity, which Python writes by default, become null, and so do numbers that nothing measures: what is
+    computed from them would overflow.
     """
     try:
         value = json.loads(text, parse_constant=lambda name: None, parse_float=_finite, parse_int=_whole)
@@ -167,12 +168,14 @@ def _check_depth(value: Any) -> None:
 
 
 def _whole(text: str) -> int | float | None:
-    """A JSON integer; as a float where it is beyond 64 bits, and None beyond a float's range."""
+    """A JSON integer; as a float where it is beyond 64 bits, and None where it is beyond `BEYOND_NUMBERS`."""
     value = _finite(text)
     return value if value is None or abs(value) >= 2**63 else int(text)
 
 
 def _finite(text: str) -> float | None:
-    """A JSON number as a float; None beyond a float's range ("1e999")."""
+    """A JSON number as a float; None beyond `BEYOND_NUMBERS` ("1e999", or a thousand digits), 0 below its inverse."""
     value = float(text)
-    return value if math.isfinite(value) else None
+    if abs(value) * BEYOND_NUMBERS < 1:
+        return 0.0
+    return value if abs(value) < BEYOND_NUMBERS else None
