@@ -98,7 +98,8 @@ def test_a_run_resumes_with_the_records_that_there_are(
         (run / "metrics.jsonl").write_bytes(b"".join(lines[:2]) + lines[2][:9] + b"\0" * 4000)
     else:
         (run / "metrics.jsonl").unlink()
-    done = train(*flags, f"--checkpoint_path={tmp_path}", f"--resume_from_checkpoint={run}/step-4", cwd=tmp_path)
+    resume = [f"--resume_from_checkpoint={run}/step-4", "--delete_newer_checkpoints"]
+    done = train(*flags, f"--checkpoint_path={tmp_path}", *resume, cwd=tmp_path)
     missing = "2 of 4 steps (3 to 4)" if damage == "cut" else "4 of 4 steps (1 to 4)"
     assert f"{run}/metrics.jsonl: {missing} cannot be read" in done.stdout
     kept = records(run)
