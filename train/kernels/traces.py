@@ -194,9 +194,7 @@ def read_trace(file: Path) -> Trace:
             f"{file}: has an event that torch.profiler does not write ({shortened(error)}); {HINT}"
         ) from None
     every = (event for own in threads.values() for event in own)
-    steps = [
-        each for each in every if each.name.startswith(STEP) and each.kind == "annotation" and each.end > each.start
-    ]
+    steps = [each for each in every if each.name.startswith(STEP) and each.kind == "annotation" and each.seconds > 0]
     if not steps:
         raise UserError(f"{file}: holds no complete step; {HINT}")
     return Trace(file, facts["rank"], run, host, base_time, threads, kernels, links, steps)
