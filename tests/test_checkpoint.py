@@ -104,6 +104,13 @@ def test_only_the_newest_are_kept(tmp_path: Path, model: GPT2FlashForCausalLM) -
     assert sorted(path.name for path in tmp_path.glob("*step*")) == ["step-10", "step-9"]
 
 
+def test_no_more_are_deleted_than_there_are_too_many(tmp_path: Path, model: GPT2FlashForCausalLM) -> None:
+    for step in range(1, 6):
+        save(tmp_path, model, step, keep=4)
+        (tmp_path / "step-2" / "training_state.json").unlink(missing_ok=True)
+    assert sorted(path.name for path in tmp_path.glob("*step*")) == ["step-2", "step-3", "step-4", "step-5"]
+
+
 def test_resuming_from_an_earlier_step_deletes_the_later_ones(tmp_path: Path, model: GPT2FlashForCausalLM) -> None:
     for step in (4, 8):
         save(tmp_path, model, step)

@@ -138,8 +138,8 @@ def save(
         (folder / STATE).write_text(json.dumps(dataclasses.asdict(state), indent=2) + "\n", encoding="utf-8")
     point_to(target)
     older = [folder for _, folder in step_folders(run_folder)[:-1]]
-    kept = [folder for folder in older if not read_json(folder / STATE).get("temporary")]
-    kept = kept if keep is None else kept[len(kept) + 1 - keep :]
+    kept = [folder for folder in older if not _is_temporary(folder)]
+    kept = kept if keep is None else kept[max(0, len(kept) + 1 - keep) :]
     for folder in older:
         if folder not in kept:
             delete_folder(folder)
@@ -151,6 +151,13 @@ def tensor_shapes(model: nn.Module, optimizer: str) -> dict[str, dict[str, torch
     weights = {name: parameter.shape for name, parameter in model.named_parameters()}
     moments = {f"{kind}.{name}": shape for name, shape in weights.items() for kind in moments_of(optimizer, name)}
     return {WEIGHTS: weights, OPTIMIZER: moments}
+
+
+def _is_temporary(folder: Path) -> bool:
+    try:
+        return bool(read_json(folder / STATE).get("temporary"))
+    except UserError:
+        return False  # a damaged checkpoint is no reason to fail after a good one was written
 
 
 def point_to(folder: Path) -> None:
