@@ -166,7 +166,7 @@ def watch_changes(folder: str, number: int, error: int | None = None) -> None:
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         if event == "open":
             path, _, mode = arguments
-            changes = bool(mode & (os.O_WRONLY | os.O_RDWR))
+            changes = bool(mode & (os.O_WRONLY | os.O_RDWR)) and not isinstance(path, int)  # that is open already
         elif event in CHANGES:
             path, changes = arguments[0], True
         else:

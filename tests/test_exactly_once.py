@@ -24,6 +24,7 @@ from tests.preparations import (
     refused,
     write_lines,
 )
+from train.utils import lock
 
 SPLITS = {
     "hash": ["--split=hash", "--val_fraction=0.05"],
@@ -284,7 +285,7 @@ def test_an_older_pair_stays_until_the_new_one_is_whole(library: Corpus, tmp_pat
     killed(library, out, "--overwrite")
     now = contents(out)
     assert {name: now[name] for name in before} == before
-    assert set(now) - set(before) <= {".preparing", ".preparing.lock"}
+    assert set(now) - set(before) <= {".preparing", lock.LOCK}
     done = prepare(*words("hash", out, "--overwrite"), cwd=library.folder, check=False)
     assert done.returncode == 0, done.stderr
     assert contents(out) == library.whole["hash"]

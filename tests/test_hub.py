@@ -142,6 +142,23 @@ def test_the_whole_way_round(hub: LoopbackHub, flags: list[str], small_model: Pa
     same(logits(GPT2LMHeadModel.from_pretrained(tmp_path / "gpt2")), trained)
 
 
+def test_the_card_goes_with_the_weights_that_it_describes(hub: LoopbackHub, finished: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    shutil.copy(run / "step-4" / "model.safetensors", run)  # as a kill in the middle of a save leaves it
+    words = ["-m", "train.hub", run, "owner/small"]
+    python(*words, cwd=tmp_path)
+    files = hub.repositories["owner/small"]
+    assert files["model.safetensors"] == (finished / "step-8" / "model.safetensors").read_bytes()
+    assert files["README.md"]
+    assert not {"optimizer.safetensors", "training_state.json", "metrics.json"} & files.keys()
+    files.clear()
+    (run / "latest").write_text("step-4\n")
+    done = python(*words, cwd=tmp_path, check=False)
+    assert done.returncode == 2
+    assert "metrics.json is of 8 steps and the latest checkpoint is step-4" in done.stderr
+    assert not files
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("repo", "token", "says"),

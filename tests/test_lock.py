@@ -104,6 +104,7 @@ def test_a_forked_child_does_not_hold_the_lock(tmp_path: Path) -> None:
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock, "POLL_SECONDS", 0.05)
     monkeypatch.setattr(lock, "PATIENCE_SECONDS", 0.5)
+    monkeypatch.setattr(lock, "LEASE_SECONDS", 0.5)
 
 
 @pytest.fixture(params=["a local flock", "no flock"])

@@ -12,11 +12,11 @@ from tests.preparations import watch_changes
 from tests.run_folders import names, save_step, step_of_weights
 from train.checkpoints import run_folder, starting
 from train.checkpoints import step_folder as checkpoints
-from train.checkpoints.loading import load_for_inference
+from train.checkpoints.loading import load_config, load_for_inference, load_model
 from train.utils.errors import UserError
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["tests.test_starting"])  # itself: a child then imports nothing more
+SERVER.set_forkserver_preload(["tests.test_starting", "deepspeed"])  # all that a child would import
 
 
 def in_a_fork(work: Callable[..., None], folder: Path, change: int) -> bool:
@@ -78,6 +78,21 @@ def test_a_kill_at_each_change_of_a_save_leaves_one_step_to_every_reader(tmp_pat
     assert change > 20
     assert links_differ > 0, "the kill that this test is about did not occur"
     assert pointers_differ > 0
+
+
+def test_our_own_tools_never_read_the_links(tmp_path: Path) -> None:
+    """Which a kill between `latest` and the links leaves at the step before."""
+    for step in (1, 2):
+        save_step(tmp_path, step)
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).unlink()
+    shutil.copy(tmp_path / "step-1" / "model.safetensors", tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    for model in (load_for_inference(tmp_path), load_model(str(tmp_path), load_config(str(tmp_path)))):
+        assert all((parameter == 2).all() for parameter in model.parameters())
+    resume(tmp_path)
+    assert step_of_weights(tmp_path) == 2
+    assert (tmp_path / "config.json").samefile(tmp_path / "step-2" / "config.json")
 
 
 def finished(run_folder: Path) -> None:

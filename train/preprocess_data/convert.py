@@ -19,11 +19,12 @@ from train.config.arguments import flag
 from train.data.token_file import read_sidecar, sidecar_path, token_dtype
 from train.data.tokenizer import END_OF_TEXT, RANKS_SHA256, TOKENIZER_NAME, VOCABULARY_SIZE
 from train.data.workers import in_parallel
-from train.preprocess_data.preparation import PARTS, WORK_FOLDER, Chunk, Preparation, locked
+from train.preprocess_data.preparation import PARTS, WORK_FOLDER, Chunk, Preparation
 from train.preprocess_data.sources import FILE_KINDS, HUB_DATASETS, STDLIB, Source, file_kinds, resolve_source
 from train.preprocess_data.splits import SplitRule, hash_rule, nanogpt_rows, nanogpt_rule
 from train.preprocess_data.streams import Documents, count_rows, expected_rows, load_documents, read_documents
 from train.preprocess_data.tokenization import ENCODERS, Encoder, choose_encoder
+from train.utils import lock
 from train.utils.errors import UserError
 from train.utils.processes import usable_cores
 
@@ -151,8 +152,7 @@ def prepare(config: PreparationConfig) -> None:
     request = config.request(source)
     out_dir = config.out_dir
     try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        with locked(out_dir):
+        with lock.owned(out_dir, "--out_dir"):
             is_unfinished = (out_dir / WORK_FOLDER / "journal.json").exists()
             present = [path for path in (out_dir / f"{name}.bin" for name in PARTS) if path.exists()]
             if present and not is_unfinished and not config.overwrite:

@@ -1,8 +1,8 @@
 """The files of a preparation on the disk, from its first token until they have their names, across kills.
 
-1. Until it is finished, everything is in OUT/.preparing, under the lock OUT/.preparing.lock. `train.bin` and `val.bin`
-   only grow, and `journal.json` records up to where they and the stream of documents are complete: it is replaced
-   atomically each time after both files were flushed to the disk.
+1. Until it is finished, everything is in OUT/.preparing, and one process owns OUT (`utils.lock`). `train.bin` and
+   `val.bin` only grow, and `journal.json` records up to where they and the stream of documents are complete: it is
+   replaced atomically each time after both files were flushed to the disk.
 2. After a kill, the same command truncates both files to the journal's sizes, checks their digests and reads on after
    the journal's last document.
 3. When everything is read ("finishing"), each file is completed in OUT/.preparing/ready, as it is or reordered, and
@@ -16,8 +16,8 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,7 +25,6 @@ from socket import gethostname
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from filelock import FileLock, Timeout
 
 from train.data.token_file import (
     Sidecar,
@@ -42,7 +41,6 @@ from train.utils.errors import UserError
 from train.utils.files import from_json, fsync, read_json, write_json
 
 WORK_FOLDER = ".preparing"
-LOCK = ".preparing.lock"
 PARTS = ("train", "val")
 COMMIT_SECONDS = 2.0  # of work that a kill can lose
 
@@ -76,23 +74,6 @@ def read_journal(out_dir: Path) -> Journal | None:
         return from_json(Journal, read_json(path), path, "train.preprocess_data")
     except UserError as error:
         raise UserError(f"{error}; discard the preparation with --overwrite") from None
-
-
-@contextmanager
-def locked(out_dir: Path) -> Iterator[None]:
-    """Hold a folder's lock. The system releases it when its process ends, so the holder of a lock is alive."""
-    lock = FileLock(out_dir / LOCK, timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        journal = read_journal(out_dir)
-        owner = journal.owner if journal else "another process"
-        raise UserError(f"--out_dir {out_dir} is being written by {owner}: wait for it, or name another") from None
-    try:
-        yield
-    finally:
-        (out_dir / LOCK).unlink(missing_ok=True)  # still held: a process that waits finds no name, and tries again
-        lock.release()
 
 
 class Preparation:

@@ -4,7 +4,7 @@ The kernel holds the lock (`flock`) and releases it when its process ends, howev
 several machines share, flock may work on each machine alone, survive a dead machine for a while, or be missing. There
 the file itself counts: it names its owner, whose thread renews the time of the file every `BEAT_SECONDS`. An owner on
 another machine that does not renew it for `PATIENCE_SECONDS`, by the clock of the process that waits, is taken to be
-dead.
+dead. The owner looks into the file before each checkpoint: if it was taken over, it writes nothing more.
 """
 
 import errno
@@ -29,7 +29,8 @@ from train.utils.errors import UserError
 
 LOCK = ".gpt2flash.lock"
 BEAT_SECONDS = 5.0
-PATIENCE_SECONDS = 120.0  # an NFS server keeps the locks of a dead machine for 90
+PATIENCE_SECONDS = 60.0
+LEASE_SECONDS = 120.0  # an NFS server keeps the locks of a dead machine for 90
 POLL_SECONDS = 1.0
 NO_FLOCK = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL}  # what file systems without it answer
 
@@ -97,9 +98,13 @@ class FolderLock:
             since=datetime.now(UTC).isoformat(timespec="milliseconds"),
             command=shlex.join(["python", *sys.argv])[:500],
         )
-        os.ftruncate(self.descriptor, 0)
-        os.pwrite(self.descriptor, json.dumps(asdict(self.owner), indent=2).encode() + b"\n", 0)
-        os.fsync(self.descriptor)
+        try:
+            os.ftruncate(self.descriptor, 0)
+            os.pwrite(self.descriptor, json.dumps(asdict(self.owner), indent=2).encode() + b"\n", 0)
+            os.fsync(self.descriptor)
+        except OSError:  # a full disk
+            self.release()
+            raise
         if not certain:  # a process on another machine may have written its name as well: the last one owns it
             time.sleep(2 * POLL_SECONDS)
             if (owner := self._read()) != self.owner:
@@ -109,27 +114,29 @@ class FolderLock:
     def _open_when_free(self, inherited: bool) -> tuple[int, bool]:
         """The descriptor of the file, and whether no other process can have got it at the same moment."""
         first: Look | None = None
-        deadline = 0.0
+        began = time.monotonic()
         while True:
             look = self._open()
-            is_over = first is not None and time.monotonic() > deadline
+            patience = LEASE_SECONDS if look.flock == "held" else PATIENCE_SECONDS
+            is_renewed = first is not None and look.renewed != first.renewed
+            is_over = first is not None and not is_renewed and time.monotonic() > began + patience
             if look.is_free or (look.flock != "held" and (inherited or is_over)):
                 if look.owner is not None and not inherited:
                     print(f"{self.folder}: {look.owner} has ended without releasing it", file=sys.stderr, flush=True)
                 return look.descriptor, look.flock == "ours" and not is_over
             os.close(look.descriptor)
-            if look.is_alive or (first is not None and look.renewed != first.renewed):
+            if look.is_alive or is_renewed:
                 raise self._refusal(look.owner)
             if is_over:
                 raise UserError(
                     f"{self.flag}: {self.folder} is locked by {look.owner}, which has given no sign of life for "
-                    f"{PATIENCE_SECONDS:.0f} seconds: if it has ended, delete {self.file}"
+                    f"{patience:.0f} seconds: if it has ended, delete {self.file}"
                 )
             if first is None:
-                first, deadline = look, time.monotonic() + PATIENCE_SECONDS
+                first = look
                 owner = look.owner or "an unknown process"
                 print(
-                    f"{self.folder} is locked by {owner}: waiting up to {PATIENCE_SECONDS:.0f} seconds for a sign "
+                    f"{self.folder} is locked by {owner}: waiting up to {patience:.0f} seconds for a sign "
                     "that it lives",
                     file=sys.stderr,
                     flush=True,
