@@ -13,6 +13,8 @@ from tests.run_folders import names, save_step, step_of_weights
 from train.checkpoints import run_folder, starting
 from train.checkpoints import step_folder as checkpoints
 from train.checkpoints.loading import load_config, load_for_inference, load_model
+from train.config.run_config import parse
+from train.run.setup import resolve_start
 from train.utils.errors import UserError
 
 SERVER = multiprocessing.get_context("forkserver")
@@ -309,6 +311,15 @@ def test_resuming_in_another_folder_deletes_nothing(tmp_path: Path) -> None:
     start = starting.decide(tmp_path / "other", str(tmp_path / "run" / "step-1"), overwrite=False)
     starting.prepare_run_folder(tmp_path / "other", start)
     assert {"step-1", "step-2"} <= names(tmp_path / "run")
+
+
+def test_a_model_that_the_run_would_delete_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = save_step(tmp_path / "baseline", 1)
+    for model in (step, tmp_path / "baseline"):
+        with pytest.raises(UserError, match=f"--model {model}: --overwrite deletes it"):
+            resolve_start(parse([f"--model={model}", "--overwrite", f"--checkpoint_path={tmp_path}"]))
+    monkeypatch.chdir(tmp_path / "baseline")
+    assert resolve_start(parse(["--model=gpt2", "--overwrite", f"--checkpoint_path={tmp_path}"])).delete
 
 
 def test_a_run_folder_may_be_a_link(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ SAME_IN_A_RUN = ("model", "train_data", "seed", "block_size", "document_mask", "
 # What a run writes beside its checkpoints; records of trackers come last, as the log is the run's own.
 LOGS = (SUMMARY_FILE, LATEST, STEPS_FILE, "profile", "trackers.json", "tensorboard", "wandb", "trackio", "mlflow.db")
 # Temporary names of `train.utils.files` and of links: what a kill leaves behind.
-TEMPORARY = re.compile(r"\.(step-\d+|latest|.+\.(jsonl?|safetensors|py|txt|jinja))(\.\d+)?\.tmp")
+TEMPORARY = re.compile(r"\.(step-\d+|latest|.+\.(jsonl?|safetensors|py|txt|jinja|md))(\..+)?\.tmp")
 DELETE_NEWER = "--delete_newer_checkpoints"
 
 
@@ -69,14 +69,12 @@ class Contents:
     @property
     def everything(self) -> tuple[Path, ...]:
         """All that a run wrote. The logs come last: as long as one is left, the folder is known to hold a run."""
-        names = {file.name for _, folder in step_folders(self.run_folder) for file in model_files(folder)}
-        links = [self.run_folder / name for name in sorted(names) if (self.run_folder / name).is_file()]
-        weights = [file for file in self.weights if file.parent == self.run_folder and file not in links]
-        summary = [path for path in self.logs if path.name == SUMMARY_FILE]
-        logs = [path for path in self.logs if path.name != SUMMARY_FILE]
         steps = [folder for _, folder in step_folders(self.run_folder)]
-        others = [path for path in self.leftovers if path not in steps]
-        return (*summary, *links, *weights, *others, *steps, *logs)
+        links = {self.run_folder / file.name for folder in steps for file in model_files(folder)}
+        links |= {file for file in self.weights if file.parent == self.run_folder}
+        summary = [path for path in self.logs if path.name == SUMMARY_FILE]
+        first = [*summary, *sorted(link for link in links if link.is_file()), *self.leftovers, *steps]
+        return tuple(dict.fromkeys([*first, *self.logs]))
 
     def __str__(self) -> str:
         if self.is_finished:

@@ -230,7 +230,8 @@ def resolve_engine(config: RunConfig) -> tuple[RunConfig, dict[str, Any]]:
 
 def resolve_start(config: RunConfig) -> starting.Start:
     """The checkpoint to resume from; refuses a run folder that holds another run."""
-    if config.overwrite and config.run_folder.resolve() in (Path(config.model).resolve() / "x").parents:
+    model = Path(config.model)
+    if config.overwrite and model.exists() and model.resolve().is_relative_to(config.run_folder.resolve()):
         raise UserError(
             f"--model {config.model}: --overwrite deletes it before the run has a checkpoint; name another "
             "--checkpoint_path"
