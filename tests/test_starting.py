@@ -139,7 +139,7 @@ def test_a_kill_on_the_way_back_to_an_earlier_step_leaves_a_checkpoint(tmp_path:
         run.mkdir()
         finished(run)
         done = in_a_fork(back_to_step_1, run, change)
-        assert starting.find("latest", run).step == step_of_weights(run_folder.model_folder(run))
+        assert run_folder.model_folder(run).name == f"step-{step_of_weights(run_folder.model_folder(run))}"
         assert starting.decide(run, "latest", overwrite=False).checkpoint is not None
         back_to_step_1(run)
         assert starting.find("latest", run).step == step_of_weights(run) == 1
