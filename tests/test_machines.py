@@ -115,6 +115,29 @@ def test_a_process_that_dies_on_one_machine_ends_the_job_on_the_other(
 
 
 @pytest.mark.slow
+def test_a_network_that_is_gone_ends_the_job_on_both_machines(
+    machines: list[Machine], flags: list[str], tmp_path: Path
+) -> None:
+    if not machines[0].enter:
+        pytest.skip("no network namespaces here")
+    train = [*flags, *layout("zero2"), "--max_steps=100000", "--warmup_steps=0", "--timeout=8"]
+    one, two = launch(machines, tmp_path, *train)
+    cable = [*machines[1].enter, "ip", "link", "set", "cable"]
+    with job(*one, cwd=tmp_path) as first, job(*two, cwd=tmp_path) as second:
+        first.until_step(6, tmp_path / "optimized")
+        processes = [*first.processes(), *second.processes()]
+        subprocess.run([*cable, "down"], check=True)
+        try:
+            assert first.end(END_SECONDS) != 0
+            assert second.end(END_SECONDS) != 0
+        finally:
+            subprocess.run([*cable, "up"], check=True)
+        assert not psutil.wait_procs(processes, timeout=5)[1]
+        assert "rank 1 of 2: no sign of life for" in first.said()
+        assert "rank 0 of 2: no sign of life for" in second.said()
+
+
+@pytest.mark.slow
 def test_a_job_of_two_machines_restarts(machines: list[Machine], flags: list[str], tmp_path: Path) -> None:
     train = [*flags, *layout("zero2"), "--max_steps=40"]
     accelerate(*train, "--run_type=optimized", f"--checkpoint_path={tmp_path}/whole", cwd=tmp_path)

@@ -1,17 +1,20 @@
 """A job in which a rank stands still ends, in every layout: the rank is named, and the others show their stacks."""
 
+import dataclasses
 import signal
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from tests.conftest import free_port, losses
 from tests.jobs import Job, job, launcher, layout
+from train.job.watchdog import Silence, Status, describe
 
 TIMEOUT = 6
 ENDLESS = ["--max_steps=100000", "--warmup_steps=0"]
@@ -46,6 +49,78 @@ def two_ranks(cwd: Path, *words: object) -> Iterator[list[Job]]:
             stack.enter_context(job(sys.executable, *words, cwd=cwd, RANK=str(rank), LOCAL_RANK=str(rank), **shared))
             for rank in (0, 1)
         ]
+
+
+def status(rank: int, beat: int, **changes: Any) -> Status:
+    told = Status(rank, "node", 4711 + rank, 0.0, beat, beat, "step 7", "wait (x.py:1)", True, 5)
+    return dataclasses.replace(told, **changes)
+
+
+class Clock:
+    """Looks of rank 0 at a job of two, a second after each other."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 100.0
+        monkeypatch.setattr("train.job.watchdog.time.monotonic", lambda: self.now)
+        self.silence = Silence(2, looked=self.now)
+
+    def look(self, *statuses: Status, own_marks: int = 0, after: float = 1.0) -> Silence:
+        self.now += after
+        self.silence.look({each.rank: each for each in statuses}, own_marks, 1.0)
+        return self.silence
+
+
+def test_only_a_job_without_progress_stands_still(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    for beat in range(20):  # rank 0 validates alone, batch by batch
+        assert clock.look(status(0, beat), status(1, beat, marks=3), own_marks=beat).longest() <= 1
+    for beat in range(20, 30):
+        clock.look(status(0, beat, marks=19), status(1, beat, marks=3), own_marks=19)
+    assert clock.silence.longest() == clock.silence.without_progress() == 10
+    assert clock.silence.silent(2) == []
+
+
+def test_a_rank_that_is_silent_is_found_while_the_others_make_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    for beat in range(10):
+        clock.look(status(0, beat), status(1, min(beat, 3)), own_marks=beat)
+    assert clock.silence.without_progress() == 0
+    assert clock.silence.longest() == 6
+    assert clock.silence.silent(6) == [1]
+
+
+def test_the_time_for_which_a_process_is_stopped_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    clock.look(status(0, 1), status(1, 1))
+    assert clock.look(status(0, 1), status(1, 1), after=3600).longest() == 2
+
+
+def test_all_silent_is_rank_0_which_hosts_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    clock = Clock(monkeypatch)
+    for _ in range(10):
+        clock.look(status(0, 1), status(1, 1))
+    assert clock.silence.silent(5) == [0]
+    report = describe({0: status(0, 1)}, clock.silence, [0], 10)
+    assert report.startswith("rank 0 of 2: no sign of life for 9 seconds: process 4711 on node, or the network to it;")
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "named"),
+    [
+        ({}, {"waits": False, "place": "read (y.py:2)"}, "rank 1 of 2: no progress for 0 seconds: process 4712"),
+        ({"waits": False}, {"waits": False, "collectives": 4}, "rank 1 of 2: no progress"),
+        ({"waits": False, "collectives": 4}, {"waits": False}, "rank 0 of 2: no progress"),
+        ({}, {}, "no rank is known to be the cause"),
+    ],
+)
+def test_the_rank_that_has_not_reached_the_collective_is_named(
+    monkeypatch: pytest.MonkeyPatch, first: dict[str, Any], second: dict[str, Any], named: str
+) -> None:
+    statuses = {0: status(0, 1, **first), 1: status(1, 1, **second)}
+    report = describe(statuses, Clock(monkeypatch).silence, [], 10)
+    assert named in report
+    assert ("rank 0 of 2" in report) == (named.startswith("rank 0") or first == second)
 
 
 @pytest.mark.parametrize("victim", [0, 1])
@@ -89,6 +164,17 @@ def test_a_job_that_is_suspended_and_continued_goes_on(flags: list[str], tmp_pat
             for rank in suspended:
                 rank.process.send_signal(signal.SIGCONT)
             ranks[0].until_step(done + 6, tmp_path / "baseline")
+
+
+def test_a_rank_that_holds_the_gil_shows_its_stacks_too(flags: list[str], tmp_path: Path) -> None:
+    """None of its threads runs, so that it looks stopped; a signal handler prints them."""
+    (tmp_path / "stuck.py").write_text(STUCK.format(code="import ctypes; ctypes.PyDLL(None).sleep(10000)"))
+    train = [*flags, *layout("baseline"), *ENDLESS, f"--timeout={TIMEOUT}", f"--checkpoint_path={tmp_path}"]
+    with two_ranks(tmp_path, "stuck.py", *train) as (first, second):
+        assert first.end(60) == 1
+        assert "rank 1 of 2: no sign of life for" in first.said(), first.said()
+        assert "is sleeping" in first.said()
+        second.until(lambda: "in stand_still" in second.said(), 10)
 
 
 @pytest.mark.slow
