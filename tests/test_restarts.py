@@ -1,6 +1,7 @@
 """A job restarted by its launcher resumes from its last checkpoint, with the losses of an uninterrupted one."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 from subprocess import PIPE, Popen
@@ -43,6 +44,23 @@ def test_a_restarted_job_ends_with_the_losses_of_an_uninterrupted_one(
     assert [record["step"] for record in records(broken / run)] == list(range(1, 41))
     assert (broken / run / "metrics.json").exists()
     assert not list((broken / run).glob(".step-*")), "nothing half-written is left"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "kind", "victim"), [("torchrun", "baseline", 1), ("accelerate", "zero2", 0)])
+def test_a_job_whose_rank_stands_still_is_restarted(
+    flags: list[str], tmp_path: Path, name: str, kind: str, victim: int
+) -> None:
+    train = ["-m", "train", *flags, *layout(kind), *STEPS, "--max_steps=300", "--timeout=10"]
+    run = tmp_path / ("baseline" if kind == "baseline" else "optimized")
+    with job(*launcher(name, "--max_restarts=1"), *train, f"--checkpoint_path={tmp_path}", cwd=tmp_path) as started:
+        started.until_step(13, run)
+        started.worker(victim).send_signal(signal.SIGSTOP)
+        assert started.end() == 0, started.said()
+        said = started.said()
+        assert f"rank {victim} of 2: no sign of life for" in said
+        assert f"{RESTARTED} resumes from {run}/step-" in said
+    assert [record["step"] for record in records(run)] == list(range(1, 301))
 
 
 @pytest.mark.slow
