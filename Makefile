@@ -7,7 +7,7 @@ DEMO := demo
 DEMO_FLAGS := --config recipes/demo_cpu.yaml --train_data_path $(DEMO)/data/train.bin \
 	--val_data_path $(DEMO)/data/val.bin --checkpoint_path $(DEMO)/checkpoint
 
-.PHONY: demo builds test slow integration lint format docs clean
+.PHONY: demo builds test slow faults integration lint format docs clean
 
 $(VENV)/installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -49,6 +49,9 @@ test: $(VENV)/installed
 slow: $(VENV)/installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "slow and not gpu" --ignore tests/test_demo.py
 	$(BIN)/python -m pytest -m slow tests/test_demo.py # alone, for it measures
+
+faults: $(VENV)/installed
+	$(BIN)/python -m pytest -n 2 --no-loadscope-reorder -m "faults and not gpu"
 
 integration: $(VENV)-integration/installed
 	$(VENV)-integration/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m integration

@@ -15,7 +15,7 @@ from train.config.run_config import RunConfig, parse
 from train.run.guard import SIGMA, SKIPS_IN_A_ROW, WINDOW, Guard, is_spike
 
 STEPS = ["--max_steps=8", "--save_interval=2", "--warmup_steps=2", "--max_new_tokens=0"]
-PLANTED = ["5", "0", "transformer.h.1.mlp", "nan"]  # in step 5, on rank 0
+PLANTED = ["5", "0", "transformer.h.1.mlp", "nan", "train"]  # in step 5, on rank 0
 
 
 def config(*flags: str) -> RunConfig:
@@ -120,7 +120,7 @@ def test_one_process_stops_or_skips_and_resumes_exactly(small: list[str], tmp_pa
     check_decisions(small, "python", tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize("name", ["baseline", "zero1", "zero2", "zero3", "fsdp2", "pipeline"])
 def test_every_layout_stops_or_skips_and_resumes_exactly(

@@ -14,12 +14,12 @@ FLOORS = [
     {"utils", "job", "optim", "evaluate_metrics"},
     {"config", "data", "metrics"},
     {"preprocess_data", "checkpoints", "kernels", "engines"},
-    {"plan", "generate", "parity", "export", "compare"},
+    {"plan", "generate", "parity", "replay", "export", "compare"},
     {"hub"},
     {"run"},
     {"__main__", "cli"},
 ]
-AFTER_TRAINING = ["compare", "export", "generate", "kernels", "parity", "plan"]
+AFTER_TRAINING = ["compare", "export", "generate", "kernels", "parity", "plan", "replay"]
 TRAIN_MODULES = sorted((ROOT / "train").rglob("*.py"))
 
 

@@ -127,7 +127,7 @@ def signal_to(started: Job, target: str, number: signal.Signals) -> None:
     (started.process if target == "launcher" else started.worker(int(target))).send_signal(number)
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.parametrize("name", ["baseline", "zero2", "pipeline"])
 @pytest.mark.parametrize(("target", "number"), [("1", signal.SIGUSR1), ("0", signal.SIGTERM)])
 def test_a_signal_to_one_rank_ends_all_after_the_same_step(
@@ -145,7 +145,7 @@ def test_a_signal_to_one_rank_ends_all_after_the_same_step(
     assert f"{number.name}: the run stops" in said
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.parametrize("program", ["torchrun", "accelerate", "deepspeed"])
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_to_the_launcher_ends_all_with_a_checkpoint(

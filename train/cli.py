@@ -15,6 +15,7 @@ TOOLS = {
     "compare": ("train.compare.__main__", "compare finished runs: a report, a gate"),
     "kernels": ("train.kernels.__main__", "show where the time of profiled steps goes"),
     "checkpoints": ("train.checkpoints.__main__", "check that the checkpoints of a run are intact"),
+    "replay": ("train.replay.__main__", "compute a step again and find where a value is not finite"),
     "plan": ("train.plan.__main__", "find the fastest layout that fits, before a run"),
     "export": ("train.export.__main__", "write a checkpoint for other tools"),
     "hub": ("train.hub.__main__", "upload a finished run to the Hugging Face Hub"),

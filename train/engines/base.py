@@ -148,7 +148,7 @@ class Engine(ABC):
 
         The random state of dropout depends on (seed, step, rank) alone, so a resumed run needs no saved state.
         """
-        torch.manual_seed(_mix(self.config.seed, step, self.rank))
+        torch.manual_seed(mix(self.config.seed, step, self.rank))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.losses.clear()
@@ -256,7 +256,7 @@ class Engine(ABC):
                 set_full_tensor(self.optimizer, parameter, moments[f"{key}.{name}"].to(self.device), key)
 
 
-def _mix(seed: int, step: int, rank: int) -> int:
+def mix(seed: int, step: int, rank: int) -> int:
     """One seed from three numbers; adjacent numbers give distant seeds (the odd constants are SplitMix64's)."""
     mixed = seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + rank * 0x94D049BB133111EB
     return (mixed ^ (mixed >> 31)) % 2**63

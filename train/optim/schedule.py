@@ -42,6 +42,11 @@ SCHEDULES = {
 }
 
 
+def default_warmup_steps(total_steps: int) -> int:
+    """A twentieth of all steps, at most 2000."""
+    return min(2000, total_steps // 20)
+
+
 def learning_rate(
     step: int, *, peak: float, total_steps: int, warmup_steps: int, min_ratio: float, schedule: str
 ) -> float:

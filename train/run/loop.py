@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import asdict
 from functools import partial
@@ -35,11 +35,11 @@ from train.utils import lock, processes
 from train.utils.errors import RUN_AGAIN, STOPPED_BY_GUARD, EarlyEnd
 
 
-def build(run: ResolvedRun) -> Engine:
+def build(run: ResolvedRun, launcher_exited: Callable[[], None] = lambda: None) -> Engine:
     """The engine with the model in it, at the step of the run's checkpoint. From here the run folder is this run's."""
     watchdog.start(rendezvous.join(run.config.timeout, facts(run)), run.config.timeout)
     engine = _create_engine(run)
-    processes.watch_peer(gather_object([os.getpid()]))
+    processes.watch_peer(gather_object([os.getpid()]), launcher_exited)
     checkpoint = run.checkpoint
     set_seed(run.config.seed)
     mark("loading the model")
@@ -102,7 +102,7 @@ class Checkpoints:
         self, engine: Engine, run: ResolvedRun, log: RunLog, guard: Guard, interruptions: Interruptions
     ) -> None:
         self.engine, self.run, self.log, self.guard, self.interruptions = engine, run, log, guard, interruptions
-        self.step = run.first_step  # of the newest checkpoint
+        self.step = run.first_step if run.checkpoint else -1  # of the newest checkpoint
 
     def save(self, step: int, *, temporary: bool = False) -> None:
         """Write the checkpoint after `step` steps; a `temporary` one is deleted when the next is complete."""
@@ -116,7 +116,8 @@ class Checkpoints:
 
     def end_early(self, step: int, reason: str) -> NoReturn:
         """Save after `step` steps, and end all processes, of which those with a reason give theirs."""
-        self.save(step)
+        if step > 0:
+            self.save(step)
         reasons = dict.fromkeys(each for each in gather_object([reason]) if each)
         self.log.close()
         self.engine.close()
@@ -134,10 +135,10 @@ class Checkpoints:
         self.engine.close()
         flag = "on_spike" if self.guard.reason == "spike" else "on_nonfinite"
         folder = self.run.config.run_folder
-        saved = f"{folder}/step-{step} has the weights before it" if step > 0 else "there are no weights before it"
         raise EarlyEnd(
-            f"{finding}, so the run stops before this update; {saved}. python -m train.replay {folder} --step "
-            f"{step + 1} finds where it arises; --resume_from_checkpoint with --{flag} skip continues without it",
+            f"{finding}, so the run stops before this update; {folder}/step-{step} has the weights before it. "
+            f"python -m train.replay {folder} --step {step + 1} finds where it arises; --resume_from_checkpoint with "
+            f"--{flag} skip continues without it",
             STOPPED_BY_GUARD,
         )
 
@@ -172,7 +173,7 @@ def train(run: ResolvedRun) -> None:
     """Train from the run's checkpoint, or from step 0, to its last step, and finish the run folder."""
     config = run.config
     with Interruptions(config, run.checkpoint_bytes, keeps_time=processes.rank() == 0) as interruptions:
-        engine = build(run)
+        engine = build(run, partial(interruptions.request, "the launcher has exited"))
         log = RunLog(engine.accelerator, run)
         measured = train_steps(run, engine, log, interruptions)
         main, world_size = engine.is_main, engine.world_size

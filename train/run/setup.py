@@ -35,7 +35,7 @@ from train.engines.pipeline.partition import Partition, partition
 from train.engines.transforms import SELECTIVE_ATTENTION, check_cpp_compiler
 from train.hub import upload
 from train.job import rendezvous
-from train.optim.schedule import learning_rate
+from train.optim.schedule import default_warmup_steps, learning_rate
 from train.run import trackers
 from train.utils import lock, processes
 from train.utils.devices import device_type, has_fast_bf16, has_memory_history, matmul_precision
@@ -179,7 +179,7 @@ def resolve(config: RunConfig) -> ResolvedRun:
         train=train,
         val=val,
         total_steps=total_steps,
-        warmup_steps=min(2000, total_steps // 20) if config.warmup_steps is None else config.warmup_steps,
+        warmup_steps=default_warmup_steps(total_steps) if config.warmup_steps is None else config.warmup_steps,
     )
     if start.checkpoint is not None:
         check_checkpoint(run, start.checkpoint)

@@ -17,6 +17,7 @@ from types import FrameType
 from typing import Any
 
 from train.config.run_config import RunConfig
+from train.utils import processes
 from train.utils.errors import RUN_AGAIN, EarlyEnd
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -54,11 +55,18 @@ class Interruptions(AbstractContextManager):
         threading.Thread(target=self._watch, args=(receiver,), daemon=True).start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         signal.set_wakeup_fd(self.previous_wakeup)
         self.wakeup.close()
         for number, handler in self.previous.items():
             signal.signal(number, handler)
+        if (
+            signal.SIGTERM in self.received
+            and isinstance(error, RuntimeError)
+            and processes.LOST_PEER.search(str(error))
+        ):
+            # The launcher ends this process because another has failed, and that one has printed its error.
+            signal.raise_signal(signal.SIGTERM)
 
     def is_asked(self) -> bool:
         """Whether this process asks to stop."""

@@ -14,9 +14,9 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from train.utils.errors import first_line
 
@@ -88,13 +88,13 @@ def print_line(text: str) -> None:
     sys.stderr.flush()
 
 
-def watch_peer(pids: Sequence[int]) -> None:
-    """Start a thread that reports the signal that ends the next rank on this machine, and exits with the launcher.
+def watch_peer(pids: Sequence[int], launcher_exited: Callable[[], None]) -> None:
+    """Start a thread that reports the signal that ends the next rank on this machine, and the end of the launcher.
 
-    `pids` are the process ids of all ranks, in rank order. The launcher is torchelastic's agent or DeepSpeed's. On a
-    system without pidfds, nothing is watched.
+    `pids` are the process ids of all ranks, in rank order. The launcher is torchelastic's agent, DeepSpeed's or
+    Accelerate's. On a system without pidfds, nothing is watched.
     """
-    if len(pids) == 1 or not hasattr(os, "pidfd_open"):
+    if not hasattr(os, "pidfd_open"):
         return
     import psutil
 
@@ -104,16 +104,26 @@ def watch_peer(pids: Sequence[int]) -> None:
     parent = os.getppid()
     watched: dict[int, int | None] = {}  # pidfd -> rank, None for the launcher
     try:
-        if "TORCHELASTIC_RUN_ID" in os.environ or "CROSS_SIZE" in os.environ:  # otherwise the parent may be a shell
+        if _is_launcher(psutil.Process(parent)):
             watched[os.pidfd_open(parent)] = None
         if local_size > 1 and psutil.Process(pids[peer]).ppid() == parent:
             watched[os.pidfd_open(pids[peer])] = peer
     except (OSError, psutil.Error):
         return
-    threading.Thread(target=_watch, args=(watched, pids), daemon=True, name=f"{WATCH}peer").start()
+    arguments = (watched, pids, launcher_exited)
+    threading.Thread(target=_watch, args=arguments, daemon=True, name=f"{WATCH}peer").start()
 
 
-def _watch(watched: dict[int, int | None], pids: Sequence[int]) -> None:
+def _is_launcher(parent: Any) -> bool:
+    """Whether a process is a launcher; it may also be a shell."""
+    return (
+        "TORCHELASTIC_RUN_ID" in os.environ
+        or "CROSS_SIZE" in os.environ
+        or any(Path(word).name == "accelerate" for word in parent.cmdline()[:3])
+    )
+
+
+def _watch(watched: dict[int, int | None], pids: Sequence[int], launcher_exited: Callable[[], None]) -> None:
     poll = select.poll()
     for pidfd in watched:
         poll.register(pidfd, select.POLLIN)
@@ -122,8 +132,8 @@ def _watch(watched: dict[int, int | None], pids: Sequence[int]) -> None:
             poll.unregister(pidfd)
             ended = watched.pop(pidfd)
             if ended is None:
-                print_line(f"rank {rank()} of {len(pids)}: the launcher has exited")
-                os._exit(1)
+                launcher_exited()
+                continue
             number = _ended_by(pids[ended])
             # The launcher itself ends processes by SIGTERM, and a person by Ctrl-C.
             if number not in (None, signal.SIGTERM, signal.SIGINT):

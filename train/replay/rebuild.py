@@ -1,0 +1,140 @@
+"""A step of a run computed again in one process, whatever the layout was: the same weights, tokens, order and dropout.
+
+The checkpoint has full weights and moments in fp32; the order of the data and the seed of dropout are functions of
+(seed, step, rank). So one process computes the micro-batches of all ranks one after another and averages them.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import set_seed
+
+from train.checkpoints import step_folder as checkpoints
+from train.checkpoints.loading import load_model, model_config
+from train.checkpoints.run_folder import STEPS_FILE, read_steps
+from train.config.run_config import RunConfig
+from train.data.batches import TrainBatches
+from train.data.token_file import open_tokens
+from train.engines.accelerated import AcceleratedEngine
+from train.engines.base import Review, StepResult, mix
+from train.optim.schedule import default_warmup_steps, learning_rate
+from train.utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Sequences that one rank computed together; `offsets` are those of their first tokens in the token file."""
+
+    rank: int
+    number: int
+    offsets: list[int]
+    tensors: dict[str, torch.Tensor]
+
+
+class Replay:
+    """A run at one of its checkpoints, ready to compute the steps after it.
+
+    Args:
+        run_folder: the run.
+        step: the step to compute, from 1; by default the one after the last that the run has recorded.
+        tokens: where the token file is now, if it is not where the run has read it.
+
+    Raises:
+        UserError: if there is no checkpoint before the step, or the token file is another one.
+    """
+
+    def __init__(self, run_folder: Path, step: int | None = None, tokens: Path | None = None) -> None:
+        recorded, _ = read_steps(run_folder / STEPS_FILE) if (run_folder / STEPS_FILE).exists() else ([], None)
+        self.records: dict[int, Mapping[str, Any]] = {record["step"]: record for record in recorded}
+        self.step = step or max(self.records, default=0) + 1
+        self.checkpoint = checkpoint_before(run_folder, self.step)
+        state = self.checkpoint.state
+        known = {field.name for field in fields(RunConfig)}
+        recorded_config: Any = {key: value for key, value in state.config.items() if key in known}
+        self.config = RunConfig(**recorded_config)
+        micro_batch, accumulation = self.config.train_micro_batch_size_per_gpu, self.config.gradient_accumulation_steps
+        self.ranks = state.sequences_per_step // (micro_batch * accumulation)
+        self.data = TrainBatches(
+            open_tokens(tokens or self.config.train_data_path, state.model["vocab_size"] or 0),
+            *(state.block_size, state.sequences_per_step, state.seed, state.document_mask),
+        )
+        if self.data.tokens.identity != state.train_data:
+            raise UserError(
+                f"{self.data.tokens.path}: is not the file that the run was trained on; name that one with "
+                "--train_data_path"
+            )
+        self.engine = self._build_engine()
+
+    def _build_engine(self) -> AcceleratedEngine:
+        alone = replace(
+            self.config,
+            deepspeed_config=None,
+            pipeline_stages=1,
+            gradient_accumulation_steps=self.ranks * self.config.gradient_accumulation_steps,
+            activation_checkpointing="none",
+            torch_compile=False,
+            report_to="none",
+            profile=False,
+        )
+        engine = AcceleratedEngine(alone, {})
+        set_seed(alone.seed)
+        folder = str(self.checkpoint.folder)
+        config = model_config(folder, dropout=alone.dropout, loss_chunk_size=alone.loss_chunk_size)
+        model = load_model(folder, config, attn_implementation=alone.attn_implementation)
+        tensors = checkpoints.read_tensors(self.checkpoint, model)
+        engine.prepare(model)
+        engine.load_state(*tensors, self.checkpoint.guard.updates)
+        return engine
+
+    def micro_batches(self, step: int) -> list[MicroBatch]:
+        """All micro-batches of a step, those of rank 0 first; `step` counts from 1."""
+        size, accumulation = self.config.train_micro_batch_size_per_gpu, self.config.gradient_accumulation_steps
+        blocks = self.data.block_indices(step - 1)
+        found = []
+        for rank in range(self.ranks):
+            for number in range(accumulation):
+                start = (number * self.ranks + rank) * size
+                offsets = (blocks[start : start + size] * self.data.block_size).tolist()
+                tensors = self.data.micro_batch(step - 1, number, rank, self.ranks, size)
+                found.append(MicroBatch(rank, number, offsets, tensors))
+        return found
+
+    def compute(self, step: int) -> StepResult:
+        """Compute a step, and update the weights as the run did."""
+        skipped = self.records.get(step, {}).get("skipped", False)
+        return self.engine.train_step(
+            step - 1, self._seeded(step), self.learning_rate(step - 1), Review(lambda loss, grad_norm: not skipped)
+        )
+
+    def _seeded(self, step: int) -> Iterator[dict[str, torch.Tensor]]:
+        """The micro-batches as the engine takes them; each rank's random numbers begin anew."""
+        for micro_batch in self.micro_batches(step):
+            if micro_batch.number == 0:
+                torch.manual_seed(mix(self.config.seed, step - 1, micro_batch.rank))
+            yield micro_batch.tensors
+
+    def learning_rate(self, step: int) -> float:
+        config, total_steps = self.config, self.checkpoint.state.total_steps
+        warmup_steps = default_warmup_steps(total_steps) if config.warmup_steps is None else config.warmup_steps
+        return learning_rate(
+            step,
+            peak=config.learning_rate,
+            total_steps=total_steps,
+            warmup_steps=warmup_steps,
+            min_ratio=config.min_learning_rate_ratio,
+            schedule=config.lr_schedule,
+        )
+
+
+def checkpoint_before(run_folder: Path, step: int) -> checkpoints.Checkpoint:
+    """The newest checkpoint from which a step can be computed."""
+    folders = checkpoints.step_folders(run_folder)
+    complete = [(done, folder) for done, folder in folders if (folder / checkpoints.STATE).exists()]
+    before = [folder for done, folder in complete if done < step]
+    if not before:
+        there = ", ".join(folder.name for _, folder in complete) or "none"
+        raise UserError(f"{run_folder} has no checkpoint before step {step} (it has {there}); ask for a later --step")
+    return checkpoints.read_state(before[-1])
