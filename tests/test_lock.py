@@ -150,9 +150,19 @@ def test_the_lock_of_another_machine_is_respected_while_it_is_renewed(tmp_path: 
 
 @pytest.mark.usefixtures("file_system")
 def test_a_restarted_job_does_not_wait_for_the_machine_that_it_was_on(tmp_path: Path) -> None:
-    leave_lock(tmp_path, ELSEWHERE)
-    with lock.owned(tmp_path, "--out", inherited=True):
+    leave_lock(tmp_path, dataclasses.replace(ELSEWHERE, job="17"))
+    with lock.owned(tmp_path, "--out", job="17", restarted=True):
         assert json.loads((tmp_path / lock.LOCK).read_text())["process"] == os.getpid()
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_restarted_job_waits_where_another_one_has_taken_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    leave_lock(tmp_path, dataclasses.replace(ELSEWHERE, job="18"))
+    with lock.owned(tmp_path, "--out", job="17", restarted=True):
+        pass
+    assert "waiting up to" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("impatient")

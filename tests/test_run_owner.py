@@ -68,6 +68,21 @@ def test_a_job_of_two_processes_is_refused_by_its_main_one(flags: list[str], tmp
     assert not (tmp_path / "baseline").exists()
 
 
+@pytest.mark.slow
+def test_a_restarted_job_does_not_begin_anew_where_its_folder_is_gone(flags: list[str], tmp_path: Path) -> None:
+    run = tmp_path / "out" / "baseline"
+    words = ["-m", "train", *flags, *layout("baseline"), "--max_steps=400", "--save_interval=60"]
+    restarting = launcher("torchrun", "--max_restarts=1")
+    with job(*restarting, *words, f"--checkpoint_path={tmp_path}/out", cwd=tmp_path) as started:
+        started.until_step(2, run)
+        run.rename(tmp_path / "elsewhere")
+        assert started.end() != 0
+        said = started.said()
+    assert f"{run} was removed or renamed while this process was writing to it" in said
+    assert f"{run} was removed or renamed while this job was writing to it" in said
+    assert not list((tmp_path / "out").iterdir())
+
+
 def test_a_run_writes_through_a_link_to_its_folder(flags: list[str], finished: Path, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()

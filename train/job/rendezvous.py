@@ -37,6 +37,11 @@ def is_claimed(run_folder: Path) -> bool:
     return store is not None and store.check([key]) and store.get(key).decode() == str(run_folder)
 
 
+def job_id() -> str:
+    """What the processes of this job share with those that the launcher starts in their place; empty without it."""
+    return _key("job") if _agent_store() is not None else ""
+
+
 def claim(run_folder: Path) -> None:
     """Record that this job writes to the run folder."""
     store = _agent_store()

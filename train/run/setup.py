@@ -136,11 +136,17 @@ def own_run_folder(config: RunConfig) -> AbstractContextManager[None]:
     """A context in which no other run can write to the run folder. Of the processes of a job, the main one owns it.
 
     Raises:
-        UserError: on entering it, if another run does.
+        UserError: on entering it, if another run does; or if it is gone since an earlier attempt of this job.
     """
     if processes.rank() != 0:
         return nullcontext()
-    return lock.owned(config.run_folder, "--checkpoint_path", inherited=rendezvous.is_claimed(config.run_folder))
+    restarted = rendezvous.is_claimed(config.run_folder)
+    if restarted and not config.run_folder.is_dir():
+        raise UserError(
+            f"--checkpoint_path {config.checkpoint_path}: {config.run_folder} was removed or renamed while this job "
+            "was writing to it; start again, or resume from the step folders where they are now"
+        )
+    return lock.owned(config.run_folder, "--checkpoint_path", job=rendezvous.job_id(), restarted=restarted)
 
 
 def resolve(config: RunConfig) -> ResolvedRun:

@@ -44,6 +44,7 @@ class Owner:
     process: int
     since: str
     command: str
+    job: str = ""  # which its processes share with those that a launcher starts in their place
 
     def __str__(self) -> str:
         return f"process {self.process} on {self.host} since {self.since} ({self.command})"
@@ -80,6 +81,8 @@ class FolderLock:
 
     folder: Path
     flag: str
+    job: str = ""
+    restarted: bool = False  # whether an earlier process of the job owned the folder, and has ended
     descriptor: int | None = None
     owner: Owner | None = None  # this process, once it has acquired the lock
     _released: threading.Event = field(default_factory=threading.Event)
@@ -88,15 +91,16 @@ class FolderLock:
     def file(self) -> Path:
         return self.folder / LOCK
 
-    def acquire(self, *, inherited: bool) -> None:
+    def acquire(self) -> None:
         """Become the owner, or raise the `UserError` that names who is; see `owned`."""
-        self.descriptor, certain = self._open_when_free(inherited)
+        self.descriptor, certain = self._open_when_free()
         self.owner = Owner(
             host=gethostname(),
             boot=boot_id(),
             process=os.getpid(),
             since=datetime.now(UTC).isoformat(timespec="milliseconds"),
             command=shlex.join(["python", *sys.argv])[:500],
+            job=self.job,
         )
         try:
             os.ftruncate(self.descriptor, 0)
@@ -111,7 +115,7 @@ class FolderLock:
                 self._close()
                 raise self._refusal(owner)
 
-    def _open_when_free(self, inherited: bool) -> tuple[int, bool]:
+    def _open_when_free(self) -> tuple[int, bool]:
         """The descriptor of the file, and whether no other process can have got it at the same moment."""
         first: Look | None = None
         began = time.monotonic()
@@ -120,8 +124,9 @@ class FolderLock:
             patience = LEASE_SECONDS if look.flock == "held" else PATIENCE_SECONDS
             is_renewed = first is not None and look.renewed != first.renewed
             is_over = first is not None and not is_renewed and time.monotonic() > began + patience
-            if look.is_free or (look.flock != "held" and (inherited or is_over)):
-                if look.owner is not None and not inherited:
+            is_own = self.restarted and look.owner is not None and look.owner.job == self.job
+            if look.is_free or (look.flock != "held" and (is_own or is_over)):
+                if look.owner is not None and not is_own:
                     print(f"{self.folder}: {look.owner} has ended without releasing it", file=sys.stderr, flush=True)
                 return look.descriptor, look.flock == "ours" and not is_over
             os.close(look.descriptor)
@@ -203,7 +208,7 @@ class FolderLock:
                 f"start again, or resume from the step folders where they are now"
             )
         self._close()  # only the file was removed
-        self.acquire(inherited=True)
+        self.acquire()
 
     def release(self) -> None:
         self._released.set()
@@ -221,19 +226,19 @@ _held: dict[Path, FolderLock] = {}  # by this process
 
 
 @contextmanager
-def owned(folder: Path, flag: str, *, inherited: bool = False) -> Iterator[None]:
+def owned(folder: Path, flag: str, *, job: str = "", restarted: bool = False) -> Iterator[None]:
     """Own `folder` for the duration of the context; it is created first, and removed again if it is still empty then.
 
-    `flag` is the one that names the folder, for error messages. With `inherited`, an earlier process of the same job
-    is known to have ended, on whichever machine it was.
+    `flag` is the one that names the folder, for error messages. In a job that was `restarted`, the lock of its earlier
+    process is taken over without waiting for a sign of life, on whichever machine that was.
 
     Raises:
         UserError: if another process owns it, or if no folder can be there.
     """
     created = _create(folder, flag)
-    lock = FolderLock(folder, flag)
+    lock = FolderLock(folder, flag, job, restarted)
     try:
-        lock.acquire(inherited=inherited)
+        lock.acquire()
         os.register_at_fork(after_in_child=lock._close)  # a forked child would hold the lock after its parent's death
         threading.Thread(target=lock.renew, daemon=True).start()
         _held[folder] = lock
