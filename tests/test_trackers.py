@@ -21,6 +21,16 @@ def test_a_tracker_without_its_package_is_refused(monkeypatch: pytest.MonkeyPatc
     assert "tensorboard" in map(str, get_available_trackers())
 
 
+@pytest.mark.parametrize("content", ["[1", "[]", '{"tensorboard": 3}'])
+def test_a_damaged_file_of_records_is_a_sentence(content: str, flags: list[str], tmp_path: Path) -> None:
+    (tmp_path / "baseline").mkdir()
+    (tmp_path / "baseline" / "trackers.json").write_text(content)
+    done = train(*flags, "--report_to=tensorboard", f"--checkpoint_path={tmp_path}", cwd=tmp_path, check=False)
+    assert done.returncode == 2
+    assert f"error: {tmp_path}/baseline/trackers.json" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def scalars(folder: Path, tag: str) -> dict[int, float]:
     accumulator = EventAccumulator(str(folder)).Reload()
     return {event.step: event.value for event in accumulator.Scalars(tag)}

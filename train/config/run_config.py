@@ -290,7 +290,7 @@ def _read_yaml(file: Path) -> list[tuple[str, str]]:
         values = yaml.load(file.read_text(encoding="utf-8"), Loader=yaml.BaseLoader) or {}
     except FileNotFoundError:
         raise UserError("there is no such file") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise UserError(f"not readable as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UserError(f"holds a {type(values).__name__}; write one 'flag: value' a line")

@@ -5,7 +5,6 @@ here they write into the run folder, unless their own environment variables are 
 attempt needs to continue the same record.
 """
 
-import json
 import os
 import threading
 from collections.abc import Callable, Iterable, Mapping
@@ -17,7 +16,7 @@ from accelerate.tracking import get_available_trackers
 
 from train.config.run_config import RunConfig
 from train.utils.errors import UserError, first_line
-from train.utils.files import write_json
+from train.utils.files import from_json, read_json, write_json
 
 PROJECT = "gpt2flash"
 RECORDS = "trackers.json"
@@ -76,7 +75,10 @@ def start(accelerator: Accelerator, config: RunConfig, step: int) -> None:
     }
     for variable, value in folders.items():
         os.environ.setdefault(variable, value)
-    records = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    records: dict[str, str | None] = {}
+    if file.exists():
+        records = from_json(dict[str, str | None], read_json(file), file, "training")
+        records = {name: record for name, record in records.items() if name in RECORD_IDS}
     arguments = {name: _resume_arguments(record, step)[name] for name, record in records.items()}
     try:
         accelerator.init_trackers(PROJECT, init_kwargs=arguments)

@@ -151,6 +151,9 @@ def _exit_if_unreadable() -> None:
 def _exit_with_user_error(message: str) -> NoReturn:
     """Print the message once per machine: the other ranks wait, and print it only if they are still running then."""
     _flush()
+    if "tqdm" in sys.modules:  # the bars would be drawn once more, over the message
+        for bar in list(getattr(sys.modules["tqdm"].tqdm, "_instances", [])):
+            bar.close()
     if os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(processes.GRACE_SECONDS)
         message = f"rank {processes.rank()}: {message}"

@@ -8,6 +8,10 @@ from collections.abc import Iterable, Iterator
 
 # Errors of a disk, which libraries wrap in their own.
 OF_A_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EROFS, errno.ENAMETOOLONG, errno.ESTALE}
+OF_NETWORKS = {
+    errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH, errno.ENOTCONN,
+    errno.ETIMEDOUT, *range(-99, 1),  # the negative ones are of names that cannot be resolved
+}  # fmt: skip
 DISK_TEXTS = {os.strerror(number): number for number in OF_A_DISK}
 RUST_ERROR = re.compile(r"\(os error (\d+)\)")  # how Rust writes an errno: safetensors, tokenizers
 TORCH_WRITER = re.compile(r"PytorchStreamWriter failed writing|inline_container\.cc.*unexpected pos", re.DOTALL)
@@ -53,10 +57,11 @@ def file_error(error: BaseException) -> str | None:
     for each in _causes(error):
         if isinstance(each, OSError) and each.errno is not None:
             # Of the errors that were handled meanwhile only those of a disk count: others may be unrelated.
-            if not isinstance(each, ConnectionError | ChildProcessError | ProcessLookupError) and (
-                each is error or each.errno in OF_A_DISK
-            ):
-                name = os.fsdecode(each.filename) if isinstance(each.filename, str | bytes | os.PathLike) else ""
+            if _is_of_files(each) and (each is error or each.errno in OF_A_DISK):
+                names = [each.filename2, each.filename]  # a file that is renamed has its own name after that only
+                name = next(
+                    (os.fsdecode(found) for found in names if isinstance(found, str | bytes | os.PathLike)), ""
+                )
                 return f"{name or 'the file system'}: {os.strerror(each.errno)}"
             continue
         text = str(each)
@@ -80,6 +85,13 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """ "did you mean NAME? " with the nearest known name, empty where none is near: the start of a remedy."""
     nearest = difflib.get_close_matches(word, list(known), n=1)
     return f"did you mean {nearest[0]}? " if nearest else ""
+
+
+def _is_of_files(error: OSError) -> bool:
+    """Whether it is not of a network or of a process; those have no file name."""
+    if isinstance(error, ConnectionError | ChildProcessError | ProcessLookupError):
+        return False
+    return error.filename is not None or (error.errno or 0) not in OF_NETWORKS
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
