@@ -13,7 +13,7 @@ import pytest
 from train.data import token_file as tokens
 from train.data import tokenizer
 from train.data.batches import TrainBatches
-from train.data.token_file import TokenWriter, open_tokens, sidecar_path, write_token_file
+from train.data.token_file import TokenFile, TokenWriter, open_tokens, sidecar_path, write_token_file
 from train.data.tokenizer import (
     END_OF_TEXT,
     VOCABULARY_SIZE,
@@ -324,6 +324,14 @@ def test_a_file_that_is_cut_while_it_is_read_is_a_sentence(tmp_path: Path) -> No
     beyond = next(step for step in range(19) if batches.block_indices(step)[0] == 5)
     with pytest.raises(UserError, match=r"train\.bin was cut short while it was read: it had 20,000 tokens and ends"):
         batches.micro_batch(beyond, 0, 0, 1, 1)
+
+
+def test_a_disk_that_fails_is_a_sentence() -> None:
+    """This file cannot be read at its beginning, where no process has memory: EIO."""
+    tokens = TokenFile(Path("train.bin"), os.open("/proc/self/mem", os.O_RDONLY), np.dtype("<u2"), 10, None, "")
+    with pytest.raises(UserError, match=r"^train\.bin cannot be read: Input/output error$"):
+        tokens.read(0, 10)
+    os.close(tokens.descriptor)
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device"])

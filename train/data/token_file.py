@@ -179,12 +179,15 @@ class TokenFile:
         """The `count` ids from `start` on, (count,), or those up to the end of the file.
 
         Raises:
-            UserError: if the file has become shorter since it was opened.
+            UserError: if the file has become shorter since it was opened, or its disk fails.
         """
         start_byte, left = start * self.dtype.itemsize, min(count, self.tokens - start) * self.dtype.itemsize
         parts = []
         while left > 0:  # one call reads 2 GiB at most
-            part = os.pread(self.descriptor, left, start_byte)
+            try:
+                part = os.pread(self.descriptor, left, start_byte)
+            except OSError as error:
+                raise UserError(f"{self.path} cannot be read: {error.strerror}") from None
             if not part:
                 raise UserError(
                     f"{self.path} was cut short while it was read: it had {self.tokens:,} tokens and ends before "
