@@ -58,3 +58,9 @@ def test_the_size_is_that_of_the_model(name: str) -> None:
     config = load_config(name)
     with torch.device("meta"):
         assert parameter_count(config) == GPT2FlashForCausalLM(config).num_parameters()
+
+
+def test_a_folder_without_a_configuration(small_model: Path, tmp_path: Path) -> None:
+    shutil.copy(small_model / "model.safetensors", tmp_path)
+    with pytest.raises(UserError, match=r"^--model .*: has no config\.json; name a step-N folder"):
+        load_config(str(tmp_path))

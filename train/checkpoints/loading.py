@@ -57,6 +57,8 @@ def load_config(name: str, *, flag: str = "--model", **overrides: Any) -> GPT2Fl
             f"{flag} {name}: choose from {', '.join(SIZES)}, or name a model folder, an owner/name Hub id or "
             "nanoGPT's ckpt.pt"
         )
+    if Path(name).is_dir() and not (model_folder(Path(name)) / "config.json").exists():
+        raise UserError(f"{flag} {name}: has no config.json; name a step-N folder or a finished run's folder")
     try:
         return GPT2FlashConfig.from_pretrained(**pretrained_arguments(name), **overrides)
     except Exception as error:  # a foreign or damaged folder fails in many ways
@@ -112,11 +114,8 @@ def load_for_inference(
     `path` is a run folder, a step folder in it, any other GPT-2 folder, or the file; `dtype` and `flag` are those of
     `load_model`.
     """
-    if not nanogpt.is_checkpoint(path):
-        if not Path(path).is_dir():
-            raise UserError(f"{flag} {path}: there is no such folder")
-        if not (model_folder(Path(path)) / "config.json").exists():
-            raise UserError(f"{flag} {path}: has no config.json; name a step-N folder or a finished run's folder")
+    if not nanogpt.is_checkpoint(path) and not Path(path).is_dir():
+        raise UserError(f"{flag} {path}: there is no such folder")
     name = str(path)
     config = load_config(name, flag=flag)
     check_size(name, config, flag=flag)
