@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 
 # Errors of a disk, which libraries wrap in their own.
 OF_A_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EROFS, errno.ENAMETOOLONG, errno.ESTALE}
+OF_A_PATH = {errno.EACCES, errno.EISDIR, errno.ENOENT, errno.ENOTDIR, errno.EPERM}
 OF_NETWORKS = {
     errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH, errno.ENOTCONN,
     errno.ETIMEDOUT, *range(-99, 1),  # the negative ones are of names that cannot be resolved
@@ -58,16 +59,15 @@ def file_error(error: BaseException) -> str | None:
         if isinstance(each, OSError) and each.errno is not None:
             # Of the errors that were handled meanwhile only those of a disk count: others may be unrelated.
             if _is_of_files(each) and (each is error or each.errno in OF_A_DISK):
-                names = [each.filename2, each.filename]  # a file that is renamed has its own name after that only
-                name = next(
-                    (os.fsdecode(found) for found in names if isinstance(found, str | bytes | os.PathLike)), ""
-                )
+                names = [each.filename2, each.filename]  # of a file that is renamed, the new name
+                paths = [os.fsdecode(found) for found in names if isinstance(found, str | bytes | os.PathLike)]
+                name = paths[0] if paths else ""
                 return f"{name or 'the file system'}: {os.strerror(each.errno)}"
             continue
         text = str(each)
         found = RUST_ERROR.search(text)
         numbers = [int(found[1])] if found else [number for words, number in DISK_TEXTS.items() if words in text]
-        if numbers:
+        if numbers and numbers[0] in OF_A_DISK | OF_A_PATH:
             return f"the file system: {os.strerror(numbers[0])}"
         if TORCH_WRITER.search(text):
             return f"the file system: a file could not be written ({first_line(each)}); is the disk full?"
