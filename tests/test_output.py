@@ -11,6 +11,7 @@ import pytest
 
 from tests.conftest import ROOT, records
 from tests.finished_runs import write_run
+from tests.test_kernels import gpu_trace, write_trace
 from train.utils.errors import file_error
 
 READER_GONE = 141
@@ -42,16 +43,19 @@ def start(words: list[str], cwd: Path, stdout: int, stderr: int = subprocess.PIP
 @pytest.fixture(scope="module")
 def commands(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     runs = [str(write_run(tmp_path_factory.mktemp("runs") / name)) for name in ("a", "b")]
+    profiled = tmp_path_factory.mktemp("profiled")
+    write_trace(profiled, gpu_trace())
     return {
         "plan": ["train.plan", "--model=tiny", "--sequences_per_step=4"],
         "generate": ["train.generate", f"--checkpoint={finished}", "--prompt", *"abcdef", "--max_new_tokens=1"],
         "compare": ["train.compare", *runs],
+        "kernels": ["train.kernels", str(profiled)],
         "config": ["train.config.packaged", "deepspeed"],
         "help": ["train.cli", "--help"],
     }
 
 
-@pytest.mark.parametrize("name", ["plan", "generate", "compare", "config", "help"])
+@pytest.mark.parametrize("name", ["plan", "generate", "compare", "kernels", "config", "help"])
 def test_a_command_whose_reader_has_gone(name: str, commands: dict[str, list[str]], tmp_path: Path) -> None:
     done = start(commands[name], tmp_path, gone())
     assert (done.returncode, done.stderr) == (READER_GONE, b"")
