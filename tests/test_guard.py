@@ -116,8 +116,9 @@ def small(flags: list[str]) -> list[str]:
     return [flag for flag in flags if not flag.startswith(("--max_steps", "--save_interval", "--warmup_steps"))]
 
 
-def test_one_process_stops_or_skips_and_resumes_exactly(small: list[str], tmp_path: Path) -> None:
-    check_decisions(small, "python", tmp_path)
+@pytest.mark.parametrize("precision", ["no", pytest.param("bf16", marks=pytest.mark.faults)])
+def test_one_process_stops_or_skips_and_resumes_exactly(small: list[str], tmp_path: Path, precision: str) -> None:
+    check_decisions([*small, f"--mixed_precision={precision}"], "python", tmp_path)
 
 
 @pytest.mark.faults

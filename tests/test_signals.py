@@ -3,6 +3,7 @@
 import signal
 import sys
 import time
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from tests.jobs import Job, job, launcher, layout
 from train.config.arguments import duration
 from train.run.signals import SIGNALS, find_deadline
 
+NAME = attrgetter("name")
 ENDLESS = ["--max_steps=100000", "--max_new_tokens=0", "--eval_steps=1"]
 
 
@@ -85,7 +87,7 @@ def test_checkpoints_by_time_replace_each_other(flags: list[str], tmp_path: Path
 # Signals
 
 
-@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("number", SIGNALS, ids=NAME)
 def test_a_signal_ends_a_run_with_a_checkpoint(endless: list[str], tmp_path: Path, number: signal.Signals) -> None:
     run = tmp_path / "baseline"
     with job(sys.executable, "-m", "train", *endless, f"--checkpoint_path={tmp_path}", cwd=tmp_path) as started:
@@ -147,7 +149,7 @@ def test_a_signal_to_one_rank_ends_all_after_the_same_step(
 
 @pytest.mark.faults
 @pytest.mark.parametrize("program", ["torchrun", "accelerate", "deepspeed"])
-@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=NAME)
 def test_a_signal_to_the_launcher_ends_all_with_a_checkpoint(
     endless: list[str], tmp_path: Path, program: str, number: signal.Signals
 ) -> None:

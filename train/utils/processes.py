@@ -16,11 +16,12 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from train.utils.errors import first_line
 
 WATCH = "watch_"  # what the names of threads begin with that only watch the job
+LAUNCHERS = {"accelerate", "torchrun", "torch.distributed.run", "deepspeed", "deepspeed.launcher.launch"}
 GRACE_SECONDS = 10  # launchers end the other processes within one or two seconds
 # Errors that collectives raise when a peer has exited: gloo's sockets, NCCL, and the store that rank 0 hosts.
 LOST_PEER = re.compile(
@@ -104,8 +105,11 @@ def watch_peer(pids: Sequence[int], launcher_exited: Callable[[], None]) -> None
     parent = os.getppid()
     watched: dict[int, int | None] = {}  # pidfd -> rank, None for the launcher
     try:
-        if _is_launcher(psutil.Process(parent)):
-            watched[os.pidfd_open(parent)] = None
+        for ancestor in psutil.Process().parents():
+            by_torchrun = ancestor.pid == parent and "TORCHELASTIC_RUN_ID" in os.environ
+            if not (by_torchrun or _is_launcher(ancestor.cmdline())):
+                break
+            watched[os.pidfd_open(ancestor.pid)] = None
         if local_size > 1 and psutil.Process(pids[peer]).ppid() == parent:
             watched[os.pidfd_open(pids[peer])] = peer
     except (OSError, psutil.Error):
@@ -114,13 +118,9 @@ def watch_peer(pids: Sequence[int], launcher_exited: Callable[[], None]) -> None
     threading.Thread(target=_watch, args=arguments, daemon=True, name=f"{WATCH}peer").start()
 
 
-def _is_launcher(parent: Any) -> bool:
-    """Whether a process is a launcher; it may also be a shell."""
-    return (
-        "TORCHELASTIC_RUN_ID" in os.environ
-        or "CROSS_SIZE" in os.environ
-        or any(Path(word).name == "accelerate" for word in parent.cmdline()[:3])
-    )
+def _is_launcher(command: Sequence[str]) -> bool:
+    """Whether a command is a launcher's. DeepSpeed has two, of which one starts the other; a parent may be a shell."""
+    return any(Path(word).name in LAUNCHERS for word in command[:4])
 
 
 def _watch(watched: dict[int, int | None], pids: Sequence[int], launcher_exited: Callable[[], None]) -> None:
