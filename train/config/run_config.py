@@ -138,6 +138,9 @@ class Checkpoints:
     save_total_limit: int | None = flag(
         None, "keep this many of the newest checkpoints (default: all of them)", at_least=1
     )
+    async_save: bool = flag(
+        True, "write checkpoints beside training, from a copy in host memory (false: training waits, and no copy)"
+    )
     resume_from_checkpoint: str | None = flag(
         None, "resume from this step folder, or from the run's last complete one (latest)", nargs="?", const="latest"
     )

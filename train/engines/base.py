@@ -227,13 +227,15 @@ class Engine(ABC):
             if parameter.grad is not None:
                 yield "gradients", parameter.grad
 
-    def tensors(self) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+    def tensors(self, on_host: bool = True) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
         """Every parameter of the model once, as (name, {"weight" and each of its `moments_of`: full tensor}).
 
-        In fp32 on the CPU of the main process. The others take part in each gathering and get empty mappings.
+        In fp32 on the CPU of the main process, or where they are if not `on_host`. The other processes take part in
+        each gathering and get empty mappings.
         """
         for name, state in self._full_states():
-            yield name, {key: value.to("cpu", torch.float32) for key, value in state.items() if self.is_main}
+            state = state if self.is_main else {}
+            yield name, {key: value.to("cpu", torch.float32) if on_host else value for key, value in state.items()}
 
     def _full_states(self) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
         for name, parameter in self.parameters():

@@ -12,6 +12,7 @@ from accelerate.utils import gather_object, set_seed
 
 from train.checkpoints import starting
 from train.checkpoints import step_folder as checkpoints
+from train.checkpoints.background import BackgroundWriter, States
 from train.checkpoints.loading import load_model
 from train.checkpoints.step_folder import GuardState
 from train.config import launcher_env as launcher
@@ -83,13 +84,17 @@ def due(step: int, interval: int, last: int) -> bool:
 
 
 @annotate("checkpoint")
-def save(engine: Engine, run: ResolvedRun, state: checkpoints.TrainingState) -> None:
-    """Write the checkpoint of a state, parameter by parameter."""
-    tensors = marked(engine.tensors(), f"the checkpoint of step {state.step}")
-    if engine.is_main:
-        config = run.config
+def save(engine: Engine, run: ResolvedRun, state: checkpoints.TrainingState, writer: BackgroundWriter | None) -> None:
+    """Write the checkpoint of a state, parameter by parameter; with a `writer`, from a copy, beside training."""
+    config = run.config
+    tensors = marked(engine.tensors(on_host=writer is None), f"the checkpoint of step {state.step}")
+
+    def write(states: States) -> None:
         lock.check(config.run_folder)
-        checkpoints.save(config.run_folder, run.model, run.tokenizer, tensors, state, config.save_total_limit)
+        checkpoints.save(config.run_folder, run.model, run.tokenizer, states, state, config.save_total_limit)
+
+    if engine.is_main:
+        writer.start(tensors, write) if writer else write(tensors)
     for _ in tensors:
         pass  # the other processes only take part in gathering
     engine.wait()
@@ -103,21 +108,32 @@ class Checkpoints:
     ) -> None:
         self.engine, self.run, self.log, self.guard, self.interruptions = engine, run, log, guard, interruptions
         self.step = run.first_step if run.checkpoint else -1  # of the newest checkpoint
+        self.writer = BackgroundWriter(log.message)
 
-    def save(self, step: int, *, temporary: bool = False) -> None:
-        """Write the checkpoint after `step` steps; a `temporary` one is deleted when the next is complete."""
+    def save(self, step: int, *, temporary: bool = False, ends: bool = False) -> None:
+        """Write the checkpoint after `step` steps; a `temporary` one is deleted when the next is complete.
+
+        Training does not wait for it, unless the run `ends` or there is no room for a copy.
+        """
+        self.writer.wait()  # one at a time, and none unfinished at the end
         if step <= self.step:
             return
-        began = time.monotonic()
         self.log.flush()  # first: a run that resumes from the checkpoint needs the records up to it
-        save(self.engine, self.run, self.run.state(step, self.guard.state(), temporary))
+        beside = self.run.config.async_save and not ends and self.writer.has_room(self.run.checkpoint_bytes)
+        began = time.monotonic()
+        save(
+            self.engine,
+            self.run,
+            self.run.state(step, self.guard.state(), temporary),
+            self.writer if beside else None,
+        )
         self.step = step
-        self.interruptions.saved(time.monotonic() - began)
+        self.interruptions.saved(self.writer.seconds if beside else time.monotonic() - began)
 
     def end_early(self, step: int, reason: str) -> NoReturn:
         """Save after `step` steps, and end all processes, of which those with a reason give theirs."""
         if step > 0:
-            self.save(step)
+            self.save(step, ends=True)
         reasons = dict.fromkeys(each for each in gather_object([reason]) if each)
         self.log.close()
         self.engine.close()
@@ -130,7 +146,7 @@ class Checkpoints:
 
     def end_by_guard(self, step: int, finding: str) -> NoReturn:
         """Save the weights before an update that is not made, which are those after `step` steps, and end."""
-        self.save(step)
+        self.save(step, ends=True)
         self.log.close()
         self.engine.close()
         flag = "on_spike" if self.guard.reason == "spike" else "on_nonfinite"
@@ -207,7 +223,7 @@ def train_steps(run: ResolvedRun, engine: Engine, log: RunLog, interruptions: In
     energy = EnergyMeter(energy_reader(engine.device))
     steps = range(run.first_step, run.total_steps)
     data = read_ahead(partial(micro_batches, engine, run), steps, engine.device)
-    with closing(data), Profiler(run, engine) as profiler:
+    with closing(data), Profiler(run, engine) as profiler, saves.writer:
         for step in steps:
             mark(f"step {step + 1}")
             energy.start()
@@ -244,7 +260,9 @@ def train_steps(run: ResolvedRun, engine: Engine, log: RunLog, interruptions: In
             log.write(record)
             stop, save = result.requests
             if save or stop or due(done, config.save_interval, run.total_steps):
-                saves.save(done, temporary=not due(done, config.save_interval, run.total_steps))
+                temporary = not due(done, config.save_interval, run.total_steps)
+                saves.save(done, temporary=temporary, ends=stop or done == run.total_steps)
+            saves.writer.check()
             if due(done, config.eval_interval, run.total_steps) and not stop:
                 validated = validation()
                 log.amend(validated or {})

@@ -6,6 +6,7 @@ checkpoint), model, data. What needs no file is refused before the first one is 
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,7 @@ class ResolvedRun:
             schedule=self.config.lr_schedule,
         )
 
-    @property
+    @cached_property
     def checkpoint_bytes(self) -> int:
         """Weights and two moments, in fp32."""
         with torch.device("meta"):

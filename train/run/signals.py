@@ -91,8 +91,10 @@ class Interruptions(AbstractContextManager):
         """To be called at the end of each step, so that validations and saves do not count as its time."""
         self.last_step = time.monotonic()
 
-    def saved(self, seconds: float) -> None:
-        self.last_save, self.save_seconds = time.monotonic(), seconds
+    def saved(self, seconds: float | None) -> None:
+        """A checkpoint was saved, which takes so many `seconds` to be complete; None if that is not known yet."""
+        self.last_save = time.monotonic()
+        self.save_seconds = self.save_seconds if seconds is None else seconds
 
     def end_at_once(self) -> None:
         """From now on a signal raises `EarlyEnd` in the main thread: no other process waits for this one any more."""
