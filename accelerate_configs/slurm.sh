@@ -1,8 +1,8 @@
 #!/bin/bash
 # Several machines under Slurm: one launcher a node, 8 processes each; sbatch accelerate_configs/slurm.sh [flags of train]
 # A process that dies is restarted with all others (--max_restarts); a job that is requeued resumes from its last complete
-# checkpoint, or starts from step 0 if it has none yet. The working directory and the checkpoint folder are on a file
-# system that all nodes share.
+# checkpoint, or starts from step 0 if it has none yet. Before its time is over a job saves, stops and requeues itself,
+# as long as it makes progress. The working directory and the checkpoint folder are on a file system that all nodes share.
 #SBATCH --job-name=gpt2flash
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -19,6 +19,11 @@ nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 main_node=${nodes%%$'\n'*}
 main_port=$((20000 + SLURM_JOB_ID % 10000)) # another for each job, in case jobs share a node
 
+run=$checkpoint_path/optimized
+latest() { cat "$run/latest" 2> /dev/null || true; }
+before=$(latest)
+status=0
+
 # SLURM_NODEID is known on the node only: the inner shell expands it.
 # shellcheck disable=SC2016
 srun --kill-on-bad-exit=1 bash -c 'exec accelerate launch --machine_rank "$SLURM_NODEID" "$@"' launch \
@@ -27,4 +32,9 @@ srun --kill-on-bad-exit=1 bash -c 'exec accelerate launch --machine_rank "$SLURM
     --main_process_ip "$main_node" --main_process_port "$main_port" \
     --max_restarts 3 \
     -m train --run_type optimized --deepspeed_config ds_configs/zero2.json \
-    --checkpoint_path "$checkpoint_path" --save_interval 1000 --resume_from_checkpoint "$@"
+    --checkpoint_path "$checkpoint_path" --save_interval 1000 --resume_from_checkpoint "$@" || status=$?
+
+if [ ! -e "$run/metrics.json" ] && [ "$(latest)" != "$before" ]; then
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$status"

@@ -189,7 +189,10 @@ def test_the_slurm_script_trains_and_goes_on_when_requeued(
         for rank, machine in enumerate(machines)
     ]
     (programs / "srun").write_text("\n".join(["#!/bin/bash", *nodes, "wait -n && wait -n", ""]))
-    (programs / "scontrol").write_text(f"#!/bin/bash\nprintf '{machines[0].address}\\n{machines[1].address}\\n'\n")
+    addresses = f"printf '{machines[0].address}\\n{machines[1].address}\\n'"
+    (programs / "scontrol").write_text(
+        f"#!/bin/bash\ncase $1 in requeue) echo $2 >> {tmp_path}/requeued;; *) {addresses};; esac\n"
+    )
     for program in programs.iterdir():
         program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
@@ -197,7 +200,13 @@ def test_the_slurm_script_trains_and_goes_on_when_requeued(
     for key, value in slurm.items():
         monkeypatch.setenv(f"SLURM_{key}", value)
     run = tmp_path / "checkpoint" / "optimized"
+    with monkeypatch.context() as time_is_over:
+        time_is_over.setenv("SLURM_JOB_END_TIME", "1")
+        done = command("bash", SLURM, *flags, *layout("zero2"), cwd=tmp_path)
+    assert "the end of the Slurm job: the run stops after step 1 of 8" in done.stderr
+    assert (tmp_path / "requeued").read_text() == f"{slurm['JOB_ID']}\n"
     command("bash", SLURM, *flags, *layout("zero2"), cwd=tmp_path)
+    assert (tmp_path / "requeued").read_text() == f"{slurm['JOB_ID']}\n", "a finished run is not requeued"
     assert losses(run) == pytest.approx(losses(finished), abs=LOSS_TOLERANCE)
     command("bash", SLURM, *flags, *layout("zero2"), "--max_steps=10", cwd=tmp_path)
     assert [record["step"] for record in records(run)] == list(range(1, 11))

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from train.utils import processes
-from train.utils.errors import EarlyEnd, UserError, file_error, memory_error, text_of
+from train.utils.errors import RUN_AGAIN, EarlyEnd, UserError, file_error, memory_error, text_of
 
 READER_GONE = 128 + 13  # SIGPIPE
 
@@ -43,7 +43,8 @@ def run_command(main: Callable[[], None]) -> NoReturn:
     except EarlyEnd as end:
         if processes.rank() == 0:
             print(end, file=sys.stderr, flush=True)
-        processes.exit_process(end.code)
+        restarts_failures = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
+        processes.exit_process(0 if end.code == RUN_AGAIN and restarts_failures else end.code)
     except Exception as error:
         _exit_if_unreadable()
         sentence = file_error(error)
