@@ -240,6 +240,6 @@ def test_data_of_an_older_checkpoint_is_compared_by_what_it_recorded(
         state = json.loads(file.read_text())
         del state["train_data"]["samples_sha256"]
         file.write_text(json.dumps(state))
-    words = [*flags, f"--checkpoint_path={tmp_path}", "--max_steps=9", "--resume_from_checkpoint"]
+    words = [*flags, f"--checkpoint_path={tmp_path}", "--max_steps=9", "--resume_from_checkpoint", "--allow_changes"]
     train(*words, "--train_micro_batch_size_per_gpu=4", cwd=tmp_path)
     assert len(losses(run)) == 9

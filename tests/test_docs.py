@@ -214,7 +214,11 @@ def shrunk(line: str, flags: list[str]) -> list[str]:
         return [*words, "--layouts", "single", "--accumulation", "8"]
     if "train" in words:
         small = [flag for flag in flags if not flag.startswith(("--train_data", "--val_data", "--max_steps"))]
-        steps = ["--max_steps=3"] if "--resume_from_checkpoint" in words else ["--max_steps=2", "--overwrite"]
+        steps = (
+            ["--max_steps=3", "--allow_changes"]
+            if "--resume_from_checkpoint" in words
+            else ["--max_steps=2", "--overwrite"]
+        )
         steps += ["--profile_steps=2:3"] if "--profile" in words else []
         steps += ["--profile=false", "--warmup_steps=1"] if "--config" in words else []
         return [*words, *small, "--eval_steps=1", *steps]

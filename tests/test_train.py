@@ -169,7 +169,11 @@ def test_a_run_already_there_is_refused_continued_or_replaced(flags: list[str], 
     (tmp_path / "baseline" / "metrics.json").unlink()  # as if killed while it was summed up
     run(flags, tmp_path, "--max_steps=2", "--resume_from_checkpoint")
     assert json.loads((tmp_path / "baseline" / "metrics.json").read_text())["steps"] == 2
-    run(flags, tmp_path, "--max_steps=3", "--resume_from_checkpoint", "--save_total_limit=1")
+    longer = ["--max_steps=3", "--resume_from_checkpoint", "--save_total_limit=1"]
+    refused = run(flags, tmp_path, *longer, check=False)
+    assert refused.returncode == 2
+    assert "--allow_changes" in refused.stderr
+    run(flags, tmp_path, *longer, "--allow_changes")
     assert [line["step"] for line in records(tmp_path / "baseline")] == [1, 2, 3]
     assert [path.name for path in (tmp_path / "baseline").glob("step-*")] == ["step-3"]
     run(flags, tmp_path, "--max_steps=1", "--overwrite")

@@ -21,6 +21,7 @@ from train.checkpoints.step_folder import (
     read_state,
     step_folders,
 )
+from train.config import changes
 from train.utils import processes
 from train.utils.errors import UserError
 from train.utils.files import delete_folder
@@ -291,3 +292,16 @@ def check_same_run(checkpoint: Checkpoint, state: TrainingState) -> None:
                 f"{checkpoint.folder}: was trained with {key} {found}, this run has {wanted}; "
                 f"give the same flags, or start a new run from its weights with --model {checkpoint.folder}"
             )
+
+
+def check_changes(checkpoint: Checkpoint, state: TrainingState, allowed: bool) -> None:
+    """Report what differs from the checkpoint's run; refuse what makes its losses others, unless that is `allowed`."""
+    before, after = (
+        {**each.config, **each.setting, "max_steps": each.total_steps} for each in (checkpoint.state, state)
+    )
+    before = after | before  # what an older version did not record is not compared
+    found = changes.changes(before, after, checkpoint.step)
+    if not allowed and (reason := changes.refusal(found, before, after, checkpoint.step)) is not None:
+        raise UserError(f"{checkpoint.folder}: {reason}")
+    if found:
+        _say(f"this run differs from that of {checkpoint.folder}:\n{changes.table(found)}")

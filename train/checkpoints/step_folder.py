@@ -67,6 +67,7 @@ class TrainingState:
     temporary: bool = False  # to be deleted when the next checkpoint is complete
     total_steps: int
     config: dict[str, Any]  # the flags of the run
+    setting: dict[str, Any] = field(default_factory=dict)  # `config.changes.SETTING`
     digests: Digests | None = None  # None in a checkpoint from before there were any
 
 

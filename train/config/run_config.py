@@ -147,6 +147,11 @@ class Checkpoints:
     delete_newer_checkpoints: bool = flag(
         False, "with --resume_from_checkpoint and a step folder of this run: delete the newer ones beside it"
     )
+    allow_changes: bool = flag(
+        False,
+        "with --resume_from_checkpoint: resume also where other flags than the checkpoint's (learning rate, schedule, "
+        "decay, clipping, dropout, ...) make the losses others",
+    )
     overwrite: bool = flag(False, "replace a run that is already in the output folder")
 
 
@@ -343,6 +348,10 @@ def check(config: RunConfig) -> None:
         raise UserError(
             "--delete_newer_checkpoints: deletes those that are newer than the step folder to resume from; name it "
             "with --resume_from_checkpoint, or drop the flag"
+        )
+    if config.allow_changes and config.resume_from_checkpoint is None:
+        raise UserError(
+            "--allow_changes: only a run that resumes has changes; add --resume_from_checkpoint, or drop it"
         )
     if config.optimizer == "muon" and config.optimized:
         refuse(

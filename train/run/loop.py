@@ -67,6 +67,7 @@ def build(run: ResolvedRun, launcher_exited: Callable[[], None] = lambda: None) 
 def facts(run: ResolvedRun) -> dict[str, Any]:
     """What all processes of the job must have in common, by name."""
     state = asdict(run.state(run.first_step))
+    del state["setting"]  # of which processes may differ, in kernels and thus in rounding
     return {f"--{name}": value for name, value in state.pop("config").items()} | state | versions()
 
 

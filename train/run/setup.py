@@ -28,6 +28,7 @@ from train.checkpoints.loading import (
 from train.config import deepspeed_config as deepspeed_json
 from train.config import launcher_env as launcher
 from train.config.arguments import LARGEST
+from train.config.changes import SETTING
 from train.config.run_config import DEFAULTS, RunConfig
 from train.data.batches import EvalBatches, TrainBatches
 from train.data.token_file import open_tokens
@@ -36,6 +37,7 @@ from train.engines.pipeline.partition import Partition, partition
 from train.engines.transforms import SELECTIVE_ATTENTION, check_cpp_compiler
 from train.hub import upload
 from train.job import rendezvous
+from train.metrics.hardware import versions
 from train.optim.schedule import default_warmup_steps, learning_rate
 from train.run import trackers
 from train.utils import lock, processes
@@ -130,7 +132,18 @@ class ResolvedRun:
             temporary=temporary,
             total_steps=self.total_steps,
             config=asdict(self.config),
+            setting=self.setting,
         )
+
+    @property
+    def setting(self) -> dict[str, Any]:
+        """What hardware, launcher and installation decide of its numbers."""
+        sharding = "FSDP2" if launcher.asks("FSDP") else "none"
+        if self.config.optimized:
+            sharding = f"ZeRO-{self.deepspeed['zero_optimization']['stage']}"
+        own = {"processes": processes.world_size(), "sharding": sharding, "attention": self.attention[0]}
+        known = versions()
+        return own | {"precision": self.precision} | {name: known[name] for name in SETTING if name in known}
 
 
 def own_run_folder(config: RunConfig) -> AbstractContextManager[None]:
@@ -347,3 +360,4 @@ def check_checkpoint(run: ResolvedRun, checkpoint: checkpoints.Checkpoint) -> No
         raise UserError(
             f"{checkpoint.folder} has done all {run.total_steps} steps; ask for more with --max_steps or --epochs"
         )
+    starting.check_changes(checkpoint, run.state(checkpoint.step), allowed=run.config.allow_changes or run.restarted)
