@@ -55,22 +55,31 @@ def text_of(message: str) -> str:
 
 def file_error(error: BaseException) -> str | None:
     """The sentence of an error of the file system, also where a library wraps one; None for any other error."""
+    found = os_error(error)
+    if found is not None:
+        names = [found.filename2, found.filename]  # of a file that is renamed, the new name
+        paths = [os.fsdecode(name) for name in names if isinstance(name, str | bytes | os.PathLike)]
+        return f"{paths[0] if paths else 'the file system'}: {os.strerror(found.errno or 0)}"
+    for each in _causes(error):
+        if TORCH_WRITER.search(str(each)):
+            return f"the file system: a file could not be written ({first_line(each)}); is the disk full?"
+    return None
+
+
+def os_error(error: BaseException) -> OSError | None:
+    """The error of the file system that an error is, or that a library made it of; None for any other error."""
+    if isinstance(error, UserError):
+        return None
     for each in _causes(error):
         if isinstance(each, OSError) and each.errno is not None:
             # Of the errors that were handled meanwhile only those of a disk count: others may be unrelated.
             if _is_of_files(each) and (each is error or each.errno in OF_A_DISK):
-                names = [each.filename2, each.filename]  # of a file that is renamed, the new name
-                paths = [os.fsdecode(found) for found in names if isinstance(found, str | bytes | os.PathLike)]
-                name = paths[0] if paths else ""
-                return f"{name or 'the file system'}: {os.strerror(each.errno)}"
+                return each
             continue
-        text = str(each)
-        found = RUST_ERROR.search(text)
-        numbers = [int(found[1])] if found else [number for words, number in DISK_TEXTS.items() if words in text]
+        found = RUST_ERROR.search(str(each))
+        numbers = [int(found[1])] if found else [number for words, number in DISK_TEXTS.items() if words in str(each)]
         if numbers and numbers[0] in OF_A_DISK | OF_A_PATH:
-            return f"the file system: {os.strerror(numbers[0])}"
-        if TORCH_WRITER.search(text):
-            return f"the file system: a file could not be written ({first_line(each)}); is the disk full?"
+            return OSError(numbers[0], os.strerror(numbers[0]))
     return None
 
 

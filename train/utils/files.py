@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import psutil
 
-from train.utils.errors import UserError, shortened
+from train.utils.errors import UserError, os_error, shortened
 
 T = TypeVar("T")
 BEYOND_NUMBERS = 1e100
@@ -37,10 +37,11 @@ def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is flushed and renamed to `path`, otherwise removed."""
     temporary = _temporary(path)
     try:
-        yield temporary
-        fsync(temporary)
-        temporary.replace(path)
-        fsync(path.parent)
+        with _errors_name(path):
+            yield temporary
+            fsync(temporary)
+            temporary.replace(path)
+            fsync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -54,15 +55,29 @@ def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     temporary = _temporary(path)
     temporary.mkdir(parents=True)
     try:
-        yield temporary
-        for entry in [*temporary.iterdir(), temporary]:
-            fsync(entry)
-        if replace:
-            delete_folder(path)
-        temporary.rename(path)
-        fsync(path.parent)
+        with _errors_name(path):
+            yield temporary
+            for entry in [*temporary.iterdir(), temporary]:
+                fsync(entry)
+            if replace:
+                delete_folder(path)
+            temporary.rename(path)
+            fsync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # frees a full disk
+
+
+@contextmanager
+def _errors_name(path: Path) -> Iterator[None]:
+    """Give an error of the file system the name of what is being written: an open file's, or a library's, has none."""
+    try:
+        yield
+    except Exception as error:
+        found = os_error(error)
+        if found is None:
+            raise
+        found.filename = found.filename or str(path)
+        raise found from None
 
 
 def _temporary(path: Path) -> Path:
