@@ -2,16 +2,21 @@
 
 import json
 import math
+import warnings
 from collections import deque
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.conftest import ROOT, accelerate, python, records, torchrun
 from tests.jobs import layout
+from tests.tiny_gpt2 import make_ours
 from train.checkpoints.step_folder import GuardState
 from train.config.run_config import RunConfig, parse
+from train.engines.accelerated import AcceleratedEngine
+from train.engines.base import Review
 from train.run.guard import SIGMA, SKIPS_IN_A_ROW, WINDOW, Guard, is_spike
 
 STEPS = ["--max_steps=8", "--save_interval=2", "--warmup_steps=2", "--max_new_tokens=0"]
@@ -131,6 +136,25 @@ def test_every_layout_stops_or_skips_and_resumes_exactly(
     check_decisions(
         [*small, *own, f"--mixed_precision={precision}"], "fsdp2" if name == "fsdp2" else "torchrun", tmp_path
     )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_step_waits_for_the_device_once() -> None:
+    """Before the guard it waited twice: for the loss and for the norm."""
+    engine = AcceleratedEngine(config("--run_type=optimized", "--mixed_precision=bf16"), {})
+    engine.prepare(make_ours())
+    ids = torch.arange(24).reshape(2, 12)
+    review = Review(Guard(config("--on_spike=warn"), GuardState(0)).accepts, lambda: (False, False))
+    for step in range(3):
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as waits:
+                warnings.simplefilter("always")
+                engine.train_step(step, [{"input_ids": ids, "shift_labels": ids}], 1e-4, review)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert len([wait for wait in waits if "synchroniz" in str(wait.message)]) == 1
 
 
 def test_a_norm_that_is_not_computed_cannot_be_judged(tmp_path: Path) -> None:

@@ -6,7 +6,8 @@ every process decides alike, in every layout. The weights of a run that stops ar
 
 import math
 from collections import deque
-from statistics import fmean, stdev
+
+import numpy as np
 
 from train.checkpoints.step_folder import GuardState
 from train.config.run_config import RunConfig
@@ -68,4 +69,4 @@ def is_spike(value: float, earlier: deque[float]) -> bool:
     """
     if len(earlier) < WINDOW // 2:
         return False
-    return value - fmean(earlier) > SIGMA * stdev(earlier)
+    return bool(value - np.mean(earlier) > SIGMA * np.std(earlier, ddof=1))
