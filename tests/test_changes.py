@@ -13,7 +13,8 @@ from train.config.run_config import RunConfig
 
 # Flags whose change concerns no number of the training: files, times, what is measured and shown, how a run starts.
 NOT_COMPARED = {
-    "run_type", "val_data_path", "epochs", "eval_interval", "eval_steps", "prompt", "max_new_tokens",
+    "run_type", "val_data_path", "early_stopping_patience", "keep_best", "async_save", "epochs",
+    "eval_interval", "eval_steps", "prompt", "max_new_tokens",
     "checkpoint_path", "save_interval", "save_minutes", "max_time", "save_total_limit", "resume_from_checkpoint",
     "delete_newer_checkpoints", "allow_changes", "overwrite", "attn_implementation", "deepspeed_config", "timeout",
     "profile", "profile_steps", "memory_snapshot", "report_to", "push_to_hub",

@@ -15,6 +15,7 @@ from train.utils.files import parse_json, read_json
 SUMMARY_FILE = "metrics.json"
 STEPS_FILE = "metrics.jsonl"
 LATEST = "latest"  # the file that names the last complete step folder
+BEST = "best"  # the file that names the step folder of the lowest validation loss
 NAMED_GAPS = 5  # in a message about missing steps
 
 

@@ -10,11 +10,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from train.checkpoints.run_folder import LATEST, STEPS_FILE, SUMMARY_FILE, latest
+from train.checkpoints.run_folder import BEST, LATEST, STEPS_FILE, SUMMARY_FILE, latest
 from train.checkpoints.step_folder import (
     STATE,
     Checkpoint,
     TrainingState,
+    best,
     faults,
     model_files,
     point_to,
@@ -29,9 +30,20 @@ from train.utils.files import delete_folder
 # Fields of the training state that a resumed run must share with its checkpoint, or its loss curve would be another.
 SAME_IN_A_RUN = ("model", "train_data", "seed", "block_size", "document_mask", "sequences_per_step", "optimizer")
 # What a run writes beside its checkpoints; records of trackers come last, as the log is the run's own.
-LOGS = (SUMMARY_FILE, LATEST, STEPS_FILE, "profile", "trackers.json", "tensorboard", "wandb", "trackio", "mlflow.db")
+LOGS = (
+    SUMMARY_FILE,
+    LATEST,
+    BEST,
+    STEPS_FILE,
+    "profile",
+    "trackers.json",
+    "tensorboard",
+    "wandb",
+    "trackio",
+    "mlflow.db",
+)
 # Temporary names of `train.utils.files` and of links: what a kill leaves behind.
-TEMPORARY = re.compile(r"\.(step-\d+|latest|.+\.(jsonl?|safetensors|py|txt|jinja|md))(\..+)?\.tmp")
+TEMPORARY = re.compile(r"\.(step-\d+|latest|best|.+\.(jsonl?|safetensors|py|txt|jinja|md))(\..+)?\.tmp")
 DELETE_NEWER = "--delete_newer_checkpoints"
 
 
@@ -135,7 +147,7 @@ def decide(run_folder: Path, resume: str | None, overwrite: bool, delete_newer: 
         note = f"--resume_from_checkpoint {resume}: {run_folder} has no checkpoint yet: the run starts from step 0"
     elif found.logs:
         note = f"{run_folder} has the log of a run without a checkpoint: the run starts anew"
-    stale = [path for path in found.logs if path.name == LATEST]
+    stale = [path for path in found.logs if path.name in (LATEST, BEST)]
     return Start(checkpoint, (*found.leftovers, *stale), note)
 
 
@@ -189,6 +201,8 @@ def prepare_run_folder(run_folder: Path, start: Start) -> None:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
+    if (named := best(run_folder)) is not None and not (run_folder / named).is_dir():
+        (run_folder / BEST).unlink()  # of a later step than the run resumes from
 
 
 def has_checkpoint(run_folder: Path) -> bool:

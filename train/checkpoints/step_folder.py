@@ -2,7 +2,7 @@
 
     RUN/step-200/config.json, model.safetensors, tokenizer.json, ...   read by any GPT-2 tool
     RUN/step-200/optimizer.safetensors, training_state.json            read by training when it resumes
-    RUN/latest                                                         "step-200"
+    RUN/latest, RUN/best                                               "step-200"
     RUN/config.json, model.safetensors, ...                            links to the latest step folder's
 
 A folder is written under a temporary name, flushed and renamed; then `latest` is replaced. Weights and moments are
@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerBase
 from modeling_gpt2flash import GPT2FlashConfig, GPT2FlashForCausalLM
 from train.checkpoints.digests import Digests, digest_of_file, faults_of_files, faults_of_tensors
 from train.checkpoints.loading import load_config
-from train.checkpoints.run_folder import LATEST
+from train.checkpoints.run_folder import BEST, LATEST
 from train.checkpoints.safetensors_writer import TensorFile
 from train.optim.parameter_groups import moments_of
 from train.utils.errors import UserError
@@ -138,13 +138,32 @@ def save(
         state = dataclasses.replace(state, digests=Digests(tensors=digests, files=files))
         (folder / STATE).write_text(json.dumps(dataclasses.asdict(state), indent=2) + "\n", encoding="utf-8")
     point_to(target)
+    rotate(run_folder, keep)
+    return target
+
+
+def rotate(run_folder: Path, keep: int | None) -> None:
+    """Delete all step folders but the best and the newest `keep`, and temporary ones. Main process only."""
     older = [folder for _, folder in step_folders(run_folder)[:-1]]
     kept = [folder for folder in older if not _is_temporary(folder)]
     kept = kept if keep is None else kept[max(0, len(kept) + 1 - keep) :]
     for folder in older:
-        if folder not in kept:
+        if folder not in kept and folder.name != best(run_folder):
             delete_folder(folder)
-    return target
+
+
+def best(run_folder: Path) -> str | None:
+    """The name of the step folder that the run folder's `best` names; None if there is none."""
+    try:
+        return (run_folder / BEST).read_text(encoding="utf-8", errors="replace").strip()
+    except FileNotFoundError:
+        return None
+
+
+def point_best_to(folder: Path) -> None:
+    """Point `best` at a step folder, unless it is not there or not complete. Main process only."""
+    if (folder / STATE).exists() and best(folder.parent) != folder.name:
+        write_text(folder.parent / BEST, folder.name + "\n")
 
 
 def tensor_shapes(model: nn.Module, optimizer: str) -> dict[str, dict[str, torch.Size]]:

@@ -113,6 +113,9 @@ class Evaluation:
 
     eval_interval: int = flag(0, "steps between validations; 0: at the end only", at_least=0)
     eval_steps: int | None = flag(None, "batches per process in a validation (default: the complete file)", at_least=1)
+    early_stopping_patience: int | None = flag(
+        None, "end the run after this many validations in a row without a lower loss than before", at_least=1
+    )
     prompt: str = flag("def ", "prompt of the sample that is generated at the end")
     max_new_tokens: int = flag(100, "tokens of the sample; 0: no sample", at_least=0)
 
@@ -140,6 +143,11 @@ class Checkpoints:
     )
     async_save: bool = flag(
         True, "write checkpoints beside training, from a copy in host memory (false: training waits, and no copy)"
+    )
+    keep_best: bool = flag(
+        False,
+        "also keep the checkpoint of the lowest validation loss, which the file best names; it is saved after that "
+        "validation if its step has none",
     )
     resume_from_checkpoint: str | None = flag(
         None, "resume from this step folder, or from the run's last complete one (latest)", nargs="?", const="latest"
@@ -340,6 +348,9 @@ def check(config: RunConfig) -> None:
         refuse("activation_checkpointing_interval", "nothing is recomputed; give --activation_checkpointing full")
     if config.memory_snapshot and not config.profile:
         raise UserError("--memory_snapshot: is taken of the steps that are profiled; add --profile, or drop the flag")
+    for key in ("keep_best", "early_stopping_patience"):
+        if getattr(config, key) and config.eval_interval == 0:
+            refuse(key, "the run is validated at its end only; give --eval_interval, or drop the flag")
     if config.resume_from_checkpoint == "":
         refuse("resume_from_checkpoint", "is empty; name a step folder, or latest")
     if config.resume_from_checkpoint and config.overwrite:

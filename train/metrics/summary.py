@@ -120,9 +120,33 @@ def summarize(
         "mfu": utilization(tokens_per_second, flops.model, device_peak_flops, facts.world_size),
         "hfu": utilization(tokens_per_second, flops.hardware, device_peak_flops, facts.world_size),
     }
+    best = best_validation(records)
+    metrics["best_validation"] = {"step": best.step, "val_loss": best.val_loss} if best.step else None
     metrics["perplexity"] = None if metrics["val_loss"] is None else perplexity(metrics["val_loss"])
     unknown = dict.fromkeys(metric.key.partition(".")[0] for metric in METRICS)
     return json_safe({"schema": SCHEMA, **unknown, **metrics, **measured, **dataclasses.asdict(facts)})
+
+
+@dataclass(frozen=True)
+class Best:
+    """The validation with the lowest loss: its step, 0 if there is none, and how many validations came after it."""
+
+    step: int
+    val_loss: float
+    since: int
+
+
+def best_validation(records: Sequence[Mapping[str, Any]]) -> Best:
+    """The best of those records that were validated on as many tokens as the last one; of equal ones, the first."""
+    validated = [record for record in records if "val_loss" in record]
+    validated = [record for record in validated if record.get("val_tokens") == validated[-1].get("val_tokens")]
+    best = Best(0, math.inf, 0)
+    for record in validated:
+        loss = nan_for_null(record["val_loss"])
+        best = (
+            Best(record["step"], loss, 0) if loss < best.val_loss else dataclasses.replace(best, since=best.since + 1)
+        )
+    return best
 
 
 def over_steps(records: Sequence[Mapping[str, Any]], key: str, how: str) -> float | None:

@@ -25,6 +25,7 @@ from train.job.watchdog import mark, marked
 from train.metrics.annotations import annotate
 from train.metrics.energy import EnergyMeter, energy_reader
 from train.metrics.hardware import versions
+from train.metrics.summary import best_validation
 from train.run.guard import Guard
 from train.run.log import RunLog
 from train.run.profiling import Profiler
@@ -131,6 +132,26 @@ class Checkpoints:
         self.step = step
         self.interruptions.saved(self.writer.seconds if beside else time.monotonic() - began)
 
+    def validated(self, step: int) -> bool:
+        """Keep the checkpoint of the best validation up to `step`; whether the run ends, because that is long ago."""
+        config, best = self.run.config, best_validation(self.log.records)  # which the main process has
+        resumed = step == self.run.first_step
+        if config.keep_best and self.engine.any_process(best.step == step or resumed):
+            self.save(step, temporary=True)
+            self.writer.wait()
+            if self.engine.is_main:
+                checkpoints.point_best_to(config.run_folder / f"step-{best.step}")
+                checkpoints.rotate(config.run_folder, config.save_total_limit)
+        patience = config.early_stopping_patience
+        if patience is None or not self.engine.any_process(best.since >= patience):
+            return False
+        self.save(step, ends=True)
+        self.log.message(
+            f"--early_stopping_patience {patience}: {best.since} validations since step {best.step:,} (loss "
+            f"{best.val_loss:.4f}) were not better: the run ends after step {step:,} of {self.run.total_steps:,}"
+        )
+        return True
+
     def end_early(self, step: int, reason: str) -> NoReturn:
         """Save after `step` steps, and end all processes, of which those with a reason give theirs."""
         if step > 0:
@@ -221,8 +242,11 @@ def train_steps(run: ResolvedRun, engine: Engine, log: RunLog, interruptions: In
     if engine.any_process(interruptions.is_asked()):
         saves.end_early(run.first_step, interruptions.reason)
 
+    resumed = run.checkpoint is not None and run.checkpoint.is_in(config.run_folder)
+    ends = resumed and saves.validated(run.first_step)  # it may have been killed before it could
+
     energy = EnergyMeter(energy_reader(engine.device))
-    steps = range(run.first_step, run.total_steps)
+    steps = range(run.first_step, run.first_step if ends else run.total_steps)
     data = read_ahead(partial(micro_batches, engine, run), steps, engine.device)
     with closing(data), Profiler(run, engine) as profiler, saves.writer:
         for step in steps:
@@ -268,6 +292,8 @@ def train_steps(run: ResolvedRun, engine: Engine, log: RunLog, interruptions: In
                 validated = validation()
                 log.amend(validated or {})
                 stop = validated is None
+                if not stop and saves.validated(done):
+                    break
             if stop:
                 saves.end_early(done, interruptions.reason)
             profiler.step()

@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from train.checkpoints.loading import load_for_inference
+from train.checkpoints.run_folder import latest
 from train.data.token_file import TokenFile
 from train.generate.decoding import Decoding
 from train.generate.latency import measure_latency
@@ -31,8 +32,7 @@ def write_summary(run: ResolvedRun, records: list[dict[str, Any]], world_size: i
     """
     config = run.config
     lock.check(config.run_folder)
-    folder = config.run_folder / f"step-{run.total_steps}"
-    model = load_for_inference(folder, dtype="bfloat16" if run.precision == "bf16" else "float32")
+    model = load_for_inference(latest(config.run_folder), dtype="bfloat16" if run.precision == "bf16" else "float32")
     facts = RunFacts(
         run_type=config.run_type,
         tokens_per_step=run.tokens_per_step,
