@@ -200,8 +200,12 @@ def tuned_from(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def flags(corpus: Path, small_model: Path) -> list[str]:
     """Flags of a run that takes a second: 8 steps of 4 sequences of 32 tokens."""
+    return small_flags(corpus, small_model)
+
+
+def small_flags(corpus: Path, model: Path) -> list[str]:
     return [
-        f"--model={small_model}",
+        f"--model={model}",
         f"--train_data_path={corpus}/train.bin",
         f"--val_data_path={corpus}/val.bin",
         "--block_size=32",
