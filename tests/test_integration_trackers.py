@@ -47,7 +47,7 @@ def run(places: Path, flags: list[str]) -> Path:
     """Four steps on two processes, and four more by the same run resumed on one; all trackers at once."""
     own = [*flags, "--report_to=tensorboard,wandb,trackio,mlflow", f"--checkpoint_path={places}/runs"]
     torchrun("-m", "train", *own, "--train_micro_batch_size_per_gpu=2", "--max_steps=4", cwd=places / "work")
-    python("-m", "train", *own, "--resume_from_checkpoint", "--max_steps=8", cwd=places / "work")
+    python("-m", "train", *own, "--resume_from_checkpoint", "--max_steps=8", "--allow_changes", cwd=places / "work")
     return places / "runs" / "baseline"
 
 

@@ -92,7 +92,7 @@ def test_perplexity_and_what_json_cannot_hold() -> None:
 
 
 def test_a_number_that_no_float_holds_is_read_as_null() -> None:
-    assert parse_json("[1e999, -1e999, NaN, Infinity, 1e308]", Path("metrics.json")) == [None, None, None, None, 1e308]
+    assert parse_json("[1e999, -1e999, NaN, Infinity, 1e99]", Path("metrics.json")) == [None, None, None, None, 1e99]
 
 
 def test_summary_by_hand() -> None:

@@ -236,7 +236,8 @@ def test_compiled_blocks_and_resumed_runs(flags: list[str], tmp_path: Path) -> N
     trace = tmp_path / "baseline" / "profile" / "rank-0.json.gz"
     assert "module: transformer.h.0" in names(trace)
     assert_closed(summarize(read_recording(tmp_path / "baseline")))
-    resumed = ["--resume_from_checkpoint", f"--checkpoint_path={tmp_path}", "--max_steps=8", "--max_new_tokens=0"]
+    resumed = ["--resume_from_checkpoint", f"--checkpoint_path={tmp_path}", "--max_steps=8", "--allow_changes"]
+    resumed += ["--max_new_tokens=0"]
     done = python("-m", "train", *flags, *resumed, *PROFILE, cwd=tmp_path)
     assert "nothing is recorded after step 6" in done.stdout + done.stderr
 

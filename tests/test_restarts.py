@@ -66,7 +66,8 @@ def test_a_job_whose_rank_stands_still_is_restarted(
 @pytest.mark.slow
 def test_a_job_without_a_checkpoint_starts_again(flags: list[str], finished: Path, tmp_path: Path) -> None:
     """From the checkpoint of another run, with which it was started."""
-    train = ["-m", "train", *flags, *layout("baseline"), "--max_steps=100", f"--checkpoint_path={tmp_path}"]
+    train = ["-m", "train", *flags, *layout("baseline"), f"--checkpoint_path={tmp_path}"]
+    train += ["--max_steps=100", "--allow_changes"]
     half = f"--resume_from_checkpoint={finished}/step-4"
     with job(*launcher("torchrun", "--max_restarts=1"), *train, half, cwd=tmp_path) as started:
         started.until_step(10, tmp_path / "baseline")

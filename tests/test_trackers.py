@@ -59,7 +59,8 @@ def test_a_run_of_two_processes_is_recorded_once_and_goes_on(flags: list[str], t
     first = scalars(folder, "loss")
     assert first == pytest.approx({record["step"]: record["loss"] for record in records(run)})
 
-    again = [f"--resume_from_checkpoint={run}/step-4", "--train_micro_batch_size_per_gpu=4"]
+    again = [f"--resume_from_checkpoint={run}/step-4", "--delete_newer_checkpoints", "--allow_changes"]
+    again += ["--train_micro_batch_size_per_gpu=4"]
     train(*own, *again, "--max_steps=6", cwd=tmp_path)
     assert scalars(folder, "loss") == pytest.approx({record["step"]: record["loss"] for record in records(run)})
     assert sorted(scalars(folder, "loss")) == [1, 2, 3, 4, 5, 6], "what came after the checkpoint is gone"
