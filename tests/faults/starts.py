@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import NoReturn
@@ -27,9 +28,10 @@ class Fork:
 
     def __init__(self, flags: list[str], folder: Path) -> None:
         self.log = folder / f"start-{uuid4().hex}.log"
-        self.log.touch()
         self.process = SERVER.Process(target=_train, args=(flags, folder, self.log))
         self.process.start()
+        while not self.log.exists() and self.process.exitcode is None:
+            time.sleep(0.001)  # until it has blocked the signals, because what comes before is not the trainer
 
     def said(self) -> str:
         return self.log.read_text(errors="replace")
