@@ -57,6 +57,10 @@ class Job:
         file = run_folder / "metrics.jsonl"
         self.until(lambda: file.exists() and f'"step": {step},' in file.read_text())
 
+    def until_saved(self, run_folder: Path) -> None:
+        """Until the first checkpoint is complete, which is written beside training."""
+        self.until((run_folder / "latest").exists)
+
     def processes(self) -> list[psutil.Process]:
         return [self.process, *self.process.children(recursive=True)]
 

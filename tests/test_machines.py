@@ -144,6 +144,7 @@ def test_a_job_of_two_machines_restarts(machines: list[Machine], flags: list[str
     one, two = launch(machines, tmp_path, *train, options=("--max_restarts", "1"))
     with job(*one, cwd=tmp_path) as first, job(*two, cwd=tmp_path) as second:
         first.until_step(6, tmp_path / "optimized")
+        first.until_saved(tmp_path / "optimized")
         second.worker(1).kill()
         assert first.end() == 0, first.said() + second.said()
         assert second.end() == 0, second.said()

@@ -57,6 +57,7 @@ def test_a_killed_process_ends_the_job_and_is_named_first(
     train = ["--module" if name == "deepspeed" else "-m", "train", *flags, *layout(kind), *ENDLESS]
     with job(*launcher(name), *train, f"--checkpoint_path={tmp_path}", cwd=tmp_path) as started:
         started.until_step(6, run_folder)
+        started.until_saved(run_folder)
         processes = started.processes()
         started.worker(1).kill()
         check_the_end(started, processes, "rank 1 of 2: ended by SIGKILL", run_folder)
@@ -76,6 +77,7 @@ def test_an_error_of_one_rank_comes_first(flags: list[str], tmp_path: Path, name
     train = ["failing.py", *flags, *layout(kind), *ENDLESS, f"--checkpoint_path={tmp_path}"]
     with job(*launcher(name), *train, cwd=tmp_path) as started:
         started.until_step(5, run_folder)
+        started.until_saved(run_folder)
         processes = started.processes()
         check_the_end(started, processes, "rank 1 of 2: RuntimeError: the disk of rank 1 is gone", run_folder)
         if name != "deepspeed":
@@ -94,6 +96,7 @@ def test_without_a_launcher_the_survivor_ends_by_itself(flags: list[str], tmp_pa
         job(*train, cwd=tmp_path, RANK="1", LOCAL_RANK="1", **alone) as victim,
     ):
         survivor.until_step(6, tmp_path / "baseline")
+        survivor.until_saved(tmp_path / "baseline")
         victim.process.kill()
         check_the_end(survivor, [survivor.process], "rank 1 of 2: ended by SIGKILL", tmp_path / "baseline")
         assert "rank 0 of 2: lost another process of the job: RuntimeError" in survivor.said()

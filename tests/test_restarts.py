@@ -34,6 +34,7 @@ def test_a_restarted_job_ends_with_the_losses_of_an_uninterrupted_one(
     restarting = launcher(name, "--max_restarts=1")
     with job(*restarting, *train, f"--checkpoint_path={broken}", cwd=tmp_path) as started:
         started.until_step(13, broken / run)
+        started.until_saved(broken / run)
         started.worker(victim).kill()
         assert started.end() == 0, started.said()
         said = started.said()
@@ -55,6 +56,7 @@ def test_a_job_whose_rank_stands_still_is_restarted(
     run = tmp_path / ("baseline" if kind == "baseline" else "optimized")
     with job(*launcher(name, "--max_restarts=1"), *train, f"--checkpoint_path={tmp_path}", cwd=tmp_path) as started:
         started.until_step(13, run)
+        started.until_saved(run)
         started.worker(victim).send_signal(signal.SIGSTOP)
         assert started.end() == 0, started.said()
         said = started.said()
