@@ -209,6 +209,6 @@ def test_the_slurm_script_trains_and_goes_on_when_requeued(
     command("bash", SLURM, *flags, *layout("zero2"), cwd=tmp_path)
     assert (tmp_path / "requeued").read_text() == f"{slurm['JOB_ID']}\n", "a finished run is not requeued"
     assert losses(run) == pytest.approx(losses(finished), abs=LOSS_TOLERANCE)
-    command("bash", SLURM, *flags, *layout("zero2"), "--max_steps=10", cwd=tmp_path)
+    command("bash", SLURM, *flags, *layout("zero2"), "--max_steps=10", "--allow_changes", cwd=tmp_path)
     assert [record["step"] for record in records(run)] == list(range(1, 11))
     assert losses(run)[:8] == pytest.approx(losses(finished), abs=LOSS_TOLERANCE)
