@@ -7,6 +7,7 @@ again, and `train.utils.command` drops what a closed stdout or stderr cannot tak
 
 import json
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,7 @@ class RunLog:
         """Print a sentence above the progress bar."""
         if self.main:
             tqdm.write(sentence)
+            sys.stdout.flush()  # a log file shows at once what the run says
 
     def close(self) -> None:
         """Complete the file, finish the trackers and end the progress bar."""
