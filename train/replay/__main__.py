@@ -38,8 +38,8 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main() -> None:
-    arguments = build_parser().parse_args()
+def main(argv: list[str] | None = None) -> None:
+    arguments = build_parser().parse_args(argv)
     if processes.world_size() > 1:
         raise UserError("python -m train.replay: is one process, whatever the run was; start it without a launcher")
     if not arguments.run.is_dir():
