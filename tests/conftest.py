@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -19,6 +20,12 @@ LOSS_TOLERANCE = 1e-5  # between layouts that compute the same
 LONGEST = ("docs", "compile", "layouts", "pipeline", "exactly_once", "train", "machines", "restarts",
            "full_disk", "package", "parity", "preparation_memory", "profiling", "documents", "processes", "recipes",
            "generate")  # fmt: skip
+
+
+def pytest_configure() -> None:
+    """A shell starts a command in the background with Ctrl-C ignored, which the commands of tests would inherit."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
