@@ -15,12 +15,12 @@ from accelerate.utils import set_seed
 from train.checkpoints import step_folder as checkpoints
 from train.checkpoints.loading import load_model, model_config
 from train.checkpoints.run_folder import STEPS_FILE, read_steps
+from train.config.changes import rate, with_warmup
 from train.config.run_config import RunConfig
 from train.data.batches import TrainBatches
 from train.data.token_file import open_tokens
 from train.engines.accelerated import AcceleratedEngine
 from train.engines.base import Review, StepResult, mix
-from train.optim.schedule import default_warmup_steps, learning_rate
 from train.utils.errors import UserError
 
 
@@ -117,16 +117,8 @@ class Replay:
             yield micro_batch.tensors
 
     def learning_rate(self, step: int) -> float:
-        config, total_steps = self.config, self.checkpoint.state.total_steps
-        warmup_steps = default_warmup_steps(total_steps) if config.warmup_steps is None else config.warmup_steps
-        return learning_rate(
-            step,
-            peak=config.learning_rate,
-            total_steps=total_steps,
-            warmup_steps=warmup_steps,
-            min_ratio=config.min_learning_rate_ratio,
-            schedule=config.lr_schedule,
-        )
+        state = self.checkpoint.state
+        return rate(with_warmup({**state.config, "max_steps": state.total_steps}), step)
 
 
 def checkpoint_before(run_folder: Path, step: int) -> checkpoints.Checkpoint:

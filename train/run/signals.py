@@ -116,12 +116,13 @@ class Interruptions(AbstractContextManager):
         """Report the first signal, and end the process at the second Ctrl-C."""
         while numbers := receiver.recv(16):
             for number in numbers:
+                is_first = not self.received
                 first = self.received.setdefault(number, time.monotonic())
                 if number == signal.SIGINT and time.monotonic() - first > REPEATED_AFTER:
                     sys.stderr.write("\nended by the second Ctrl-C, without a checkpoint of this step\n")
                     sys.stderr.flush()
                     os._exit(130)
-                if len(self.received) == 1 and first == max(self.received.values()) and self.keeps_time:
+                if is_first and self.keeps_time:
                     again = "; Ctrl-C again ends at once" if number == signal.SIGINT else ""
                     name = signal.Signals(number).name
                     sys.stderr.write(f"\n{name}: the run finishes this step, saves a checkpoint and stops{again}\n")
