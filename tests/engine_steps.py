@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from train.checkpoints.loading import load_for_inference, load_tokenizer
 from train.config.run_config import parse
-from train.engines.base import Engine
+from train.engines.base import Engine, StepResult
 from train.engines.pipeline.engine import PipelinedEngine
 from train.generate.decoding import Decoding
 from train.generate.texts import generate_text
@@ -43,9 +43,13 @@ def packed(batch: Batch) -> Batch:
     return {**batch, "position_ids": columns - starts}
 
 
+def numbers(result: StepResult) -> dict[str, Any]:
+    return {"loss": result.loss, "grad_norm": result.grad_norm, "updated": result.updated}
+
+
 def plain(engine: Engine, run: ResolvedRun) -> Iterator[dict[str, Any]]:
     for step in range(run.total_steps):
-        yield vars(engine.train_step(step, micro_batches(engine, run, step), LEARNING_RATE))
+        yield numbers(engine.train_step(step, micro_batches(engine, run, step), LEARNING_RATE))
 
 
 def in_packs(engine: Engine, run: ResolvedRun) -> Iterator[dict[str, Any]]:
@@ -55,15 +59,15 @@ def in_packs(engine: Engine, run: ResolvedRun) -> Iterator[dict[str, Any]]:
         result = engine.train_step(step, map(pack, micro_batches(engine, run, step)), LEARNING_RATE)
         sums = engine.eval_step(packed(run.val.micro_batch(0, engine.data_rank, engine.data_world_size, 2)))
         nll, tokens = engine.sum_over_processes(sums).tolist()
-        yield {**vars(result), "val_loss": nll / tokens}
+        yield {**numbers(result), "val_loss": nll / tokens}
 
 
 def interrupted(engine: Engine, run: ResolvedRun) -> Iterator[dict[str, Any]]:
     """Between steps: validation with batches of another size than the training's, a checkpoint, text from it."""
     for step in range(run.total_steps):
-        yield vars(engine.train_step(step, micro_batches(engine, run, step), LEARNING_RATE))
+        yield numbers(engine.train_step(step, micro_batches(engine, run, step), LEARNING_RATE))
         validate(engine, run.val, run.config.train_micro_batch_size_per_gpu + 1, max_steps=2)
-        save(engine, run, run.state(step + 1))
+        save(engine, run, run.state(step + 1), None)
         if engine.is_main:
             model = load_for_inference(run.config.run_folder)
             tokenizer = load_tokenizer(run.config.run_folder, model.config)
@@ -85,7 +89,7 @@ def watched(engine: Engine, run: ResolvedRun) -> Iterator[dict[str, Any]]:
         engine.eval_step(
             run.val.micro_batch(0, engine.data_rank, engine.data_world_size, run.config.train_micro_batch_size_per_gpu)
         )
-        yield {**vars(result), "training": training, "evaluating": calls[:]}
+        yield {**numbers(result), "training": training, "evaluating": calls[:]}
         calls.clear()
 
 
@@ -106,7 +110,7 @@ def counted(engine: Engine, run: ResolvedRun) -> Iterator[dict[str, Any]]:
     for step in range(run.total_steps):
         with Operations() as operations:
             result = engine.train_step(step, micro_batches(engine, run, step), LEARNING_RATE)
-        yield {**vars(result), "operations": operations.counts}
+        yield {**numbers(result), "operations": operations.counts}
 
 
 def paged(engine: Engine, run: ResolvedRun) -> Iterator[dict[str, Any]]:
@@ -114,7 +118,7 @@ def paged(engine: Engine, run: ResolvedRun) -> Iterator[dict[str, Any]]:
     for step in range(run.total_steps):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         result = engine.train_step(step, micro_batches(engine, run, step), LEARNING_RATE)
-        yield {**vars(result), "page_faults": resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before}
+        yield {**numbers(result), "page_faults": resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before}
 
 
 def tracked(engine: Engine, run: ResolvedRun) -> Iterator[dict[str, Any]]:
@@ -124,7 +128,7 @@ def tracked(engine: Engine, run: ResolvedRun) -> Iterator[dict[str, Any]]:
         batches = micro_batches(engine, run, step)
         with tracker if step == run.total_steps - 1 else nullcontext():
             result = engine.train_step(step, batches, LEARNING_RATE)
-        yield {**vars(result), **asdict(tracker.profile())}
+        yield {**numbers(result), **asdict(tracker.profile())}
 
 
 def alternating(engine: Engine, run: ResolvedRun) -> Iterator[dict[str, Any]]:
@@ -140,7 +144,7 @@ def alternating(engine: Engine, run: ResolvedRun) -> Iterator[dict[str, Any]]:
         )
         nll, tokens = engine.sum_over_processes(engine.eval_step(batch)).tolist()
         yield {
-            **vars(result),
+            **numbers(result),
             "val_loss": nll / tokens,
             "seconds": seconds,
             "compilations": counters["stats"]["unique_graphs"],
