@@ -27,7 +27,8 @@ from train.engines.pipeline.engine import PipelinedEngine
 from train.generate.decoding import Decoding
 from train.generate.texts import generate_text
 from train.metrics.memory_tracker import MemoryTracker
-from train.run.loop import build, micro_batches, save
+from train.run.loop import build, micro_batches
+from train.run.saving import save_checkpoint
 from train.run.setup import ResolvedRun, resolve
 from train.run.validate import validate
 
@@ -67,7 +68,7 @@ def interrupted(engine: Engine, run: ResolvedRun) -> Iterator[dict[str, Any]]:
     for step in range(run.total_steps):
         yield numbers(engine.train_step(step, micro_batches(engine, run, step), LEARNING_RATE))
         validate(engine, run.val, run.config.train_micro_batch_size_per_gpu + 1, max_steps=2)
-        save(engine, run, run.state(step + 1), None)
+        save_checkpoint(engine, run, run.state(step + 1), None)
         if engine.is_main:
             model = load_for_inference(run.config.run_folder)
             tokenizer = load_tokenizer(run.config.run_folder, model.config)

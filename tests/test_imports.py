@@ -13,7 +13,7 @@ from tests.conftest import ROOT
 FLOORS = [
     {"utils", "job", "optim", "evaluate_metrics"},
     {"config", "data", "metrics"},
-    {"preprocess_data", "checkpoints", "kernels", "engines"},
+    {"preprocess_data", "checkpoints", "kernels", "engines", "trackers"},
     {"plan", "generate", "parity", "replay", "export", "compare"},
     {"hub"},
     {"run"},

@@ -134,8 +134,14 @@ def test_a_sharded_checkpoint_goes_on_in_another_layout(
 
 
 def test_torchrun_trains_the_baseline_data_parallel(two_processes: list[str], finished: Path, tmp_path: Path) -> None:
-    torchrun("-m", "train", *two_processes, f"--checkpoint_path={tmp_path}", cwd=tmp_path)
-    assert losses(tmp_path / "baseline") == pytest.approx(losses(finished), abs=LOSS_TOLERANCE)
+    """With the masks of dropout that one process draws for the same micro-batches."""
+    words = [*two_processes, "--dropout=0.1"]
+    torchrun("-m", "train", *words, f"--checkpoint_path={tmp_path}", cwd=tmp_path)
+    alone = [*words, "--gradient_accumulation_steps=2", f"--checkpoint_path={tmp_path}/alone"]
+    train(*alone, cwd=tmp_path)
+    ours = losses(tmp_path / "baseline")
+    assert ours == pytest.approx(losses(tmp_path / "alone" / "baseline"), abs=LOSS_TOLERANCE)
+    assert ours != pytest.approx(losses(finished), abs=LOSS_TOLERANCE)
 
 
 @pytest.mark.parametrize(("layout", "wrapping"), [pytest.param("ddp", "DDP", marks=SLOW), ("fsdp2", "FSDP2")])

@@ -9,7 +9,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from tests.conftest import records, torchrun, train
-from train.run import trackers
+from train import trackers
 from train.utils.errors import UserError
 
 

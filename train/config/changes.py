@@ -15,18 +15,27 @@ RATE = ("learning_rate", "lr_schedule", "max_steps", "warmup_steps", "min_learni
 CURVE = ("weight_decay", "adam_beta1", "adam_beta2", "max_grad_norm", "dropout")
 GUARD = ("on_nonfinite", "on_spike")  # a run that the guard has stopped continues with another of them
 # Facts that are no flags, or whose flag may be "auto".
-SETTING = ("processes", "sharding", "attention", "precision", "torch", "transformers", "deepspeed", "gpt2flash")
+PACKAGES = ("torch", "transformers", "deepspeed", "gpt2flash")
+SETTING = ("processes", "sharding", "stage_bounds", "attention", "precision", *PACKAGES)
+# The masks of dropout belong to a micro-batch in a stage; how they are drawn, to the kernels.
+MASKS = (
+    "train_micro_batch_size_per_gpu",
+    "stage_bounds",
+    "attention",
+    "mixed_precision",
+    "precision",
+    "torch_compile",
+    *PACKAGES,
+)
 ROUNDING = (
     "pipeline_stages",
     "pipeline_schedule",
-    "train_micro_batch_size_per_gpu",
     "gradient_accumulation_steps",
-    "mixed_precision",
     "loss_chunk_size",
-    "torch_compile",
     "activation_checkpointing",
     "activation_checkpointing_interval",
-    *SETTING,
+    "processes",
+    "sharding",
 )
 SAMPLES = 1000  # of the steps to come, whose learning rates are compared: a schedule is smooth
 
@@ -47,12 +56,13 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any], step: int) -> l
     before, after = with_warmup(before), with_warmup(after)
     differing = [name for name in after if before[name] != after[name]]
     rates_differ = any(name in RATE for name in differing) and first_other_rate(before, after, step) is not None
-    rounding = "rounding, and dropout's masks" if after.get("dropout") else "rounding"
+    masks = "rounding, and dropout's masks" if after.get("dropout") else "rounding"
     effects = (
         (RATE, "the rates of later steps" if rates_differ else "no rate of a later step", rates_differ),
         (CURVE, "the updates", True),
         (GUARD, "the next such steps", False),
-        (ROUNDING, rounding, False),
+        (MASKS, masks, False),
+        (ROUNDING, "rounding", False),
     )
     return [
         Change(name, before[name], after[name], effect, breaks)

@@ -62,7 +62,8 @@ class AcceleratedEngine(Engine):
 
     def _compute_step(self, micro_batches: Iterable[dict[str, torch.Tensor]]) -> None:
         self.model.train()
-        for micro_batch in micro_batches:
+        for micro_step, micro_batch in enumerate(micro_batches):
+            self.seed_dropout(micro_step)
             with self.accelerator.accumulate(self.model):
                 with annotate("data"):
                     inputs = self._inputs(micro_batch)

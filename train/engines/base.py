@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from socket import gethostname
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import gather_object
 from torch import nn
@@ -76,6 +77,7 @@ class Engine(ABC):
         self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.is_main = self.accelerator.is_main_process
         self.data_rank, self.data_world_size, self.pipeline_rank = self.rank, self.world_size, 0
+        self.step = 0  # which is being computed, counted from 0
         self.losses: list[torch.Tensor] = []  # of the micro-batches of the last step, on the device
         if self.world_size != launched:
             raise UserError(
@@ -144,17 +146,23 @@ class Engine(ABC):
         learning_rate: float,
         review: Review = DEFAULT_REVIEW,
     ) -> StepResult:
-        """One step from this process's share of the global batch, which updates the weights if `review` accepts it.
-
-        The random state of dropout depends on (seed, step, rank) alone, so a resumed run needs no saved state.
-        """
-        torch.manual_seed(mix(self.config.seed, step, self.rank))
+        """One step from this process's share of the global batch, which updates the weights if `review` accepts it."""
+        self.step = step
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.losses.clear()
         self.review = review
         self._compute_step(micro_batches)
         return self.result
+
+    def seed_dropout(self, micro_step: int, stage: int = 0) -> None:
+        """Seed the masks of this process's micro-batch `micro_step` in a stage of a pipeline.
+
+        They depend on (seed, step, number of the micro-batch in the global batch, stage) alone: a resumed run needs no
+        saved state, and any number of data-parallel processes draws the same masks.
+        """
+        micro_batch = micro_step * self.data_world_size + self.data_rank
+        torch.manual_seed(dropout_seed(self.config.seed, self.step, micro_batch, stage))
 
     def _review(self, grad_norm: torch.Tensor) -> bool:
         """Whether the step updates the weights; called once in each step, with the norm over all processes.
@@ -258,7 +266,6 @@ class Engine(ABC):
                 set_full_tensor(self.optimizer, parameter, moments[f"{key}.{name}"].to(self.device), key)
 
 
-def mix(seed: int, step: int, rank: int) -> int:
-    """One seed from three numbers; adjacent numbers give distant seeds (the odd constants are SplitMix64's)."""
-    mixed = seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + rank * 0x94D049BB133111EB
-    return (mixed ^ (mixed >> 31)) % 2**63
+def dropout_seed(seed: int, step: int, micro_batch: int, stage: int) -> int:
+    """The seed of a micro-batch's masks in a stage of a pipeline, by its number in the global batch of a step."""
+    return int(np.random.SeedSequence((seed, step, micro_batch, stage)).generate_state(1, np.uint64)[0] >> 1)

@@ -1,17 +1,21 @@
 """A step of a run computed again in one process, whatever the layout was: the same weights, tokens, order and dropout.
 
-The checkpoint has full weights and moments in fp32; the order of the data and the seed of dropout are functions of
-(seed, step, rank). So one process computes the micro-batches of all ranks one after another and averages them.
+The checkpoint has full weights and moments in fp32; the order of the data is a function of the seed and the step, the
+masks of dropout are one of these, the micro-batch and the stage. So one process computes the micro-batches of all
+ranks one after another, in the order that they have in the global batch, and averages them.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import set_seed
+from torch import nn
 
+from modeling_gpt2flash import GPT2FlashForCausalLM
 from train.checkpoints import step_folder as checkpoints
 from train.checkpoints.loading import load_model, model_config
 from train.checkpoints.run_folder import STEPS_FILE, read_steps
@@ -20,7 +24,7 @@ from train.config.run_config import RunConfig
 from train.data.batches import TrainBatches
 from train.data.token_file import open_tokens
 from train.engines.accelerated import AcceleratedEngine
-from train.engines.base import Review, StepResult, mix
+from train.engines.base import Review, StepResult
 from train.utils.errors import UserError
 
 
@@ -87,15 +91,16 @@ class Replay:
         tensors = checkpoints.read_tensors(self.checkpoint, model)
         engine.prepare(model)
         engine.load_state(*tensors, self.checkpoint.guard.updates)
+        self._seed_stages(model)
         return engine
 
     def micro_batches(self, step: int) -> list[MicroBatch]:
-        """All micro-batches of a step, those of rank 0 first; `step` counts from 1."""
+        """All micro-batches of a step, in the order of the global batch; `step` counts from 1."""
         size, accumulation = self.config.train_micro_batch_size_per_gpu, self.config.gradient_accumulation_steps
         blocks = self.data.block_indices(step - 1)
         found = []
-        for rank in range(self.ranks):
-            for number in range(accumulation):
+        for number in range(accumulation):
+            for rank in range(self.ranks):
                 start = (number * self.ranks + rank) * size
                 offsets = (blocks[start : start + size] * self.data.block_size).tolist()
                 tensors = self.data.micro_batch(step - 1, number, rank, self.ranks, size)
@@ -106,15 +111,21 @@ class Replay:
         """Compute a step, and update the weights as the run did."""
         skipped = self.records.get(step, {}).get("skipped", False)
         return self.engine.train_step(
-            step - 1, self._seeded(step), self.learning_rate(step - 1), Review(lambda loss, grad_norm: not skipped)
+            step - 1,
+            [micro_batch.tensors for micro_batch in self.micro_batches(step)],
+            self.learning_rate(step - 1),
+            Review(lambda loss, grad_norm: not skipped),
         )
 
-    def _seeded(self, step: int) -> Iterator[dict[str, torch.Tensor]]:
-        """The micro-batches as the engine takes them; each rank's random numbers begin anew."""
-        for micro_batch in self.micro_batches(step):
-            if micro_batch.number == 0:
-                torch.manual_seed(mix(self.config.seed, step - 1, micro_batch.rank))
-            yield micro_batch.tensors
+    def _seed_stages(self, model: GPT2FlashForCausalLM) -> None:
+        """Make the layers of a pipeline's later stages draw the masks of their stage."""
+        layers: list[nn.Module] = [model.transformer.wte, *model.transformer.h, model.transformer.ln_f, model.lm_head]
+        bounds = self.checkpoint.state.setting.get("stage_bounds", [])
+        for stage, first in enumerate(bounds[1:-1], start=1):
+            layers[first].register_forward_pre_hook(partial(self._enter_stage, stage))
+
+    def _enter_stage(self, stage: int, *_: Any) -> None:
+        self.engine.seed_dropout(len(self.engine.losses), stage)
 
     def learning_rate(self, step: int) -> float:
         state = self.checkpoint.state

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from train.checkpoints.run_folder import STEPS_FILE, missing_steps, read_steps
 from train.metrics.table import STEP_METRICS
 from train.run.setup import ResolvedRun
-from train.run.trackers import Trackers
+from train.trackers import Trackers
 from train.utils.files import json_safe, write_text
 
 

@@ -6,13 +6,12 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import asdict
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 
 from accelerate.utils import gather_object, set_seed
 
 from train.checkpoints import starting
 from train.checkpoints import step_folder as checkpoints
-from train.checkpoints.background import BackgroundWriter, States
 from train.checkpoints.loading import load_model
 from train.checkpoints.step_folder import GuardState
 from train.config import launcher_env as launcher
@@ -25,16 +24,15 @@ from train.job.watchdog import mark, marked
 from train.metrics.annotations import annotate
 from train.metrics.energy import EnergyMeter, energy_reader
 from train.metrics.hardware import versions
-from train.metrics.summary import best_validation
 from train.run.guard import Guard
 from train.run.log import RunLog
 from train.run.profiling import Profiler
+from train.run.saving import CheckpointSaver
 from train.run.setup import ResolvedRun
 from train.run.signals import Interruptions
 from train.run.summary import write_summary
 from train.run.validate import validate
-from train.utils import lock, processes
-from train.utils.errors import RUN_AGAIN, STOPPED_BY_GUARD, EarlyEnd
+from train.utils import processes
 
 
 def build(run: ResolvedRun, launcher_exited: Callable[[], None] = lambda: None) -> Engine:
@@ -83,102 +81,6 @@ def _create_engine(run: ResolvedRun) -> Engine:
 def due(step: int, interval: int, last: int) -> bool:
     """Whether something that happens every `interval` steps (0: never) and at the end happens after `step`."""
     return step == last or (interval > 0 and step % interval == 0)
-
-
-@annotate("checkpoint")
-def save(engine: Engine, run: ResolvedRun, state: checkpoints.TrainingState, writer: BackgroundWriter | None) -> None:
-    """Write the checkpoint of a state, parameter by parameter; with a `writer`, from a copy, beside training."""
-    config = run.config
-    tensors = marked(engine.tensors(on_host=writer is None), f"the checkpoint of step {state.step}")
-
-    def write(states: States) -> None:
-        lock.check(config.run_folder)
-        checkpoints.save(config.run_folder, run.model, run.tokenizer, states, state, config.save_total_limit)
-
-    if engine.is_main:
-        writer.start(tensors, write) if writer else write(tensors)
-    for _ in tensors:
-        pass  # the other processes only take part in gathering
-    engine.wait()
-
-
-class Checkpoints:
-    """Saves the run, each step at most once."""
-
-    def __init__(
-        self, engine: Engine, run: ResolvedRun, log: RunLog, guard: Guard, interruptions: Interruptions
-    ) -> None:
-        self.engine, self.run, self.log, self.guard, self.interruptions = engine, run, log, guard, interruptions
-        self.step = run.first_step if run.checkpoint else -1  # of the newest checkpoint
-        self.writer = BackgroundWriter(log.message)
-
-    def save(self, step: int, *, temporary: bool = False, ends: bool = False) -> None:
-        """Write the checkpoint after `step` steps; a `temporary` one is deleted when the next is complete.
-
-        Training does not wait for it, unless the run `ends` or there is no room for a copy.
-        """
-        self.writer.wait()  # one at a time, and none unfinished at the end
-        if step <= self.step:
-            return
-        self.log.flush()  # first: a run that resumes from the checkpoint needs the records up to it
-        beside = self.run.config.async_save and not ends and self.writer.has_room(self.run.checkpoint_bytes)
-        began = time.monotonic()
-        save(
-            self.engine,
-            self.run,
-            self.run.state(step, self.guard.state(), temporary),
-            self.writer if beside else None,
-        )
-        self.step = step
-        self.interruptions.saved(self.writer.seconds if beside else time.monotonic() - began)
-
-    def validated(self, step: int) -> bool:
-        """Keep the checkpoint of the best validation up to `step`; whether the run ends, because that is long ago."""
-        config, best = self.run.config, best_validation(self.log.records)  # which the main process has
-        resumed = step == self.run.first_step
-        if config.keep_best and self.engine.any_process(best.step == step or resumed):
-            self.save(step, temporary=True)
-            self.writer.wait()
-            if self.engine.is_main:
-                checkpoints.point_best_to(config.run_folder / f"step-{best.step}")
-                checkpoints.rotate(config.run_folder, config.save_total_limit)
-        patience = config.early_stopping_patience
-        if patience is None or not self.engine.any_process(best.since >= patience):
-            return False
-        self.save(step, ends=True)
-        self.log.message(
-            f"--early_stopping_patience {patience}: {best.since} validations since step {best.step:,} (loss "
-            f"{best.val_loss:.4f}) were not better: the run ends after step {step:,} of {self.run.total_steps:,}"
-        )
-        return True
-
-    def end_early(self, step: int, reason: str) -> NoReturn:
-        """Save after `step` steps, and end all processes, of which those with a reason give theirs."""
-        if step > 0:
-            self.save(step, ends=True)
-        reasons = dict.fromkeys(each for each in gather_object([reason]) if each)
-        self.log.close()
-        self.engine.close()
-        where = f"{self.run.config.run_folder}/step-{step} is saved" if step > 0 else "nothing is saved yet"
-        raise EarlyEnd(
-            f"{' and '.join(reasons)}: the run stops after step {step:,} of {self.run.total_steps:,}; {where}, and "
-            f"--resume_from_checkpoint continues",
-            RUN_AGAIN,
-        )
-
-    def end_by_guard(self, step: int, finding: str) -> NoReturn:
-        """Save the weights before an update that is not made, which are those after `step` steps, and end."""
-        self.save(step, ends=True)
-        self.log.close()
-        self.engine.close()
-        flag = "on_spike" if self.guard.reason == "spike" else "on_nonfinite"
-        folder = self.run.config.run_folder
-        raise EarlyEnd(
-            f"{finding}, so the run stops before this update; {folder}/step-{step} has the weights before it. "
-            f"python -m train.replay {folder} --step {step + 1} finds where it arises; --resume_from_checkpoint with "
-            f"--{flag} skip continues without it",
-            STOPPED_BY_GUARD,
-        )
 
 
 def introduction(run: ResolvedRun, engine: Engine) -> Iterator[str]:
@@ -230,7 +132,7 @@ def train_steps(run: ResolvedRun, engine: Engine, log: RunLog, interruptions: In
     for sentence in introduction(run, engine):
         log.message(sentence)
     guard = Guard(config, run.checkpoint.guard if run.checkpoint else GuardState(0))
-    saves = Checkpoints(engine, run, log, guard, interruptions)
+    saver = CheckpointSaver(engine, run, log, guard, interruptions)
     review = Review(guard.accepts, interruptions.requests)
     validation = partial(
         validate, engine, run.val, config.train_micro_batch_size_per_gpu, config.eval_steps, interruptions.is_asked
@@ -240,15 +142,15 @@ def train_steps(run: ResolvedRun, engine: Engine, log: RunLog, interruptions: In
     ):  # the run ended before it
         log.amend(validation() or {})
     if engine.any_process(interruptions.is_asked()):
-        saves.end_early(run.first_step, interruptions.reason)
+        saver.end_early(run.first_step, interruptions.reason)
 
     resumed = run.checkpoint is not None and run.checkpoint.is_in(config.run_folder)
-    ends = resumed and saves.validated(run.first_step)  # it may have been killed before it could
+    ends = resumed and saver.validated(run.first_step)  # it may have been killed before it could
 
     energy = EnergyMeter(energy_reader(engine.device))
     steps = range(run.first_step, run.first_step if ends else run.total_steps)
     data = read_ahead(partial(micro_batches, engine, run), steps, engine.device)
-    with closing(data), Profiler(run, engine) as profiler, saves.writer:
+    with closing(data), Profiler(run, engine) as profiler, saver.writer:
         for step in steps:
             mark(f"step {step + 1}")
             energy.start()
@@ -278,7 +180,7 @@ def train_steps(run: ResolvedRun, engine: Engine, log: RunLog, interruptions: In
             if guard.reason:
                 finding = guard.finding(done, result, engine.non_finite_losses())
                 if guard.action == "stop":
-                    saves.end_by_guard(step, finding)
+                    saver.end_by_guard(step, finding)
                 log.message(finding if result.updated else f"{finding}; the update is skipped")
             if not result.updated:
                 record["skipped"] = True
@@ -286,16 +188,16 @@ def train_steps(run: ResolvedRun, engine: Engine, log: RunLog, interruptions: In
             stop, save = result.requests
             if save or stop or due(done, config.save_interval, run.total_steps):
                 temporary = not due(done, config.save_interval, run.total_steps)
-                saves.save(done, temporary=temporary, ends=stop or done == run.total_steps)
-            saves.writer.check()
+                saver.save(done, temporary=temporary, ends=stop or done == run.total_steps)
+            saver.writer.check()
             if due(done, config.eval_interval, run.total_steps) and not stop:
                 validated = validation()
                 log.amend(validated or {})
                 stop = validated is None
-                if not stop and saves.validated(done):
+                if not stop and saver.validated(done):
                     break
             if stop:
-                saves.end_early(done, interruptions.reason)
+                saver.end_early(done, interruptions.reason)
             profiler.step()
             interruptions.step_done()
     return engine.peak_memory(profiler.peak_before) | energy.metrics(

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from modeling_gpt2flash import GPT2FlashConfig, GPT2FlashForCausalLM
 from modeling_gpt2flash.attention import choose_attention
+from train import trackers
 from train.checkpoints import starting
 from train.checkpoints import step_folder as checkpoints
 from train.checkpoints.loading import (
@@ -39,7 +40,6 @@ from train.hub import upload
 from train.job import rendezvous
 from train.metrics.hardware import versions
 from train.optim.schedule import default_warmup_steps, learning_rate
-from train.run import trackers
 from train.utils import lock, processes
 from train.utils.devices import device_type, has_fast_bf16, has_memory_history, matmul_precision
 from train.utils.errors import UserError
@@ -141,7 +141,12 @@ class ResolvedRun:
         sharding = "FSDP2" if launcher.asks("FSDP") else "none"
         if self.config.optimized:
             sharding = f"ZeRO-{self.deepspeed['zero_optimization']['stage']}"
-        own = {"processes": processes.world_size(), "sharding": sharding, "attention": self.attention[0]}
+        own = {
+            "processes": processes.world_size(),
+            "sharding": sharding,
+            "stage_bounds": list(self.partition.bounds) if self.partition else [],
+            "attention": self.attention[0],
+        }
         known = versions()
         return own | {"precision": self.precision} | {name: known[name] for name in SETTING if name in known}
 

@@ -7,6 +7,7 @@ the labels; hidden states are sent to the next stage and their gradients to the 
 """
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import chain
@@ -53,6 +54,7 @@ class PipelinedEngine(Engine):
         self.pipeline_rank, self.data_rank = divmod(self.rank, self.data_world_size)
         self.has_loss = self.pipeline_rank == self._rank_of(partition.bounds[-1] - 1)
         self.shapes_sent: dict[str, torch.Size] = {}
+        self.forward_passes: Counter[int] = Counter()  # of each stage in this step: a stage takes them in order
 
     def _rank_of(self, layer: int) -> int:
         """The pipeline rank that has a layer."""
@@ -104,23 +106,28 @@ class PipelinedEngine(Engine):
     def prepare(self, model: GPT2FlashForCausalLM) -> None:
         super().prepare(model)
         self.model._INSTRUCTION_MAP = {
-            instruction: annotate(PHASES.get(instruction.__name__, "communication"))(self._annotate_stage(execute))
+            instruction: annotate(PHASES.get(instruction.__name__, "communication"))(
+                self._in_stage(execute, is_forward=instruction.__name__ == "ForwardPass")
+            )
             for instruction, execute in self.model._INSTRUCTION_MAP.items()
         }
         # DeepSpeed sends the loss to all stages after the update; the review needs it before.
         self.aggregate_loss = self.model._aggregate_total_loss
         self.model._aggregate_total_loss = lambda: self.mean_loss
 
-    def _annotate_stage(self, execute: Callable[..., None]) -> Callable[..., None]:
-        """The same instruction, annotated with its stage; DualPipeV's phase 1 is that of the second chunk."""
+    def _in_stage(self, execute: Callable[..., None], is_forward: bool) -> Callable[..., None]:
+        """The same instruction, annotated with its stage, whose dropout is seeded before each forward pass."""
 
-        def annotated(engine: Any, **arguments: Any) -> None:
-            second = arguments.get("phase", 0) == 1
+        def execute_in_stage(engine: Any, **arguments: Any) -> None:
+            second = arguments.get("phase", 0) == 1  # DualPipeV's second chunk
             stage = self._second_chunk(self.pipeline_rank) if second else self.pipeline_rank
+            if is_forward:
+                self.seed_dropout(self.forward_passes[stage], stage)
+                self.forward_passes[stage] += 1
             with record_function(stage_annotation(stage)):
                 execute(engine, **arguments)
 
-        return annotated
+        return execute_in_stage
 
     def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
         for index, layer in self.layers.items():
@@ -137,6 +144,7 @@ class PipelinedEngine(Engine):
         yield from found.items()
 
     def _compute_step(self, micro_batches: Iterable[dict[str, torch.Tensor]]) -> None:
+        self.forward_passes.clear()
         micro_batches = iter(micro_batches)
         first = next(micro_batches)
         self._reset_changed_shapes(first)
