@@ -93,6 +93,16 @@ def train(*flags: object, cwd: Path, check: bool = True) -> subprocess.Completed
     return run_module("train", [str(flag) for flag in flags], cwd, check)
 
 
+def ranks(
+    *flags: object, cwd: Path, processes: int = 2, fsdp2: bool = False, check: bool = True, module: str = "train"
+) -> subprocess.CompletedProcess[str]:
+    """What torchrun starts, in forks, for tests that do not depend on the launcher; all output is in stdout."""
+    from tests.forks import fsdp2_environment, run_ranks
+
+    own = fsdp2_environment() if fsdp2 else {}
+    return run_ranks(module, [str(flag) for flag in flags], cwd, processes, check, own)
+
+
 def engine_steps(
     scenario: str, folder: Path, *flags: object, processes: int = 2, layout: str | None = None
 ) -> list[list[dict[str, Any]]]:
@@ -106,7 +116,7 @@ def engine_steps(
     if layout is not None:
         accelerate(*words, cwd=folder.parent, processes=processes, layout=layout, module="tests.engine_steps")
     else:
-        run_ranks("tests.engine_steps", words, folder, processes)
+        run_ranks("tests.engine_steps", words, folder, processes, check=True)
     return [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
 
 

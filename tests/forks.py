@@ -10,10 +10,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import cache
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from tests.conftest import free_port
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
+
+from tests.conftest import ROOT, free_port
 
 SERVER = multiprocessing.get_context("forkserver")
 PRELOADED = ["tests.engine_steps", "train.__main__"]
@@ -36,27 +40,48 @@ def run_module(module: str, arguments: list[str], cwd: Path, check: bool) -> sub
     return done
 
 
-def run_ranks(module: str, arguments: list[str], folder: Path, processes: int) -> None:
-    """The same in each rank of a job, as torchrun does; its output is in `folder`, and shown if one fails."""
-    folder.mkdir(parents=True, exist_ok=True)
-    environment = dict(os.environ)
+def run_ranks(
+    module: str, arguments: list[str], cwd: Path, processes: int, check: bool, own: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """The same in each rank of a job, as torchrun does, with `own` variables; the exit code is that of the first
+    rank that fails, and the output that of one rank after the other.
+    """
+    cwd.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, **(own or {})}
     if processes > 1:
         environment |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    ranks, logs = [], [folder / f"rank{rank}.log" for rank in range(processes)]
-    for rank, log in enumerate(logs):
-        own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
-        ranks.append(_start(module, arguments, environment | own, folder, log, log))
-    deadline = time.monotonic() + TIMEOUT_SECONDS
-    while any(rank.is_alive() for rank in ranks) and not any(rank.exitcode for rank in ranks):
-        assert time.monotonic() < deadline, "\n".join(["still running", *map(_read, logs)])
-        time.sleep(0.05)
-    for rank in ranks:
-        rank.join(5)
-        rank.kill()
-        rank.join()
-    failed = "\n".join([f"{module} {' '.join(arguments)}", *map(_read, logs)])
-    assert [rank.exitcode for rank in ranks] == [0] * processes, failed
+    with tempfile.TemporaryDirectory() as folder:
+        ranks, logs = [], [Path(folder, str(rank)) for rank in range(processes)]
+        for rank, log in enumerate(logs):
+            place = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
+            ranks.append(_start(module, arguments, environment | place, cwd, log, log))
+        deadline = time.monotonic() + TIMEOUT_SECONDS
+        while any(rank.is_alive() for rank in ranks) and not any(rank.exitcode for rank in ranks):
+            assert time.monotonic() < deadline, "\n".join(["still running", *map(_read, logs)])
+            time.sleep(0.05)
+        first = next((rank.exitcode for rank in ranks if rank.exitcode), 0)
+        for rank in ranks:
+            rank.join(5)
+            rank.kill()
+            rank.join()
+        said = "\n".join(map(_read, logs))
+    code = first or next((rank.exitcode for rank in ranks if rank.exitcode), 0)
+    assert not check or code == 0, f"{module} {' '.join(arguments)}\n{said}"
+    return subprocess.CompletedProcess(arguments, code, said, "")
+
+
+@cache
+def fsdp2_environment() -> dict[str, str]:
+    """What `accelerate launch` with our fsdp2.yaml sets."""
+    file = str(ROOT / "accelerate_configs" / "fsdp2.yaml")
+    arguments = launch_command_parser().parse_args(["--config_file", file, "--num_processes", "2", "train"])
+    resolved, _, _ = _validate_launch_command(arguments)
+    return {
+        name: value
+        for name, value in prepare_multi_gpu_env(resolved).items()
+        if name.startswith(("ACCELERATE_", "FSDP_"))
+    }
 
 
 def _start(

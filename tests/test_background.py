@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from modeling_gpt2flash import GPT2FlashConfig, GPT2FlashForCausalLM
-from tests.conftest import SMALL, accelerate, losses, train
-from tests.forks import SERVER, _run, run_ranks
+from tests.conftest import SMALL, losses, ranks, train
+from tests.forks import SERVER, _run
 from tests.jobs import layout
 from tests.test_checkpoint import save, states_of
 from train.checkpoints import __main__ as command
@@ -119,10 +119,7 @@ def test_every_layout_writes_the_same_checkpoints_beside_training(flags: list[st
     for way, value in (("beside", "true"), ("waited", "false")):
         words = [*flags, *layout("baseline" if name == "fsdp2" else name), "--save_interval=1", "--max_steps=4"]
         words += [f"--async_save={value}", f"--checkpoint_path={tmp_path / way}"]
-        if name == "fsdp2":
-            accelerate(*words, cwd=tmp_path, layout=name)
-        else:
-            run_ranks("train.__main__", words, tmp_path / way, processes=2)
+        ranks(*words, cwd=tmp_path, fsdp2=name == "fsdp2")
     beside, waited = (next((tmp_path / way).glob("*/latest")).parent for way in ("beside", "waited"))
     for step in range(1, 5):
         assert contents(beside / f"step-{step}") == contents(waited / f"step-{step}")

@@ -35,7 +35,7 @@ def test_each_side_is_measured_alone_and_within_the_limit() -> None:
 
 @pytest.mark.slow
 def test_the_table_of_a_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    argv = "memory --size tiny --blocks 16 32 --batches 1 --threads 1 --sides baseline uncompiled"
+    argv = "memory --size tiny --blocks 16 32 --batches 1 --threads 1 --sides uncompiled"
     monkeypatch.setattr("sys.argv", argv.split())
     memory.main()
     rows = capsys.readouterr().out.split("\n\n")[1].splitlines()[2:]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import python, records, torchrun, train
+from tests.conftest import python, ranks, records, train
 from train.config.run_config import parse
 from train.metrics.summary import Best, best_validation
 from train.utils.errors import UserError
@@ -100,7 +100,7 @@ def test_a_run_ends_when_validations_no_longer_get_better(flags: list[str], tmp_
 @pytest.mark.slow
 def test_two_processes_keep_the_best_and_end_together(flags: list[str], tmp_path: Path) -> None:
     words = [*flags, *WORSENING, "--keep_best", "--early_stopping_patience=2", f"--checkpoint_path={tmp_path}"]
-    torchrun("-m", "train", *words, "--train_micro_batch_size_per_gpu=2", cwd=tmp_path)
+    ranks(*words, "--train_micro_batch_size_per_gpu=2", cwd=tmp_path)
     run = tmp_path / "baseline"
     last = records(run)[-1]["step"]
     assert check_best(run, last) == last - 2

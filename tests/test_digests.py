@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from modeling_gpt2flash import GPT2FlashConfig, GPT2FlashForCausalLM
-from tests.conftest import SMALL, losses, train
+from tests.conftest import SMALL, losses, ranks, train
 from tests.test_checkpoint import save, states_of
 from train.checkpoints import __main__ as command
 from train.checkpoints import starting
@@ -201,8 +201,6 @@ def test_verify_checks_latest_and_wants_checkpoints(run: Path, tmp_path: Path) -
 
 
 def test_all_ranks_fall_back_to_the_same_checkpoint(flags: list[str], finished: Path, tmp_path: Path) -> None:
-    from tests.forks import run_ranks
-
     run = tmp_path / "baseline"
     shutil.copytree(finished, run)
     (run / "latest").write_text("step-4\n")
@@ -214,9 +212,8 @@ def test_all_ranks_fall_back_to_the_same_checkpoint(flags: list[str], finished: 
     weights.write_bytes(content)
     (run / "latest").write_text("step-8\n")
     words = [*flags, f"--checkpoint_path={tmp_path}", "--train_micro_batch_size_per_gpu=2", "--resume_from_checkpoint"]
-    run_ranks("train.__main__", words, tmp_path / "logs", processes=2)
-    said = "".join((tmp_path / "logs" / f"rank{rank}.log").read_text() for rank in (0, 1))
-    assert said.count(f"resuming from {run / 'step-4'}, the newest checkpoint that is intact") == 1
+    done = ranks(*words, cwd=tmp_path)
+    assert done.stdout.count(f"resuming from {run / 'step-4'}, the newest checkpoint that is intact") == 1
     assert losses(run) == pytest.approx(losses(finished), abs=1e-5)
 
 

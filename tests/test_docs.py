@@ -19,6 +19,7 @@ from deepspeed.launcher import runner
 from torch.distributed import run as torch_run
 
 from tests.conftest import ROOT, command, free_port, records
+from tests.forks import run_module
 from train.cli import TOOLS
 from train.config.run_config import parse
 from train.metrics.table import METRICS
@@ -180,6 +181,14 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def run(words: list[str], cwd: Path) -> None:
+    """A command as written; `python -m` in a fork, which saves it the imports."""
+    if words[:2] == ["python", "-m"]:
+        run_module(words[2], words[3:], cwd, check=True)
+    else:
+        command(*words, cwd=cwd)
+
+
 def is_run(line: str) -> bool:
     """Whether the walk runs a command. Recipes have tests of their own, and the Hub is not there."""
     words = shlex.split(line, comments=True)
@@ -232,8 +241,8 @@ def walked(workplace: Path, flags: list[str]) -> Path:
         if "--num_machines" in line:
             continue
         if "--resume_from_checkpoint" in line:  # other commands have replaced the run since: make it anew
-            command(*shrunk(BASELINE, flags), cwd=workplace)
-        command(*shrunk(line, flags), cwd=workplace)
+            run(shrunk(BASELINE, flags), workplace)
+        run(shrunk(line, flags), workplace)
         if "--resume_from_checkpoint" in line:
             assert len(records(workplace / "checkpoint" / "baseline")) == 3, "two steps, and one after resuming"
     return workplace

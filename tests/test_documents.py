@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from modeling_gpt2flash import GPT2FlashForCausalLM
 from modeling_gpt2flash.documents import document_bounds
-from tests.conftest import ROOT, accelerate, check_parity, losses, python, torchrun, train
+from tests.conftest import ROOT, check_parity, losses, ranks, train
 from train.data.batches import EvalBatches, TrainBatches, document_positions
 from train.data.token_file import open_tokens
 from train.data.tokenizer import END_OF_TEXT
@@ -162,17 +162,15 @@ def test_flash_kernels_train_on_single_documents(
 ) -> None:
     """auto takes the kernel, every call of it is told the bounds, and only the rounding of bf16 is different."""
     flags = [*masked, "--mixed_precision=bf16", "--attn_implementation=auto", f"--checkpoint_path={tmp_path}"]
-    words = ["-m", "tests.flash_stubs", "flash_attention_2", *flags]
-    if stages == 1:
-        done = python(*words, cwd=tmp_path)
-    else:
+    if stages == 2:
         settings = json.loads((ROOT / "ds_configs" / "pipeline.json").read_text())
         settings["pipeline"] |= {"partition": [2, 3]}
         (tmp_path / "ds.json").write_text(json.dumps(settings))
         pipeline = [f"--deepspeed_config={tmp_path}/ds.json", f"--pipeline_stages={stages}"]
-        halves = ["--gradient_accumulation_steps=2", "--train_micro_batch_size_per_gpu=2"]
-        done = torchrun(*words, "--run_type=optimized", *pipeline, *halves, cwd=tmp_path)
-    assert "attention: flash_attention_2" in done.stdout + done.stderr
+        flags += ["--run_type=optimized", *pipeline]
+        flags += ["--gradient_accumulation_steps=2", "--train_micro_batch_size_per_gpu=2"]
+    done = ranks("flash_attention_2", *flags, cwd=tmp_path, processes=stages, module="tests.flash_stubs")
+    assert "attention: flash_attention_2" in done.stdout
     # 8 steps (of 2 micro-batches in a pipeline) and 2 validations of 8 batches (16), 2 layers (1 a stage).
     assert done.stdout.count("flash_attention_2: 48 calls with bounds of documents") == stages
     assert "no bounds" not in done.stdout
@@ -197,6 +195,6 @@ def test_flash_kernels_train_on_single_documents(
 )
 def test_layouts_agree(masked: list[str], masked_run: Path, tmp_path: Path, own: list[str]) -> None:
     (tmp_path / "ds_configs").symlink_to(ROOT / "ds_configs")
-    done = accelerate(*masked, *own, "--run_type=optimized", f"--checkpoint_path={tmp_path}", cwd=tmp_path)
-    assert "attention: sdpa" in done.stdout + done.stderr
+    done = ranks(*masked, *own, "--run_type=optimized", f"--checkpoint_path={tmp_path}", cwd=tmp_path)
+    assert "attention: sdpa" in done.stdout
     check_parity(tmp_path / "optimized", masked_run)

@@ -103,7 +103,7 @@ def killed(corpus: Corpus, out: Path, *more: str, split: str = "hash") -> tuple[
     return process.pid, left
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [3, pytest.param(8, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("split", SPLITS)
 def test_killed_at_random_moments(library: Corpus, tmp_path: Path, split: str, kills: int) -> None:
     """One preparation is killed again and again; when it comes through, another begins, until all kills are spent."""

@@ -4,13 +4,13 @@ import json
 import math
 import warnings
 from collections import deque
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from tests.conftest import ROOT, accelerate, python, records, torchrun
+from tests.conftest import ROOT, python, ranks, records, torchrun
 from tests.jobs import layout
 from tests.tiny_gpt2 import make_ours
 from train.checkpoints.step_folder import GuardState
@@ -81,36 +81,28 @@ def test_what_is_done_about_a_spike(action: str, updates: int, spike: tuple[floa
 # Whole runs
 
 
-def finish(words: list[str], cwd: Path, launch: str, check: bool = True) -> Any:
-    if launch == "python":
-        return python("-m", *words, cwd=cwd, check=check)
-    if launch == "fsdp2":
-        return accelerate(*words[1:], cwd=cwd, layout="fsdp2", module=words[0], check=check)
-    return torchrun("-m", *words, cwd=cwd, check=check)
-
-
-def check_decisions(flags: list[str], launch: str, tmp_path: Path) -> None:
+def check_decisions(flags: list[str], tmp_path: Path, processes: int, fsdp2: bool = False) -> None:
     """A planted NaN stops the run, its weights saved; skipped, the run resumes exactly from before and after it."""
     kind = "optimized" if any("optimized" in flag for flag in flags) else "baseline"
-    planted = ["tests.planted", *PLANTED, *flags, *STEPS]
-    stopped = finish([*planted, f"--checkpoint_path={tmp_path}/stop"], tmp_path, launch, check=False)
-    said = stopped.stdout + stopped.stderr
-    assert stopped.returncode == (3 if launch == "python" else 1), said  # a launcher reports its processes' 3
-    assert launch == "python" or "exitcode  : 3" in said
+    planted = [*PLANTED, *flags, *STEPS]
+    run_planted = partial(ranks, cwd=tmp_path, processes=processes, fsdp2=fsdp2, module="tests.planted")
+    stopped = run_planted(*planted, f"--checkpoint_path={tmp_path}/stop", check=False)
+    said = stopped.stdout
+    assert stopped.returncode == 3, said
     assert "step 5: the loss is nan (rank " in said
     assert f"{tmp_path}/stop/{kind}/step-4 has the weights before it" in said
     assert len(records(tmp_path / "stop" / kind)) == 4
     assert (tmp_path / "stop" / kind / "latest").read_text() == "step-4\n"
 
     skip = [*planted, "--on_nonfinite=skip"]
-    finish([*skip, f"--checkpoint_path={tmp_path}/skip"], tmp_path, launch)
+    run_planted(*skip, f"--checkpoint_path={tmp_path}/skip")
     run = tmp_path / "skip" / kind
     assert [record["step"] for record in records(run) if record.get("skipped")] == [5]
     guard = json.loads((run / "step-8" / "training_state.json").read_text())["guard"]
     assert guard["updates"] == 7
     for step in (4, 6):
         resume = [f"--resume_from_checkpoint={run}/step-{step}", f"--checkpoint_path={tmp_path}/from-{step}"]
-        finish([*skip, *resume], tmp_path, launch)
+        run_planted(*skip, *resume)
         for file in ("model.safetensors", "optimizer.safetensors"):
             resumed = tmp_path / f"from-{step}" / kind / "step-8" / file
             assert resumed.read_bytes() == (run / "step-8" / file).read_bytes(), (step, file)
@@ -123,7 +115,7 @@ def small(flags: list[str]) -> list[str]:
 
 @pytest.mark.parametrize("precision", ["no", pytest.param("bf16", marks=pytest.mark.faults)])
 def test_one_process_stops_or_skips_and_resumes_exactly(small: list[str], tmp_path: Path, precision: str) -> None:
-    check_decisions([*small, f"--mixed_precision={precision}"], "python", tmp_path)
+    check_decisions([*small, f"--mixed_precision={precision}"], tmp_path, processes=1)
 
 
 @pytest.mark.faults
@@ -133,9 +125,15 @@ def test_every_layout_stops_or_skips_and_resumes_exactly(
     small: list[str], tmp_path: Path, name: str, precision: str
 ) -> None:
     own = [flag for flag in layout("baseline" if name == "fsdp2" else name) if "mixed_precision" not in flag]
-    check_decisions(
-        [*small, *own, f"--mixed_precision={precision}"], "fsdp2" if name == "fsdp2" else "torchrun", tmp_path
-    )
+    check_decisions([*small, *own, f"--mixed_precision={precision}"], tmp_path, processes=2, fsdp2=name == "fsdp2")
+
+
+@pytest.mark.faults
+def test_the_launcher_reports_a_stop(small: list[str], tmp_path: Path) -> None:
+    words = [*PLANTED, *small, *STEPS, *layout("baseline"), f"--checkpoint_path={tmp_path}"]
+    done = torchrun("-m", "tests.planted", *words, cwd=tmp_path, check=False)
+    assert done.returncode == 1, "torchrun has one exit code for all failures of its processes"
+    assert "exitcode  : 3" in done.stdout + done.stderr
 
 
 @pytest.mark.gpu

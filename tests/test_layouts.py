@@ -16,6 +16,7 @@ from tests.conftest import (
     engine_steps,
     free_port,
     losses,
+    ranks,
     torchrun,
     train,
 )
@@ -42,7 +43,8 @@ ENGINES = {
 def test_zero_on_two_processes_computes_what_one_process_does(
     two_processes: list[str], finished: Path, tmp_path: Path, engine: str
 ) -> None:
-    done = accelerate(
+    start = accelerate if engine == "zero2" else ranks
+    done = start(
         *two_processes,
         "--run_type=optimized",
         "--eval_interval=4",
@@ -117,12 +119,12 @@ def test_a_sharded_checkpoint_goes_on_in_another_layout(
     two_processes: list[str], finished: Path, tmp_path: Path
 ) -> None:
     zero3 = [f"--deepspeed_config={ROOT}/ds_configs/zero3.json", "--run_type=optimized"]
-    accelerate(*two_processes, *zero3, f"--checkpoint_path={tmp_path}", cwd=tmp_path)
+    ranks(*two_processes, *zero3, f"--checkpoint_path={tmp_path}", cwd=tmp_path)
     half = tmp_path / "optimized" / "step-4"
     alone = [*two_processes, "--train_micro_batch_size_per_gpu=4", f"--resume_from_checkpoint={half}"]
     train(*alone, f"--checkpoint_path={tmp_path}/alone", cwd=tmp_path)
     assert losses(tmp_path / "alone" / "baseline") == pytest.approx(losses(finished), abs=LOSS_TOLERANCE)
-    accelerate(
+    ranks(
         *two_processes,
         "--run_type=optimized",
         f"--deepspeed_config={ROOT}/ds_configs/zero1.json",
@@ -159,7 +161,7 @@ def test_fsdp2_goes_on_from_any_layout_and_any_layout_from_it(
     two_processes: list[str], finished: Path, tmp_path: Path
 ) -> None:
     there = [*two_processes, f"--resume_from_checkpoint={finished}/step-4", f"--checkpoint_path={tmp_path}/there"]
-    accelerate(*there, "--save_interval=2", cwd=tmp_path, layout="fsdp2")
+    ranks(*there, "--save_interval=2", cwd=tmp_path, fsdp2=True)
     assert losses(tmp_path / "there" / "baseline") == pytest.approx(losses(finished), abs=LOSS_TOLERANCE)
     back = [*two_processes, f"--resume_from_checkpoint={tmp_path}/there/baseline/step-6"]
     train(*back, "--train_micro_batch_size_per_gpu=4", f"--checkpoint_path={tmp_path}", cwd=tmp_path)
@@ -169,7 +171,7 @@ def test_fsdp2_goes_on_from_any_layout_and_any_layout_from_it(
 @pytest.mark.slow
 def test_fsdp2_in_bf16_stays_close(two_processes: list[str], finished: Path, tmp_path: Path) -> None:
     flags = [*two_processes, "--mixed_precision=bf16", "--loss_chunk_size=16", f"--checkpoint_path={tmp_path}"]
-    done = accelerate(*flags, "--activation_checkpointing=full", cwd=tmp_path, layout="fsdp2")
+    done = ranks(*flags, "--activation_checkpointing=full", cwd=tmp_path, fsdp2=True)
     assert "--loss_chunk_size 16 has no effect: FSDP2 computes the full logits" in done.stdout + done.stderr
     assert losses(tmp_path / "baseline") == pytest.approx(losses(finished), abs=0.02)
 

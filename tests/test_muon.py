@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from modeling_gpt2flash import GPT2FlashForCausalLM
-from tests.conftest import LOSS_TOLERANCE, accelerate, losses, records, torchrun, train
+from tests.conftest import LOSS_TOLERANCE, losses, ranks, records, torchrun, train
 from tests.test_optim import small
 from train.optim.muon import Muon, MuonAndAdamW
 from train.optim.parameter_groups import build_optimizer, is_hidden_matrix, moments_of
@@ -166,10 +166,10 @@ def test_two_processes_compute_what_one_does_and_each_resumes_from_the_other(
     muon: list[str], alone: Path, tmp_path: Path, layout: str
 ) -> None:
     two = [*muon, "--train_micro_batch_size_per_gpu=2"]
-    accelerate(*two, f"--checkpoint_path={tmp_path}/two", cwd=tmp_path, layout=layout)
+    ranks(*two, f"--checkpoint_path={tmp_path}/two", cwd=tmp_path, fsdp2=layout == "fsdp2")
     check_same(tmp_path / "two" / "baseline", alone)
     there = [*two, f"--resume_from_checkpoint={alone}/step-4", f"--checkpoint_path={tmp_path}/there"]
-    accelerate(*there, cwd=tmp_path, layout=layout)
+    ranks(*there, cwd=tmp_path, fsdp2=layout == "fsdp2")
     check_same(tmp_path / "there" / "baseline", alone)
     half = tmp_path / "two" / "baseline" / "step-4"
     back = [*muon, f"--resume_from_checkpoint={half}", f"--checkpoint_path={tmp_path}/back"]

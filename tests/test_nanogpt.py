@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import losses, python
+from tests.conftest import losses, train
 from tests.test_benchmark_train_step import STAND_IN
 from train.checkpoints import nanogpt
 from train.checkpoints.loading import load_for_inference
@@ -111,7 +111,7 @@ def test_training_starts_from_a_checkpoint(exported: Path, flags: list[str], sta
 
     data = next(flag.split("=")[1] for flag in flags if flag.startswith("--train_data_path"))
     start = [*flags, f"--model={exported}", "--max_steps=2", f"--checkpoint_path={tmp_path}"]
-    python("-m", "train", *start, cwd=tmp_path)
+    train(*start, cwd=tmp_path)
     batch = TrainBatches(open_tokens(data, 50257), 32, 4, 1337).micro_batch(0, 0, 0, 1, 4)
     _, model, _ = open_as_nanogpt(exported, stand_in)
     _, loss = model(batch["input_ids"], batch["shift_labels"])

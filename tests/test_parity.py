@@ -257,7 +257,7 @@ def test_one_process_and_two_compute_what_the_reference_does(monkeypatch: pytest
 @pytest.mark.timeout(1800)
 def test_other_layouts_do_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    names = ["ddp-x2", "ddp-x4", "zero1-x2", "zero3-x2", "pp4", "pp2-dp2"]
+    names = ["ddp-x2", "zero1-x2", "zero3-x2", "pp2-dp2"]
     found = run_cases([Case(name, 8, False, index % 2 == 0) for index, name in enumerate(names)])
     assert [each.reason for each in found] == [""] * len(names)
 

@@ -22,7 +22,7 @@ from tests.conftest import (
     free_port,
     losses,
     python,
-    torchrun,
+    ranks,
     train,
 )
 from train.config.run_config import parse
@@ -83,7 +83,7 @@ def test_a_checkpoint_goes_from_a_pipeline_to_one_process_and_back(
     train(*alone, cwd=tmp_path)
     assert losses(tmp_path / "alone" / "baseline") == pytest.approx(losses(finished), abs=LOSS_TOLERANCE)
     back = [*flags, *layout(tmp_path / "back", 2, 2, [2, 3]), f"--resume_from_checkpoint={finished}/step-4"]
-    accelerate(*back, cwd=tmp_path)
+    ranks(*back, cwd=tmp_path)
     assert losses(tmp_path / "back" / "optimized") == pytest.approx(losses(finished), abs=LOSS_TOLERANCE)
 
 
@@ -92,13 +92,13 @@ def test_a_resumed_pipeline_is_the_uninterrupted_one(
     two_stages: tuple[Path, str], flags: list[str], tmp_path: Path
 ) -> None:
     half = f"--resume_from_checkpoint={two_stages[0]}/step-4"
-    accelerate(*flags, *layout(tmp_path, 2, 2), half, cwd=tmp_path)
+    ranks(*flags, *layout(tmp_path, 2, 2), half, cwd=tmp_path)
     assert losses(tmp_path / "optimized") == losses(two_stages[0])
 
 
 @pytest.mark.slow
 def test_stages_and_data_parallelism_together(flags: list[str], finished: Path, tmp_path: Path) -> None:
-    torchrun("-m", "train", *flags, *layout(tmp_path, 2, 4), cwd=tmp_path, processes=4)
+    ranks(*flags, *layout(tmp_path, 2, 4), cwd=tmp_path, processes=4)
     check_parity(tmp_path / "optimized", finished)
 
 
@@ -108,16 +108,16 @@ def test_stages_without_matrices_or_without_vectors(
     flags: list[str], finished: Path, tmp_path: Path, partition: list[int]
 ) -> None:
     """Embeddings, final norm or head alone have parameters of one kind; the optimizer has a group for each kind."""
-    accelerate(*flags, *layout(tmp_path, 3, 3, partition), cwd=tmp_path, processes=3)
+    ranks(*flags, *layout(tmp_path, 3, 3, partition), cwd=tmp_path, processes=3)
     check_parity(tmp_path / "optimized", finished)
 
 
 @pytest.mark.slow
 def test_dualpipev_computes_what_one_process_does(flags: list[str], finished: Path, tmp_path: Path) -> None:
     whole, half = tmp_path / "whole", tmp_path / "half"
-    accelerate(*flags, *dualpipev(whole), cwd=tmp_path)
+    ranks(*flags, *dualpipev(whole), cwd=tmp_path)
     check_parity(whole / "optimized", finished)
-    accelerate(*flags, *dualpipev(half, "uniform"), f"--resume_from_checkpoint={whole}/optimized/step-4", cwd=tmp_path)
+    ranks(*flags, *dualpipev(half, "uniform"), f"--resume_from_checkpoint={whole}/optimized/step-4", cwd=tmp_path)
     assert losses(half / "optimized") == pytest.approx(losses(finished), abs=LOSS_TOLERANCE)
 
 
@@ -229,7 +229,7 @@ def test_a_run_goes_through_every_layout(flags: list[str], tmp_path: Path) -> No
     for step, (name, (processes, own)) in zip([2, 4, 6, 8], legs.items(), strict=True):
         words = [*flags, *own, *ten, f"--resume_from_checkpoint={last}/step-{step}"]
         if processes > 1:
-            accelerate(*words, cwd=tmp_path, processes=processes)
+            ranks(*words, cwd=tmp_path, processes=processes)
         else:
             train(*words, cwd=tmp_path)
         last = tmp_path / name / ("optimized" if processes > 1 else "baseline")
@@ -246,7 +246,7 @@ def test_two_stages_of_two_processes_from_text_on(tmp_path: Path) -> None:
     train(*shared, "--train_micro_batch_size_per_gpu=8", cwd=tmp_path)
     two = ["--run_type=optimized", f"--deepspeed_config={ROOT}/ds_configs/pipeline.json", "--pipeline_stages=2"]
     half = ["--train_micro_batch_size_per_gpu=2", "--gradient_accumulation_steps=2"]
-    accelerate(*shared, *two, *half, cwd=tmp_path, processes=4)
+    ranks(*shared, *two, *half, cwd=tmp_path, processes=4)
     one, pipelined = (losses(tmp_path / "checkpoint" / kind) for kind in ("baseline", "optimized"))
     assert pipelined == pytest.approx(one, abs=LOSS_TOLERANCE)
     assert one[-1] < one[0] - 0.5
@@ -254,7 +254,7 @@ def test_two_stages_of_two_processes_from_text_on(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_bf16_stays_close_and_its_masters_are_kept(flags: list[str], finished: Path, tmp_path: Path) -> None:
-    accelerate(*flags, *layout(tmp_path, 2, 2), "--mixed_precision=bf16", cwd=tmp_path)
+    ranks(*flags, *layout(tmp_path, 2, 2), "--mixed_precision=bf16", cwd=tmp_path)
     assert losses(tmp_path / "optimized") == pytest.approx(losses(finished), abs=0.02)
     for name, weight in load_file(tmp_path / "optimized" / "model.safetensors").items():
         assert weight.dtype == torch.float32

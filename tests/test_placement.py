@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import command, python
+from tests.conftest import command, train
 from train.engines.placement import RankPlacement, check_launch, check_placements
 from train.utils.errors import UserError
 
@@ -87,6 +87,6 @@ def test_a_launcher_that_starts_fewer_than_asked_is_refused(
 
 @pytest.mark.slow
 def test_one_process_prints_its_layout(flags: list[str], tmp_path: Path) -> None:
-    done = python("-m", "train", *flags, "--max_steps=1", f"--checkpoint_path={tmp_path}", cwd=tmp_path)
+    done = train(*flags, "--max_steps=1", f"--checkpoint_path={tmp_path}", cwd=tmp_path)
     assert "plain on 1 process" in done.stdout + done.stderr
     assert os.uname().nodename in done.stdout + done.stderr

@@ -12,7 +12,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from modeling_gpt2flash import GPT2FlashConfig
-from tests.conftest import ROOT, accelerate, losses, python, records, torchrun
+from tests.conftest import ROOT, losses, python, ranks, records, train
 from tests.tiny_gpt2 import make_ours, tokens
 from train.config.run_config import parse
 from train.engines.transforms import compile_blocks
@@ -178,15 +178,13 @@ def test_every_process_of_every_layout_leaves_a_trace(layout: str, flags: list[s
         f"--checkpoint_path={tmp_path}",
         "--train_micro_batch_size_per_gpu=2",
     ]
-    if layout == "ddp":
-        torchrun("-m", "train", *words, cwd=tmp_path)
-    else:
+    if layout != "ddp":
         pipelined = layout != "zero2"
         json_name = "pipeline" if pipelined else layout
         words += ["--run_type=optimized", f"--deepspeed_config={ROOT}/ds_configs/{json_name}.json"]
         words += ["--pipeline_stages=2", "--gradient_accumulation_steps=4"] if pipelined else []
         words += ["--pipeline_schedule=dualpipev"] if layout == "dualpipev" else []
-        accelerate(*words, cwd=tmp_path)
+    ranks(*words, cwd=tmp_path)
     run = tmp_path / ("baseline" if layout == "ddp" else "optimized")
     recording = read_recording(run)
     assert [trace.rank for trace in recording.traces] == [0, 1]
@@ -232,13 +230,13 @@ def check_timeline(recording: Recording, layout: str) -> None:
 @pytest.mark.slow
 def test_compiled_blocks_and_resumed_runs(flags: list[str], tmp_path: Path) -> None:
     words = [*flags, *SHORT, "--torch_compile", "--save_interval=4", f"--checkpoint_path={tmp_path}"]
-    python("-m", "train", *words, *PROFILE, cwd=tmp_path)
+    train(*words, *PROFILE, cwd=tmp_path)
     trace = tmp_path / "baseline" / "profile" / "rank-0.json.gz"
     assert "module: transformer.h.0" in names(trace)
     assert_closed(summarize(read_recording(tmp_path / "baseline")))
     resumed = ["--resume_from_checkpoint", f"--checkpoint_path={tmp_path}", "--max_steps=8", "--allow_changes"]
     resumed += ["--max_new_tokens=0"]
-    done = python("-m", "train", *flags, *resumed, *PROFILE, cwd=tmp_path)
+    done = train(*flags, *resumed, *PROFILE, cwd=tmp_path)
     assert "nothing is recorded after step 6" in done.stdout + done.stderr
 
 

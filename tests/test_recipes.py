@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, accelerate, losses, python
+from tests.conftest import ROOT, losses, ranks
 from train.checkpoints.loading import SIZES, default_learning_rate
 from train.config import packaged
 from train.config.run_config import parse
@@ -69,11 +69,8 @@ def test_a_recipe_resolves(recipe: Path, flags: list[str], tmp_path: Path, monke
 def test_a_recipe_trains(recipe: Path, flags: list[str], tmp_path: Path) -> None:
     own = [f"--config={recipe}", *shrunk(flags, tmp_path)]
     config = parse(own)
-    if PROCESSES.get(recipe.stem, 1) == 1 and not config.optimized:
-        python("-m", "train", *own, cwd=tmp_path)
-    else:
-        two_stages = ["--pipeline_stages=2"] if config.pipeline_stages else []
-        accelerate(*own, *two_stages, cwd=tmp_path, processes=min(2, PROCESSES.get(recipe.stem, 1)))
+    two_stages = ["--pipeline_stages=2"] if config.pipeline_stages else []
+    ranks(*own, *two_stages, cwd=tmp_path, processes=min(2, PROCESSES.get(recipe.stem, 1)))
     assert len(losses(config.run_folder)) == 2
 
 

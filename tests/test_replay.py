@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from modeling_gpt2flash import GPT2FlashForCausalLM
-from tests.conftest import accelerate, python, torchrun, train
+from tests.conftest import ranks, train
 from tests.forks import run_module
 from tests.jobs import layout
 from tests.tiny_gpt2 import make_ours
@@ -112,9 +112,9 @@ def test_the_loss_of_a_step_is_the_recorded_one(finished: Path, tmp_path: Path, 
 
 def test_dropout_and_skipped_updates_are_the_same(flags: list[str], tmp_path: Path) -> None:
     run = [*flags, "--dropout=0.1", "--save_interval=2", "--max_new_tokens=0", f"--checkpoint_path={tmp_path}"]
-    planted = ["-m", "tests.planted", "4", "0", "transformer.h.1.mlp", "nan", "train"]
-    python(*planted, *run, "--on_nonfinite=skip", "--train_micro_batch_size_per_gpu=2",
-           "--gradient_accumulation_steps=2", cwd=tmp_path)  # fmt: skip
+    planted = ["4", "0", "transformer.h.1.mlp", "nan", "train", *run, "--on_nonfinite=skip"]
+    planted += ["--train_micro_batch_size_per_gpu=2", "--gradient_accumulation_steps=2"]
+    run_module("tests.planted", planted, tmp_path, check=True)
     for folder in (tmp_path / "baseline").glob("step-*"):  # so that the skipped step is computed again
         if folder.name in ("step-4", "step-6", "step-8"):
             folder.rename(folder.with_name(f"moved-{folder.name}"))
@@ -137,17 +137,13 @@ def test_a_planted_nan_of_every_layout_is_found(flags: list[str], tmp_path: Path
         own += ["--pipeline_schedule=dualpipev", "--train_micro_batch_size_per_gpu=1"]
         own += ["--gradient_accumulation_steps=4"]
     words = [*flags, *own, "--dropout=0.1", "--save_interval=2", "--max_new_tokens=0", f"--checkpoint_path={tmp_path}"]
-    if name == "fsdp2":
-        accelerate(*words, cwd=tmp_path, layout="fsdp2")
-    else:
-        torchrun("-m", "train", *words, cwd=tmp_path)
+    ranks(*words, cwd=tmp_path, fsdp2=name == "fsdp2")
     run = tmp_path / ("baseline" if name in ("baseline", "fsdp2") else "optimized")
     for step in (5, 6, 7):  # 6 follows an update of this process's own
         ours, recorded = losses_of(replay(run, "--step", step, cwd=tmp_path))
         assert ours == pytest.approx(recorded, abs=3e-6)
-    found = python(
-        "-m", "tests.planted", "7", "0", "transformer.h.1.mlp", "nan", "replay", run, "--step=7", cwd=tmp_path
-    )
+    planted = ["7", "0", "transformer.h.1.mlp", "nan", "replay", str(run), "--step=7"]
+    found = run_module("tests.planted", planted, tmp_path, check=True)
     assert "nan in the forward pass of transformer.h.1.mlp: aten::mul" in found.stdout
     last = {"pipeline": "rank 0, micro-batch 2", "dualpipev": "rank 0, micro-batch 4"}
     assert last.get(name, "rank 1, micro-batch 1") in found.stdout
