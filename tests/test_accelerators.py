@@ -6,7 +6,7 @@ import pytest
 
 from tests.conftest import ROOT
 from train.config.run_config import parse
-from train.engines.accelerator import deepspeed_accelerator, plain_accelerator
+from train.engines.accelerate_setup import deepspeed_accelerator, plain_accelerator
 from train.run.setup import resolve
 from train.utils.errors import UserError
 

@@ -8,6 +8,7 @@ import torch
 from torch.profiler import ProfilerActivity
 
 from tests.conftest import ROOT
+from train.engines.transforms import ATTENTION_OPERATORS
 from train.utils import devices
 
 
@@ -28,6 +29,13 @@ def test_nobody_else_names_a_backend() -> None:
     }
     of_versions = "train/metrics/hardware.py"  # the version of CUDA is a key of metrics.json
     assert users - {of_versions} == {"train/utils/devices.py", "modeling_gpt2flash/attention.py"}
+
+
+def test_the_fused_kernels_of_sdpa_are_torchs() -> None:
+    """Selective activation checkpointing keeps their outputs, on every kind of device."""
+    names = dir(torch.ops.aten)
+    kernels = {name for name in names if name.startswith("_scaled_dot_product") and f"{name}_backward" in names}
+    assert {f"aten::{name}" for name in kernels} == set(devices.SDPA_OPERATORS) <= ATTENTION_OPERATORS
 
 
 def test_without_an_accelerator_it_is_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

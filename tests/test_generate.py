@@ -22,6 +22,20 @@ PROMPTS = ["import os", "class A:", "", "def f(self, x):\n    return"]
 GREEDY = Decoding(12, temperature=0)
 
 
+def test_options_of_sampling_are_passed_only_where_tokens_are_sampled() -> None:
+    options = {"temperature", "top_k", "top_p"}
+    assert options <= Decoding().arguments().keys()
+    assert not options & GREEDY.arguments().keys()
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "hpu"])
+def test_compile_does_not_depend_on_transformers_list_of_devices(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    monkeypatch.setattr("train.utils.devices.device_type", lambda: device)
+    config = Decoding(static_cache=True, compiled=True).arguments()["compile_config"]
+    assert config._compile_all_devices
+    assert config.mode == ("default" if device == "cpu" else CompileConfig().mode)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> Iterator[None]:
     """Tests run side by side, and threads of so small a model would only wait for each other."""

@@ -164,3 +164,7 @@ def test_versions_record_the_build_of_torch() -> None:
     assert torch_build("2.13.0+cu130", "13.0") == "2.13.0+cu130"
     assert torch_build("2.13.0", "13.0") == "2.13.0+cu130"
     assert torch_build("2.13.0", None) == "2.13.0"
+
+
+def test_a_new_metric_does_not_make_earlier_runs_unreadable() -> None:
+    assert not Metric("new", "New", "seconds", -1).required

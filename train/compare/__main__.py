@@ -17,7 +17,7 @@ from train.config.arguments import ArgumentParser
 from train.kernels.comparison import read_profile
 from train.metrics.memory_profile import read_memory
 from train.utils.command import run_command
-from train.utils.errors import UserError
+from train.utils.errors import FAILED, UserError
 from train.utils.files import atomic_write, write_json, write_text
 
 EXAMPLE = "python -m train.compare checkpoint/baseline checkpoint/optimized --out comparison"
@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
     for result in report.gate:
         print(result.sentence)
     if not all(result.met for result in report.gate):
-        sys.exit(1)
+        sys.exit(FAILED)
 
 
 if __name__ == "__main__":

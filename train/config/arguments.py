@@ -23,8 +23,8 @@ BOUNDS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le,
 def flag(default: Any, help: str, **metadata: Any) -> Any:
     """A dataclass field that is a flag.
 
-    `at_least`, `above`, `at_most` and `below` bound a number, `choices` are the accepted values, and anything else is
-    an argument of `add_argument`.
+    `at_least`, `above`, `at_most` and `below` bound a number, `choices` are the accepted values, `tag` is for whoever
+    reads the field, and anything else is an argument of `add_argument`.
     """
     return field(default=default, metadata={"help": help, **metadata})
 
@@ -75,7 +75,7 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
 
 def _argument(each: Field, annotation: Any) -> dict[str, Any]:
     """The arguments of `add_argument` for a field."""
-    options = {key: value for key, value in each.metadata.items() if key not in BOUNDS}
+    options = {key: value for key, value in each.metadata.items() if key not in (*BOUNDS, "tag")}
     kinds = [kind for kind in get_args(annotation) if kind is not type(None)]
     kind = kinds[0] if type(None) in get_args(annotation) else annotation
     if get_origin(kind) is Literal:

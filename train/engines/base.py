@@ -19,7 +19,7 @@ from torch import nn
 from modeling_gpt2flash import GPT2FlashForCausalLM
 from train.config.run_config import RunConfig
 from train.engines import zero
-from train.engines.accelerator import deepspeed_accelerator, plain_accelerator, set_group_timeouts
+from train.engines.accelerate_setup import deepspeed_accelerator, plain_accelerator, set_group_timeouts
 from train.engines.placement import RankPlacement, check_launch, check_placements
 from train.engines.state import create_moments, full_tensor, held_by_optimizer, set_full_tensor, torch_optimizer
 from train.engines.transforms import checkpoint_arguments, compile_blocks, fuse_gelu, keep_freed_memory

@@ -18,21 +18,15 @@ from transformers import PreTrainedModel
 from transformers.activations import NewGELUActivation
 
 from modeling_gpt2flash import GPT2FlashForCausalLM
+from train.utils.devices import SDPA_OPERATORS
 from train.utils.errors import UserError
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 
 # Operators of torch whose outputs are attention's: a small part of a block's activations, and at long sequences most
-# of its time. sdpa's kernels on CPUs and on GPUs, and FlashAttention 2's. Versions 3 and 4 are missing: what they are
-# to torch differs from release to release.
-ATTENTION_OPERATORS = frozenset({
-    "aten::_scaled_dot_product_flash_attention_for_cpu",
-    "aten::_scaled_dot_product_flash_attention",
-    "aten::_scaled_dot_product_efficient_attention",
-    "aten::_scaled_dot_product_cudnn_attention",
-    "flash_attn::_flash_attn_forward",
-    "flash_attn::_flash_attn_varlen_forward",
-})  # fmt: skip
+# of its time. FlashAttention 3 and 4 are missing: what they are to torch differs from release to release.
+FLASH_ATTENTION_OPERATORS = ("flash_attn::_flash_attn_forward", "flash_attn::_flash_attn_varlen_forward")
+ATTENTION_OPERATORS = frozenset(SDPA_OPERATORS + FLASH_ATTENTION_OPERATORS)
 SAVED_OPERATORS = ATTENTION_OPERATORS | {"aten::mm", "aten::addmm"}  # attention, and the matmuls of linear layers
 SELECTIVE_ATTENTION = ("sdpa", "flash_attention_2")
 """The implementations of attention whose output selective activation checkpointing can save."""
@@ -106,7 +100,7 @@ def check_cpp_compiler(flag: str) -> None:
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     if shutil.which(compiler) is None:
         raise UserError(
-            f"{flag}: needs a C++ compiler on the CPU, and {compiler} is not there; install it, name another in the "
+            f"{flag}: needs a C++ compiler on the CPU, and {compiler} was not found; install it, name another in the "
             "environment variable CXX, or drop the flag"
         )
 

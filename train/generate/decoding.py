@@ -1,11 +1,11 @@
-"""The options of `generate()`: each field made by `flag` is a flag of the command."""
+"""The options of `generate()`: each field made by `flag` is a flag of the command, and an argument of `generate()`."""
 
 from dataclasses import dataclass
 from typing import Any
 
 from train.config.arguments import flag, flags_of
 
-SAMPLING = ("temperature", "top_k", "top_p")  # not passed to `generate()` at temperature 0
+SAMPLING = "sampling"  # tag of the flags that are not passed to `generate()` at temperature 0
 
 
 @dataclass(frozen=True)
@@ -15,11 +15,15 @@ class Decoding:
     max_new_tokens: int = flag(100, "tokens to generate after each prompt", at_least=1)
     num_return_sequences: int = flag(1, "texts to generate for each prompt", at_least=1)
     temperature: float = flag(
-        0.8, "divides the logits before sampling; 0: the most likely token at each step", at_least=0
+        0.8, "divides the logits before sampling; 0: the most likely token at each step", at_least=0, tag=SAMPLING
     )
-    top_k: int = flag(50, "sample from the k most likely tokens; 0: from all", at_least=0)
+    top_k: int = flag(50, "sample from the k most likely tokens; 0: from all", at_least=0, tag=SAMPLING)
     top_p: float = flag(
-        1.0, "sample from the most likely tokens whose probabilities add up to p; 1: from all", at_least=0, at_most=1
+        1.0,
+        "sample from the most likely tokens whose probabilities add up to p; 1: from all",
+        at_least=0,
+        at_most=1,
+        tag=SAMPLING,
     )
     growing_cache: bool = True  # False: transformers' dynamic cache, which is copied at each token
     static_cache: bool = False
@@ -28,7 +32,7 @@ class Decoding:
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments for one call of `generate()`, which fills the cache among them."""
         samples = self.temperature > 0
-        names = [each.name for each in flags_of(Decoding) if samples or each.name not in SAMPLING]
+        names = [each.name for each in flags_of(Decoding) if samples or each.metadata.get("tag") != SAMPLING]
         arguments: dict[str, Any] = {"do_sample": samples} | {name: getattr(self, name) for name in names}
         if self.static_cache:
             arguments |= {"cache_implementation": "static", "disable_compile": not self.compiled}
@@ -42,13 +46,11 @@ class Decoding:
 
 
 def _compile_arguments() -> dict[str, Any]:
-    """What makes `generate()` compile on a CPU; on an accelerator it does so by itself."""
+    """What makes `generate()` compile on every device; by itself it does so only on CUDA, XPU, Neuron and TPU."""
     from transformers import CompileConfig
 
     from train.utils.devices import device_type
 
-    if device_type() != "cpu":
-        return {}
-    config = CompileConfig(mode="default")
+    config = CompileConfig(mode="default") if device_type() == "cpu" else CompileConfig()
     config._compile_all_devices = True  # type: ignore[assignment]  # declared without a type
     return {"compile_config": config}

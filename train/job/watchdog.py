@@ -31,6 +31,7 @@ import torch
 from torch.distributed import TCPStore
 
 from train.utils import processes
+from train.utils.errors import FAILED
 
 Item = TypeVar("Item")
 
@@ -174,7 +175,7 @@ class Watchdog:
                 processes.record_for_launcher(error)
             time.sleep(2 * self.interval + 1)  # the other ranks print theirs before the launcher ends them
         finally:
-            os._exit(1)
+            os._exit(FAILED)
 
 
 _running: list[Watchdog] = []

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from train.utils.devices import SDPA_OPERATORS
+
 aten = torch.ops.aten
 
 LONGEST = 2**48
@@ -46,9 +48,9 @@ ATTENTION = {
     "flash_attn::_flash_attn_forward": Formula(_batch_first(sdpa_flop_count), 3),
     "flash_attn::_flash_attn_backward": Formula(_batch_first(sdpa_backward_flop_count), 4),
 }
-for _kernel in ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention"):
-    ATTENTION[f"aten::_scaled_dot_product_{_kernel}"] = Formula(sdpa_flop_count, 3)
-    ATTENTION[f"aten::_scaled_dot_product_{_kernel}_backward"] = Formula(sdpa_backward_flop_count, 4)
+for _operator in SDPA_OPERATORS:
+    ATTENTION[_operator] = Formula(sdpa_flop_count, 3)
+    ATTENTION[f"{_operator}_backward"] = Formula(sdpa_backward_flop_count, 4)
 FORMULAS = MATMULS | ATTENTION
 
 # One pass over the inputs, one output as large as the largest of them.

@@ -29,7 +29,9 @@ class Metric:
     kind: str  # what `units.unit_of` picks the unit by, or "text"
     better: Literal[-1, 0, 1] = 0  # 1: higher is better, -1: lower is better, 0: neither
     ratio: bool = False  # whether a change is also written as a ratio
-    required: bool = True  # whether a file without the key is refused; an optional row that no run has is left out
+    # Whether a file without the key is refused. Not for a new metric: earlier runs do not have it. A row that is not
+    # required is left out where no run has it.
+    required: bool = False
     same: str = ""  # only runs with the same value of this key are compared by the metric
     # How the step metric with the same key becomes the run's: its last value, or the mean of the last steps.
     over_steps: Literal["", "last", "mean"] = ""
@@ -48,40 +50,37 @@ STEP_METRICS = (
 )
 
 METRICS = (
-    Metric("tokens_per_second", "Training throughput", "rate", 1, ratio=True, tile="Speed", card=True),
-    Metric("step_time_seconds.median", "Step time, median", "seconds", -1),
-    Metric("step_time_seconds.p10", "Step time, 10th percentile", "seconds", -1),
-    Metric("step_time_seconds.p90", "Step time, 90th percentile", "seconds", -1),
-    Metric("data_share", "Waiting for data, share of a step", "fraction", -1),
-    Metric("peak_memory_bytes", "Peak memory", "bytes", -1, ratio=True, same="peak_memory_kind",
+    Metric("tokens_per_second", "Training throughput", "rate", 1, ratio=True, required=True, tile="Speed", card=True),
+    Metric("step_time_seconds.median", "Step time, median", "seconds", -1, required=True),
+    Metric("step_time_seconds.p10", "Step time, 10th percentile", "seconds", -1, required=True),
+    Metric("step_time_seconds.p90", "Step time, 90th percentile", "seconds", -1, required=True),
+    Metric("data_share", "Waiting for data, share of a step", "fraction", -1, required=True),
+    Metric("peak_memory_bytes", "Peak memory", "bytes", -1, ratio=True, required=True, same="peak_memory_kind",
            chart="peak_memory", tile="Peak memory", card=True),
-    Metric("peak_memory_reserved_bytes", "Peak memory, reserved", "bytes", -1, ratio=True, required=False,
-           same="peak_memory_kind"),
-    Metric("joules_per_token", "Energy per token", "joules", -1, ratio=True, required=False, same="energy_covers",
-           card=True),
-    Metric("training_time_seconds", "Training time", "seconds", -1, card=True),
-    Metric("time_per_epoch_seconds", "Time per epoch", "seconds", -1, chart="time_per_epoch"),
-    Metric("train_loss", "Training loss, last steps", "nats", -1, card=True),
-    Metric("val_loss", "Validation loss", "nats", -1, same="val_data", over_steps="last", tile="Validation loss",
-           card=True),
-    Metric("perplexity", "Perplexity", "perplexity", -1, same="val_data", card=True),
-    Metric("inference_latency_seconds", "Inference latency, first token", "seconds", -1),
-    Metric("inference_percentiles.first_token.p95", "First token, 95th percentile", "seconds", -1, required=False),
-    Metric("inference_percentiles.per_token.p50", "Each further token, median", "seconds", -1, required=False),
-    Metric("inference_percentiles.per_token.p95", "Each further token, 95th percentile", "seconds", -1,
-           required=False),
-    Metric("inference_tokens_per_second", "Inference throughput", "rate", 1, ratio=True),
-    Metric("flops_per_second", "Model FLOP/s achieved", "flops", 1),
-    Metric("mfu", "MFU", "fraction", 1, card=True),
-    Metric("steps", "Optimizer steps", "count"),
-    Metric("tokens", "Training tokens", "count"),
-    Metric("tokens_per_step", "Tokens per step", "count"),
-    Metric("parameters", "Parameters", "count"),
-    Metric("world_size", "Processes", "count"),
-    Metric("run_type", "Run type", "text"),
-    Metric("precision", "Precision", "text"),
-    Metric("attn_implementation", "Attention kernel", "text"),
-    Metric("peak_memory_kind", "Memory measured as", "text"),
+    Metric("peak_memory_reserved_bytes", "Peak memory, reserved", "bytes", -1, ratio=True, same="peak_memory_kind"),
+    Metric("joules_per_token", "Energy per token", "joules", -1, ratio=True, same="energy_covers", card=True),
+    Metric("training_time_seconds", "Training time", "seconds", -1, required=True, card=True),
+    Metric("time_per_epoch_seconds", "Time per epoch", "seconds", -1, required=True, chart="time_per_epoch"),
+    Metric("train_loss", "Training loss, last steps", "nats", -1, required=True, card=True),
+    Metric("val_loss", "Validation loss", "nats", -1, required=True, same="val_data", over_steps="last",
+           tile="Validation loss", card=True),
+    Metric("perplexity", "Perplexity", "perplexity", -1, required=True, same="val_data", card=True),
+    Metric("inference_latency_seconds", "Inference latency, first token", "seconds", -1, required=True),
+    Metric("inference_percentiles.first_token.p95", "First token, 95th percentile", "seconds", -1),
+    Metric("inference_percentiles.per_token.p50", "Each further token, median", "seconds", -1),
+    Metric("inference_percentiles.per_token.p95", "Each further token, 95th percentile", "seconds", -1),
+    Metric("inference_tokens_per_second", "Inference throughput", "rate", 1, ratio=True, required=True),
+    Metric("flops_per_second", "Model FLOP/s achieved", "flops", 1, required=True),
+    Metric("mfu", "MFU", "fraction", 1, required=True, card=True),
+    Metric("steps", "Optimizer steps", "count", required=True),
+    Metric("tokens", "Training tokens", "count", required=True),
+    Metric("tokens_per_step", "Tokens per step", "count", required=True),
+    Metric("parameters", "Parameters", "count", required=True),
+    Metric("world_size", "Processes", "count", required=True),
+    Metric("run_type", "Run type", "text", required=True),
+    Metric("precision", "Precision", "text", required=True),
+    Metric("attn_implementation", "Attention kernel", "text", required=True),
+    Metric("peak_memory_kind", "Memory measured as", "text", required=True),
 )  # fmt: skip
 
 BY_KEY = {metric.key: metric for metric in METRICS}

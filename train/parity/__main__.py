@@ -22,7 +22,7 @@ from train.parity.differences import differences
 from train.parity.reference import STEPS, Reference, train_reference, write_problem
 from train.parity.results import Result, as_json, report, table, verdict
 from train.utils.command import run_command
-from train.utils.errors import UserError
+from train.utils.errors import FAILED, UserError
 from train.utils.files import write_json, write_text
 from train.utils.third_party_warnings import silence_third_party_warnings
 
@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> None:
         write_text(arguments.out / "parity.md", report(results))
     print(f"{table(results)}\n\n{verdict(results)}")
     if any(result.reason for result in results):
-        sys.exit(1)
+        sys.exit(FAILED)
 
 
 if __name__ == "__main__":

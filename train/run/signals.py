@@ -18,7 +18,7 @@ from typing import Any
 
 from train.config.run_config import RunConfig
 from train.utils import processes
-from train.utils.errors import RUN_AGAIN, EarlyEnd
+from train.utils.errors import INTERRUPTED, RUN_AGAIN, EarlyEnd
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 REPEATED_AFTER = 2.0  # seconds: a terminal and a launcher both send the same Ctrl-C to a process
@@ -121,7 +121,7 @@ class Interruptions(AbstractContextManager):
                 if number == signal.SIGINT and time.monotonic() - first > REPEATED_AFTER:
                     sys.stderr.write("\nended by the second Ctrl-C, without a checkpoint of this step\n")
                     sys.stderr.flush()
-                    os._exit(130)
+                    os._exit(INTERRUPTED)
                 if is_first and self.keeps_time:
                     again = "; Ctrl-C again ends at once" if number == signal.SIGINT else ""
                     name = signal.Signals(number).name

@@ -1,7 +1,6 @@
 """Entry point of every command: errors become a message and an exit code, and its output may go away.
 
-Exit codes: 0, 1 for a failure, 2 for what the user can mend, 130 after Ctrl-C, and 141 (as after SIGPIPE) when the
-reader of stdout has gone, as in `... | head -1`. A command whose product is files outlives stdout and stderr.
+The exit codes are defined in `errors.py`. A command whose product is files outlives stdout and stderr.
 """
 
 import contextlib
@@ -17,13 +16,21 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from train.utils import processes
-from train.utils.errors import RUN_AGAIN, EarlyEnd, UserError, file_error, memory_error, text_of
-
-READER_GONE = 128 + 13  # SIGPIPE
+from train.utils.errors import (
+    INTERRUPTED,
+    READER_GONE,
+    RUN_AGAIN,
+    USER_ERROR,
+    EarlyEnd,
+    UserError,
+    file_error,
+    memory_error,
+    text_of,
+)
 
 
 def run_command(main: Callable[[], None]) -> NoReturn:
-    """Run a command's `main` and exit. A `UserError` is printed without a traceback and exits with code 2.
+    """Run a command's `main` and exit. A `UserError` is printed without a traceback and exits with `USER_ERROR`.
 
     So are errors of the file system, and a lack of memory in a single process. In a job of several processes, any
     other error is printed with its rank first.
@@ -37,7 +44,7 @@ def run_command(main: Callable[[], None]) -> NoReturn:
         raise
     except KeyboardInterrupt:
         _flush()
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
     except UserError as error:
         _exit_with_user_error(str(error))
     except EarlyEnd as end:
@@ -159,4 +166,4 @@ def _exit_with_user_error(message: str) -> NoReturn:
         time.sleep(processes.GRACE_SECONDS)
         message = f"rank {processes.rank()}: {message}"
     print(f"error: {text_of(message)}", file=sys.stderr, flush=True)
-    sys.exit(2)
+    sys.exit(USER_ERROR)

@@ -1,4 +1,8 @@
-"""What the trainer has to know of the device that it computes on. No other module names a backend.
+"""What the trainer has to know about the device that it computes on.
+
+Other modules only ask whether it is a CPU. Beyond that, the attention kernels of the model
+(`modeling_gpt2flash/attention.py`), the tables of products (`metrics/flops.py`, `plan/speed.py`), the energy counters
+(`metrics/energy.py`) and the recorded version of CUDA (`metrics/hardware.py`) name kinds of devices.
 
 A device that is neither a CPU nor a CUDA GPU is served by `torch.accelerator` and by its own module of torch
 (`torch.xpu`, ...) as far as these have the fact, and by the generic answer beyond that.
@@ -15,6 +19,14 @@ import torch
 from torch.profiler import ProfilerActivity
 
 HIDE_ACCELERATORS = {"CUDA_VISIBLE_DEVICES": ""}  # environment of a process that is to compute on the CPU
+# The fused kernels of `scaled_dot_product_attention`, each with a `_backward`. They differ by kind of device.
+SDPA_OPERATORS = (
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_efficient_attention",
+    "aten::_scaled_dot_product_cudnn_attention",
+    "aten::_scaled_dot_product_fused_attention_overrideable",  # XPU and devices outside of torch
+)
 HISTORY_ENTRIES = 100_000  # allocations and frees that a memory history keeps
 
 

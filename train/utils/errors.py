@@ -1,4 +1,4 @@
-"""Errors that a user can fix, and the one-line summary of any other error."""
+"""Exit codes, errors that a user can fix, and the one-line summary of any other error."""
 
 import difflib
 import errno
@@ -20,9 +20,13 @@ OUT_OF_MEMORY = re.compile(
     r"can't allocate memory|not enough memory|out of memory|Storage size calculation overflowed"
 )
 
-# Exit codes beside 0, 1 (an error of the program or of a peer) and 2 (`UserError`).
+# Exit codes of the commands, which docs/reliability.md explains; 0 is success.
+FAILED = 1  # an error of the program or of another process of the job, or a check that is not met
+USER_ERROR = 2  # the user can fix it, and the message says how: `UserError`, a file, a lack of memory
 STOPPED_BY_GUARD = 3
 RUN_AGAIN = 75  # sysexits.h's EX_TEMPFAIL: everything is saved, the same command continues
+INTERRUPTED = 128 + 2  # Ctrl-C, as after SIGINT; while training, the second one
+READER_GONE = 128 + 13  # the reader of stdout has gone, as in `... | head -1`, as after SIGPIPE
 
 
 class UserError(Exception):

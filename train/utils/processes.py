@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from train.utils.errors import first_line
+from train.utils.errors import FAILED, first_line
 
 WATCH = "watch_"  # what the names of threads begin with that only watch the job
 LAUNCHERS = {"accelerate", "torchrun", "torch.distributed.run", "deepspeed", "deepspeed.launcher.launch"}
@@ -60,7 +60,7 @@ def exit_with_error(error: Exception) -> NoReturn:
         print_line(f"rank {rank()} of {world_size()}: {_with_type(error)}\n{traceback.format_exc()}")
         record_for_launcher(error)
     sys.stdout.flush()
-    os._exit(1)  # a regular exit can hang or abort when peers have already exited
+    os._exit(FAILED)  # a regular exit can hang or abort when peers have already exited
 
 
 def record_for_launcher(error: Exception) -> None:

@@ -47,8 +47,9 @@ def deepspeed_accelerator(config: RunConfig, deepspeed: dict[str, Any]) -> Accel
         )
     launcher.check(config, deepspeed["zero_optimization"])
     launcher.forget()
-    backend = "gloo" if device_type() == "cpu" else "nccl"
-    if backend == "gloo":
+    group: dict[str, Any] = {"timeout": group_timeout(config)}
+    if device_type() == "cpu":
+        group["backend"] = "gloo"  # on an accelerator, DeepSpeed chooses its own
         # DeepSpeed would compile its shared-memory collectives at the first start otherwise.
         import deepspeed.ops as deepspeed_ops
 
@@ -58,7 +59,7 @@ def deepspeed_accelerator(config: RunConfig, deepspeed: dict[str, Any]) -> Accel
     accelerator = Accelerator(
         deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=deepspeed),
         step_scheduler_with_optimizer=False,
-        kwargs_handlers=[InitProcessGroupKwargs(backend=backend, timeout=group_timeout(config))],
+        kwargs_handlers=[InitProcessGroupKwargs(**group)],
         **_common_arguments(config),
     )
     # transformers would build every model under ZeRO-3's `zero.Init` otherwise, which initializes weights differently
