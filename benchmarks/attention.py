@@ -121,7 +121,7 @@ def main() -> None:
                          threads=torch.get_num_threads(), device=device_type())  # fmt: skip
     default = ["eager", "sdpa"] if on_cpu else ["sdpa-flash", "sdpa-cudnn", "eager"]
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=default, help="each is compared with the first")
-    parser.add_argument("--tokens", type=int, help="of a batch (default: the greatest length)")
+    parser.add_argument("--tokens", type=int, help="tokens in a batch (default: the longest sequence)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32" if on_cpu else "bfloat16")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

@@ -90,8 +90,10 @@ def trained_row(path: Path, model: str, block_size: int, sequences: int, steps: 
 
 def main() -> None:
     parser = make_parser(__doc__, rounds=15)
-    parser.add_argument("--folder", type=Path, help="on the disk to be measured (default: the temporary folder)")
-    parser.add_argument("--train", type=int, default=0, metavar="STEPS", help="real training steps (default: none)")
+    parser.add_argument("--folder", type=Path, help="folder on the disk to measure (default: temporary folder)")
+    parser.add_argument(
+        "--train", type=int, default=0, metavar="STEPS", help="number of real training steps (default: none)"
+    )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         path = Path(folder, "train.bin")

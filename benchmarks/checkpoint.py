@@ -2,7 +2,7 @@
 
     python -m benchmarks.checkpoint --size gpt2 --rounds 7 --folder /tmp
 
-The sides alternate: saved while training waits, saved beside training, the library's own `save_file` and `dd`, each
+The sides alternate: saved while training waits, saved in the background, the library's own `save_file` and `dd`, each
 with fsync, of the same bytes.
 """
 
@@ -55,7 +55,7 @@ def main() -> None:
 
         sides = {
             "while training waits": lambda: ours(states),
-            "beside training": lambda: writer.start(states, ours),
+            "in the background": lambda: writer.start(states, ours),
             "safetensors' `save_file`": librarys,
             "`dd`": disk,
         }

@@ -102,7 +102,7 @@ def main() -> None:
     parser = make_parser(__doc__, size="gpt2", batch_sizes=[1, 8], prompt_tokens=32, new_tokens=48, rounds=7,
                          threads=torch.get_num_threads())  # fmt: skip
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES[:3], help="all are compared with the first")
-    parser.add_argument("--cache", choices=["dynamic", "static"], default="dynamic", help="of ours and int8")
+    parser.add_argument("--cache", choices=["dynamic", "static"], default="dynamic", help="cache of ours and of int8")
     args = parser.parse_args()
     silence_third_party_warnings()
     torch.set_num_threads(args.threads)

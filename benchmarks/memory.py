@@ -61,7 +61,7 @@ def main() -> None:
         batches=[1, 4],
     )  # fmt: skip
     available = 0.9 * psutil.virtual_memory().available / GIB
-    parser.add_argument("--limit", type=float, default=available, metavar="GIB", help="on a CPU")
+    parser.add_argument("--limit", type=float, default=available, metavar="GIB", help="memory limit on a CPU")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     names = [sides.resolve_name(side, args.dtype) for side in args.sides]

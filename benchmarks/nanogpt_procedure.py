@@ -91,7 +91,7 @@ def main() -> None:
     parser.add_argument("--test_size", type=float, default=TEST_SIZE)
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--num_proc", type=int, default=1)
-    parser.add_argument("--one_by_one", action="store_true", help="the plain loop, of Parquet files")
+    parser.add_argument("--one_by_one", action="store_true", help="the plain loop, over Parquet files")
     args = parser.parse_args()
     args.out_dir.mkdir(exist_ok=True)
     if args.one_by_one:

@@ -52,7 +52,7 @@ def ranking(events: Iterable[Any], attribute: str, steps: int, top: int) -> list
 def main() -> None:
     parser = sides.make_side_parser(__doc__, block=1024, batch=1, steps=3)
     parser.add_argument("side", metavar="SIDE", help=", ".join(sides.SIDES))
-    parser.add_argument("--most", type=int, default=14, help="operators in the table")
+    parser.add_argument("--most", type=int, default=14, help="number of operators in the table")
     args = parser.parse_args()
     silence_third_party_warnings()
     torch.set_num_threads(args.threads)

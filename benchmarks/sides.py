@@ -284,6 +284,6 @@ def make_side_parser(description: str | None, **defaults: Any) -> ArgumentParser
     """`make_parser` with the flags of a `Case` and of its sides' precision."""
     defaults |= {"size": "gpt2", "threads": torch.get_num_threads(), "device": device_type()}
     parser = make_parser(description, SHAPES, **defaults)
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the sides that do not name their own")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="dtype of the sides that name none")
     parser.add_argument("--nanogpt", type=Path, metavar="DIR", help="a checkout of nanoGPT, for its sides")
     return parser

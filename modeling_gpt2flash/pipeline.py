@@ -157,7 +157,7 @@ def locate(name: str, n_layer: int) -> tuple[int, str]:
             return n_layer + 1, name.removeprefix("transformer.")
         case ["lm_head", "weight"]:
             return n_layer + 2, name
-    raise ValueError(f"{name!r} is no parameter of a GPT-2 of {n_layer} blocks.")
+    raise ValueError(f"{name!r} is not a parameter of a GPT-2 of {n_layer} blocks.")
 
 
 def full_name(layer: int, name: str, n_layer: int) -> str:

@@ -58,7 +58,7 @@ class Job:
         self.until(lambda: file.exists() and f'"step": {step},' in file.read_text())
 
     def until_saved(self, run_folder: Path) -> None:
-        """Until the first checkpoint is complete, which is written beside training."""
+        """Until the first checkpoint is complete, which is written in the background."""
         self.until((run_folder / "latest").exists)
 
     def processes(self) -> list[psutil.Process]:

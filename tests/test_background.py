@@ -1,4 +1,4 @@
-"""Checkpoints written beside training are those of a save that training waits for, whatever happens meanwhile."""
+"""Checkpoints written in the background are those of a save that training waits for, whatever happens meanwhile."""
 
 import errno
 import os
@@ -168,7 +168,7 @@ def train_until(change: int, words: list[str], cwd: Path, error: int | None = No
 
 @pytest.fixture(scope="module")
 def three_steps(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], list[float]]:
-    """The flags of a run with two checkpoints beside training, one of which is kept, and its losses."""
+    """The flags of a run with two checkpoints in the background, one of which is kept, and its losses."""
     folder = tmp_path_factory.mktemp("three")
     words = [*flags, "--max_steps=3", "--save_interval=1", "--save_total_limit=1"]
     train(*words, f"--checkpoint_path={folder}", cwd=folder)

@@ -25,7 +25,7 @@ def train_batches(folder: Path, windows: int, global_batch_size: int, seed: int 
 
 
 def test_every_token_once_an_epoch_in_every_epoch(tmp_path: Path) -> None:
-    windows, global_batch_size, epochs = 10, 4, 6  # 10 is no multiple of 4: batches cross the borders
+    windows, global_batch_size, epochs = 10, 4, 6  # 10 is not a multiple of 4: batches cross the borders
     batches = train_batches(tmp_path, windows, global_batch_size)
     assert batches.blocks == windows
     steps = batches.updates(epochs)

@@ -15,6 +15,11 @@ def test_the_table_of_a_run(
     head, table = capsys.readouterr().out.split("\n\n")
     rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in table.splitlines()[2:]]
     assert "tiny: 0.09 GB of weights and moments" in head
-    assert [row[0] for row in rows] == ["while training waits", "beside training", "safetensors' `save_file`", "`dd`"]
+    assert [row[0] for row in rows] == [
+        "while training waits",
+        "in the background",
+        "safetensors' `save_file`",
+        "`dd`",
+    ]
     assert rows[0][1] == rows[0][4], "training waits until it is complete"
     assert not list(tmp_path.iterdir())

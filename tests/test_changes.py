@@ -1,4 +1,4 @@
-"""What differs when a run is resumed: reported, refused where it makes the losses others, allowed with a flag."""
+"""What differs when a run is resumed: reported, refused where it would change the losses, allowed with a flag."""
 
 import shutil
 from dataclasses import fields
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import losses, train
-from train.config.changes import CURVE, GUARD, RATE, ROUNDING, SETTING, changes, refusal
+from train.config.changes import CURVE, GUARD, MASKS, RATE, ROUNDING, SETTING, changes, refusal
 from train.config.run_config import RunConfig
 
 # Flags whose change concerns no number of the training: files, times, what is measured and shown, how a run starts.
@@ -32,7 +32,7 @@ def facts(**own: Any) -> dict[str, Any]:
 
 
 def test_every_flag_is_compared_or_not_on_purpose() -> None:
-    compared = [*RATE, *CURVE, *GUARD, *ROUNDING]
+    compared = [*RATE, *CURVE, *GUARD, *MASKS, *ROUNDING]
     assert len(compared) == len(set(compared))
     assert {field.name for field in fields(RunConfig)} == NOT_COMPARED | REFUSED | set(compared) - set(SETTING)
 

@@ -330,7 +330,7 @@ def test_refused_broken_and_foreign_files(two: list[Path], tmp_path: Path) -> No
 
     def of_other_runs(fault: str) -> str:
         return (
-            f"{steps} has 0 steps ({fault}) and metrics.json sums up 40: they are of different runs, or incomplete; "
+            f"{steps} has 0 steps ({fault}) and metrics.json sums up 40: they are from different runs, or incomplete; "
             "train it again"
         )
 
@@ -344,7 +344,7 @@ def test_refused_broken_and_foreign_files(two: list[Path], tmp_path: Path) -> No
     assert refusal(two, out) == of_other_runs("line 1: byte 0 is not UTF-8")
     steps.write_text("\n".join([*lines, lines[-1].replace('"step": 40', '"step": 41')]))
     assert refusal(two, out).startswith(
-        f"{steps} has 41 steps and metrics.json sums up 40: they are of different runs"
+        f"{steps} has 41 steps and metrics.json sums up 40: they are from different runs"
     )
     steps.write_text(whole)
 
@@ -363,7 +363,7 @@ def test_refused_broken_and_foreign_files(two: list[Path], tmp_path: Path) -> No
     summary.write_text(json.dumps({**good, "step_time_seconds": {"median": "low"}}))
     assert refusal(two, out) == f"{summary}: \"step_time_seconds.median\" is 'low', not a number or null"
     summary.write_text(json.dumps({**good, "sample": {"text": "half \ud800"}}))
-    assert refusal(two, out) == f"{summary} holds half a character (U+D800 alone)"
+    assert refusal(two, out) == f"{summary} contains a lone surrogate (U+D800)"
 
 
 def test_refused_out(two: list[Path], tmp_path: Path) -> None:

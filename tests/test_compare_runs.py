@@ -25,7 +25,7 @@ def test_steps_that_the_summary_does_not_sum_up(kept: int, tmp_path: Path) -> No
     steps = write_run(tmp_path / "run") / "metrics.jsonl"
     steps.write_text("".join(steps.read_text().splitlines(keepends=True)[:kept]))
     assert refusal(tmp_path / "run") == (
-        f"{steps} has {kept} steps and metrics.json sums up 40: they are of different runs, or incomplete; "
+        f"{steps} has {kept} steps and metrics.json sums up 40: they are from different runs, or incomplete; "
         "train it again"
     )
 

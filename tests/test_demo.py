@@ -15,7 +15,7 @@ def test_the_demo_ends_with_a_comparison_a_report_and_a_sample(tmp_path: Path) -
     assert "| Training throughput (tokens/s)" in done.stdout
     assert f"Report: {tmp_path}/demo/report/report.html" in done.stdout
     report = (tmp_path / "demo" / "report" / "report.html").read_text()
-    assert "What made the difference, in ms a step" in report
+    assert "What made the difference, in ms per step" in report
     assert "A profiled step takes" in report
     assert done.stdout.split("--prompt")[-1].count("\n") > 3, "the sample comes last"
     baseline, optimized = (

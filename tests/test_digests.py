@@ -143,7 +143,7 @@ def test_a_checkpoint_of_an_older_version_resumes_and_says_what_is_not_checked(
 ) -> None:
     forget_digests(run)
     assert starting.find("latest", run).step == 2
-    assert "step-2 is of an older version, without digests" in capsys.readouterr().err
+    assert "step-2 was written by an older version, without digests" in capsys.readouterr().err
 
 
 def test_a_run_without_latest_resumes_from_its_newest_step(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -39,7 +39,7 @@ def test_a_checkpoint_that_is_too_large(flags: list[str], tmp_path: Path) -> Non
     run = tmp_path / "baseline"
     assert said == f"error: {run}/step-4: {TOO_LARGE}"
     assert not list(run.glob("step-*")) + list(run.glob(".step-*"))
-    # It is written beside training, which ends after the step in which it fails.
+    # It is written in the background, which ends after the step in which it fails.
     assert 4 <= (run / "metrics.jsonl").read_text().count("\n") <= 8
 
 

@@ -68,11 +68,11 @@ for name in {METRICS!r}:
         by_hand,
         "inf",
         "nan",
-        "perplexity of no tokens: add at least one batch with tokens before compute",
+        "cannot compute the perplexity of zero tokens: add at least one batch with tokens before compute",
         f"{{'bits_per_byte': {9 / (math.log(2) * 26)}}}",
-        "bits per byte of no text: add at least one batch with bytes before compute",
+        "cannot compute bits per byte of zero bytes: add at least one batch with bytes before compute",
         f"{{'token_accuracy': {2 / 4}}}",  # of 4 labels; the fifth is -100
-        "accuracy over no tokens: add at least one label other than -100 before compute",
+        "cannot compute accuracy over zero tokens: add at least one label other than -100 before compute",
         *["True"] * 3,
     ]
     assert list((tmp_path / "cwd").iterdir()) == []

@@ -155,7 +155,7 @@ def test_the_card_goes_with_the_weights_that_it_describes(hub: LoopbackHub, fini
     (run / "latest").write_text("step-4\n")
     done = python(*words, cwd=tmp_path, check=False)
     assert done.returncode == 2
-    assert "metrics.json is of 8 steps and the latest checkpoint is step-4" in done.stderr
+    assert "metrics.json has 8 steps, and the latest checkpoint is step-4" in done.stderr
     assert not files
 
 

@@ -108,7 +108,7 @@ def test_impossible_plans_are_refused_in_a_sentence() -> None:
 
 
 def test_it_says_that_nothing_fits_and_what_comes_nearest() -> None:
-    with pytest.raises(UserError, match=r"nothing fits into 2GB.*nearest comes ZeRO-3 offload"):
+    with pytest.raises(UserError, match=r"nothing fits into 2GB.*the closest is ZeRO-3 offload"):
         plan.main(["--model=gpt2-xl", "--device_memory=2GB"])
 
 

@@ -319,7 +319,7 @@ def test_half_a_pair_is_completed_by_the_same_command(
         ("--dataset json --data_files a.jsonl --text_column n", "column n of --dataset json holds int, not text"),
         (
             "--dataset json --data_files bad.jsonl",
-            r"line that begins '\{\"text\": \"a\"' in bad\.jsonl is no JSON",
+            r"line that begins '\{\"text\": \"a\"' in bad\.jsonl is not valid JSON",
         ),
         ("--dataset json --data_files empty.jsonl", r"has no documents: check empty\.jsonl"),
         ("--dataset parquet --data_files a.jsonl", "cannot read --dataset parquet as parquet files"),

@@ -117,7 +117,7 @@ def test_profiling_changes_no_number(profiled: Path, flags: list[str], tmp_path:
     [
         (["--profile", "--profile_steps=10"], ["--profile_steps 10", "10:13"]),
         (["--profile", "--profile_steps=1:3"], ["--profile_steps 1:3", "2 or later"]),
-        (["--profile", "--profile_steps=5:5"], ["--profile_steps 5:5", "end after it"]),
+        (["--profile", "--profile_steps=5:5"], ["--profile_steps 5:5", "end after the start"]),
         (["--memory_snapshot"], ["--memory_snapshot", "--profile"]),
     ],
 )

@@ -119,7 +119,7 @@ def test_which_operator_made_the_difference(tmp_path: Path) -> None:
     assert {"matmul", "idle and launch gaps", "200 · 50.00 ms", "10.00 · 12.00 ms"} <= {
         *page.texts["text"],
     }  # fmt: skip
-    assert "What made the difference, in ms a step" in page.texts["h3"]
+    assert "What made the difference, in ms per step" in page.texts["h3"]
 
 
 def test_other_kernels_of_the_same_work_are_in_one_row(tmp_path: Path) -> None:
@@ -191,7 +191,7 @@ def test_the_roofline(tmp_path: Path) -> None:
     page = report(unknown, tmp_path / "out")
     assert not page.drawn("path", "stroke: var(--ink)")
     assert "the device's peak is not known" in page.text("small")
-    assert "What takes longest, in ms a step" in page.texts["h3"]
+    assert "What takes longest, in ms per step" in page.texts["h3"]
 
 
 def test_a_run_without_points_and_rows(tmp_path: Path) -> None:
@@ -227,7 +227,7 @@ def test_names_from_a_trace_are_text(tmp_path: Path) -> None:
         (json.dumps(kernels(0.1, facts={})), '"runs.0.facts.run_type" is missing'),
         (
             json.dumps(kernels(0.1, facts={**RUN_FACTS, "tokens_per_step": 9})),
-            "is of another run: its tokens_per_step is 9, and 1000 in the run's metrics.json",
+            "belongs to a different run: its tokens_per_step is 9, but 1000 in the run's metrics.json",
         ),
         (json.dumps(kernels(0.1, categories=None)), '"runs.0.categories" is None, not a valid array'),
         (json.dumps(kernels(0.1, pipeline=[])), '"runs.0.pipeline" is [], not an object'),

@@ -88,7 +88,7 @@ def test_no_section_where_nothing_was_tracked(tmp_path: Path) -> None:
         (memory(at_peak=None), '"at_peak" is None, not an object'),
         (memory(over_step={}), '"over_step" is {}, not a valid array'),
         (memory(over_step=[{"phase": "forward"}]), '"over_step.0.parameters" is missing'),
-        (memory(over_step=[{"phase": "\ud800", "event": 1, **bytes_of(*[1] * 6)}]), "holds half a character"),
+        (memory(over_step=[{"phase": "\ud800", "event": 1, **bytes_of(*[1] * 6)}]), "contains a lone surrogate"),
     ],
 )
 def test_a_foreign_or_broken_file_is_named_before_anything_is_written(

@@ -54,7 +54,7 @@ def test_the_earlier_deadline_counts() -> None:
 def test_a_time_that_is_none_is_refused(tmp_path: Path) -> None:
     done = python("-m", "train", "--max_time", "soon", cwd=tmp_path, check=False)
     assert done.returncode == 2
-    assert "--max_time: 'soon' is no time; write it as H:M:S" in done.stderr
+    assert "--max_time: 'soon' is not a duration; write it as H:M:S" in done.stderr
 
 
 def test_a_run_stops_in_time_and_the_same_command_continues(endless: list[str], tmp_path: Path) -> None:

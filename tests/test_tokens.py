@@ -250,10 +250,10 @@ def test_what_cannot_be_opened(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"empty\.bin is empty"):
         open_tokens(tmp_path / "empty.bin", VOCABULARY_SIZE)
     (tmp_path / "odd.bin").write_bytes(b"abc")
-    with pytest.raises(UserError, match=r"odd\.bin has 3 bytes, which is no multiple of 2"):
+    with pytest.raises(UserError, match=r"odd\.bin has 3 bytes, which is not a multiple of 2"):
         open_tokens(tmp_path / "odd.bin", VOCABULARY_SIZE)
     path = write_tokens(tmp_path / "train.bin", [1, 2])
-    with pytest.raises(UserError, match=r"train\.json is no token file: give the \.bin"):
+    with pytest.raises(UserError, match=r"train\.json is not a token file: give the \.bin"):
         open_tokens(sidecar_path(path), VOCABULARY_SIZE)
     with path.open("ab") as file:
         file.write(b"\1\0")
@@ -322,7 +322,7 @@ def test_a_file_that_is_cut_while_it_is_read_is_a_sentence(tmp_path: Path) -> No
     os.truncate(path, 5000)
     assert tokens.read(0, 2500).tolist() == list(range(2500))
     beyond = next(step for step in range(19) if batches.block_indices(step)[0] == 5)
-    with pytest.raises(UserError, match=r"train\.bin was cut short while it was read: it had 20,000 tokens and ends"):
+    with pytest.raises(UserError, match=r"train\.bin was truncated while it was read: it had 20,000 tokens and ends"):
         batches.micro_batch(beyond, 0, 0, 1, 1)
 
 

@@ -37,7 +37,7 @@ def check(names: Iterable[str]) -> None:
 
 
 class Trackers:
-    """The trackers of a run. One that fails is reported and is not called again: the run goes on without it."""
+    """The trackers of a run. One that fails is reported and is not called again: the run continues without it."""
 
     def __init__(self, accelerator: Accelerator, config: RunConfig, step: int) -> None:
         start(accelerator, config, step)

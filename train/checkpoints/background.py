@@ -1,4 +1,4 @@
-"""Checkpoints written beside training: a copy of the training state in host memory, and a thread that writes it.
+"""Checkpoints written in the background: a copy of the training state in host memory, and a thread that writes it.
 
 Training waits for the copy only. One checkpoint is written at a time, and the next one waits for it. The thread calls
 the same writer as a save that training waits for, so a kill at any moment leaves the same: complete checkpoints.
@@ -80,8 +80,8 @@ class BackgroundWriter(AbstractContextManager):
         if self._copy is not None or size < available:
             return True
         self._say(
-            f"training waits for this checkpoint: beside training it needs a copy of {size / 1e9:.1f} GB, and "
-            f"{available / 1e9:.1f} GB of memory are available"
+            f"training waits for this checkpoint: writing it in the background needs a copy of "
+            f"{size / 1e9:.1f} GB, and {available / 1e9:.1f} GB of memory are available"
         )
         return False
 

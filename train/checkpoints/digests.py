@@ -2,7 +2,7 @@
 
 safetensors checks the header of a file only, so one flipped bit in a weight would train on in silence.
 
-The digest is XXH3 with 128 bits. It finds what disks, memory and copies change by accident; it is no protection from a
+The digest is XXH3 with 128 bits. It finds what disks, memory and copies change by accident; it does not protect from a
 person, who could write the digests as well. Of the digests in the dependencies it alone is faster than a disk: 11 GB/s
 on a core that computes SHA-256 at 0.7 GB/s and CRC-32 at 1.5 GB/s.
 """
@@ -107,7 +107,7 @@ def _read_header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
 
 def _fault_of_header(name: str, found: dict[str, Any], shapes: Mapping[str, Sequence[int]]) -> str | None:
     if name not in shapes:
-        return f"{name} is no tensor of this model and optimizer"
+        return f"{name} is not a tensor of this model and optimizer"
     if found["dtype"] != "F32":
         return f"{name} is {found['dtype']}, and checkpoints are F32"
     if found["shape"] != list(shapes[name]):

@@ -97,8 +97,8 @@ def read_run(folder: Path, label: str) -> FinishedRun:
     steps, fault = summary["steps"], f" ({fault})" if fault else ""
     if not isinstance(steps, int) or 2 * len(records) < steps or (records and records[-1]["step"] > steps):
         raise UserError(
-            f"{steps_path} has {len(records)} steps{fault} and {SUMMARY_FILE} sums up {shortened(steps)}: they are of "
-            "different runs, or incomplete; train it again"
+            f"{steps_path} has {len(records)} steps{fault} and {SUMMARY_FILE} sums up {shortened(steps)}: they are "
+            "from different runs, or incomplete; train it again"
         )
     missing = missing_steps(records, steps)
     known = {record["step"]: record for record in records}
@@ -112,7 +112,7 @@ def read_run(folder: Path, label: str) -> FinishedRun:
 
 
 def read_steps(path: Path) -> tuple[list[dict[str, Any]], str]:
-    """The records of a `metrics.jsonl`, one a step, in order; and what is wrong with the first line left out, or "".
+    """The records of a `metrics.jsonl`, one per step, in order; and what is wrong with the first line left out, or "".
 
     Of two lines of a step the later counts: validation is added to a step in a second line, and a run that was killed
     and resumed repeats the steps since its checkpoint. Lines that are not such a record, with the required

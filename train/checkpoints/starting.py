@@ -245,7 +245,7 @@ def read_intact(folder: Path) -> tuple[Checkpoint | None, str | None]:
     if fault is not None:
         return None, fault
     if checkpoint.state.digests is None:
-        _say(f"{folder} is of an older version, without digests: only names, shapes and finite values are checked")
+        _say(f"{folder} was written by an older version, without digests: only names, shapes and values are checked")
     return checkpoint, None
 
 
@@ -303,13 +303,13 @@ def check_same_run(checkpoint: Checkpoint, state: TrainingState) -> None:
             wanted = {fact: wanted.get(fact) for fact in found}
         if found != wanted:
             raise UserError(
-                f"{checkpoint.folder}: was trained with {key} {found}, this run has {wanted}; "
+                f"{checkpoint.folder}: was trained with {key} {found}, and this run has {wanted}; "
                 f"give the same flags, or start a new run from its weights with --model {checkpoint.folder}"
             )
 
 
 def check_changes(checkpoint: Checkpoint, state: TrainingState, allowed: bool) -> None:
-    """Report what differs from the checkpoint's run; refuse what makes its losses others, unless that is `allowed`."""
+    """Report what differs from the checkpoint's run; refuse what would change its losses, unless that is `allowed`."""
     before, after = (
         {**each.config, **each.setting, "max_steps": each.total_steps} for each in (checkpoint.state, state)
     )

@@ -34,13 +34,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "that much more than it, a bare number is the value itself. The exit code is 1 when a run misses a\n"
         "condition, or when a value is unknown or not comparable.",
     )
-    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="a run's folder, with its metrics.json")
+    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="a run folder with its metrics.json")
     parser.add_argument(
         "--out",
         type=Path,
         default=Path("comparison"),
         metavar="FOLDER",
-        help="folder of report.html, report.md, comparison.json and PNG charts; created if missing "
+        help="folder for report.html, report.md, comparison.json and PNG charts; created if missing "
         "(default: %(default)s)",
     )
     parser.add_argument(

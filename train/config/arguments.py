@@ -132,7 +132,9 @@ def duration(text: str) -> float:
     """The `type` of an argument that is a time: seconds of "H:M:S", "M:S" or Slurm's "D-H:M:S"."""
     found = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text)
     if not found:
-        raise argparse.ArgumentTypeError(f"{text!r} is no time; write it as H:M:S, for example 11:50:00, or D-H:M:S")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a duration; write it as H:M:S, for example 11:50:00, or D-H:M:S"
+        )
     days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
     return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
 

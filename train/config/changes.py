@@ -14,7 +14,7 @@ from train.utils.tables import markdown_table
 RATE = ("learning_rate", "lr_schedule", "max_steps", "warmup_steps", "min_learning_rate_ratio")
 CURVE = ("weight_decay", "adam_beta1", "adam_beta2", "max_grad_norm", "dropout")
 GUARD = ("on_nonfinite", "on_spike")  # a run that the guard has stopped continues with another of them
-# Facts that are no flags, or whose flag may be "auto".
+# Facts that are not flags, or whose flag may be "auto".
 PACKAGES = ("torch", "transformers", "deepspeed", "gpt2flash")
 SETTING = ("processes", "sharding", "stage_bounds", "attention", "precision", *PACKAGES)
 # The masks of dropout belong to a micro-batch in a stage; how they are drawn, to the kernels.
@@ -48,7 +48,7 @@ class Change:
     before: Any
     after: Any
     effect: str
-    breaks_curve: bool = False  # whether the losses are others than those of the checkpoint's run
+    breaks_curve: bool = False  # whether the losses differ from those of the checkpoint's run
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any], step: int) -> list[Change]:
@@ -125,6 +125,6 @@ def refusal(found: Sequence[Change], before: Mapping[str, Any], after: Mapping[s
     if step >= before["max_steps"]:  # with as many steps as before there is none left
         old = ""
     return (
-        f"with these flags its losses would be others than those of its run:\n{table(breaking)}\n{why}"
-        f"Remedy: {old}--allow_changes to resume all the same"
+        f"with these flags the losses would differ from those of the original run:\n{table(breaking)}\n{why}"
+        f"Remedy: {old}--allow_changes to resume anyway"
     )

@@ -172,7 +172,7 @@ def _pipeline(config: RunConfig, settings: dict[str, Any], file: str, world_size
     if world_size % stages != 0:
         raise UserError(
             f"{stages} pipeline stages need {stages}, {2 * stages}, {3 * stages}, ... processes, but there are "
-            f"{world_size}; start so many, or ask for a number of stages that divides {world_size}"
+            f"{world_size}; start that many, or ask for a number of stages that divides {world_size}"
         )
     method = block.get("partition", "auto")
     settings["pipeline"] = {
@@ -200,7 +200,7 @@ def _stages(given: int | None, block: dict[str, Any], file: str) -> int:
     for key in block:
         if key not in PIPELINE_KEYS:
             raise UserError(
-                f'{file}: "pipeline.{key}" is not supported; {", ".join(PIPELINE_KEYS)} are, remove the others'
+                f'{file}: "pipeline.{key}" is not supported; {", ".join(PIPELINE_KEYS)} are; remove the other keys'
             )
     flag = f"pipeline_stages is {given}"
     stages = _agree(file, "pipeline.stages", block.get("stages", "auto"), "count", given, flag)

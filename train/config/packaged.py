@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
         description="Print the path of a configuration that is shipped with this package; without a name, of all.",
         epilog='example:\n  accelerate launch --config_file "$(gpt2flash config ddp)" -m train ...',
     )
-    parser.add_argument("name", nargs="?", metavar="NAME", help="for example ddp, deepspeed or zero2")
+    parser.add_argument("name", nargs="?", metavar="NAME", help="a configuration, for example ddp, deepspeed or zero2")
     name = parser.parse_args(argv).name
     for file in configurations() if name is None else [find(name)]:
         print(file)

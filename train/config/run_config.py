@@ -30,7 +30,7 @@ Train GPT-2 on a token file.
       --deepspeed_config ds_configs/zero2.json ...  DeepSpeed, FlashAttention, the chunked loss, bf16 where it is fast
 
 Every flag may also stand in a YAML file given by --config, alone or under the name of its topic; the command line wins
-over the file. The run is written to CHECKPOINT_PATH/RUN_TYPE: checkpoints, metrics.jsonl (a line a step) and
+over the file. The run is written to CHECKPOINT_PATH/RUN_TYPE: checkpoints, metrics.jsonl (a line per step) and
 metrics.json.
 """
 
@@ -39,14 +39,16 @@ metrics.json.
 class Model:
     """Model"""
 
-    run_type: Literal["baseline", "optimized"] = flag("baseline", "plain PyTorch, or DeepSpeed with everything on")
+    run_type: Literal["baseline", "optimized"] = flag(
+        "baseline", "baseline: plain PyTorch; optimized: DeepSpeed with all optimizations on"
+    )
     model: str = flag(
         "gpt2",
         "a new gpt2, gpt2-medium, gpt2-large, gpt2-xl or tiny; or the weights to start from: a folder, a Hub id "
         "(owner/name, or owner/name@revision) or nanoGPT's ckpt.pt",
     )
     block_size: int = flag(None, "tokens in a sequence (default: the model's n_positions)", at_least=1)
-    dropout: float = flag(0.0, "dropout of embeddings, attention and residuals", at_least=0, below=1)
+    dropout: float = flag(0.0, "dropout probability of embeddings, attention and residuals", at_least=0, below=1)
 
 
 @dataclass(frozen=True)
@@ -67,16 +69,18 @@ class Optimization:
     epochs: float = flag(1.0, "passes over the training tokens", above=0)
     max_steps: int | None = flag(None, "optimizer steps in total (default: as many as the epochs take)", at_least=1)
     train_micro_batch_size_per_gpu: int = flag(
-        None, "sequences per process and forward pass (default: the DeepSpeed JSON's number, else 4)", at_least=1
+        None, "sequences per process and forward pass (default: as in the DeepSpeed JSON, else 4)", at_least=1
     )
     gradient_accumulation_steps: int = flag(
-        None, "micro-batches per optimizer step (default: the DeepSpeed JSON's number, else 1)", at_least=1
+        None, "micro-batches per optimizer step (default: as in the DeepSpeed JSON, else 1)", at_least=1
     )
     optimizer: Literal["adamw", "muon"] = flag(
-        "adamw", "muon: Muon for the matrices of the blocks and AdamW for the rest, in a baseline run"
+        "adamw", "muon: Muon for the weight matrices of the blocks and AdamW for the rest; baseline runs only"
     )
     learning_rate: float = flag(
-        None, "peak learning rate (default: by the size of a new model, 6e-4 for gpt2; 5e-5 from weights)", above=0
+        None,
+        "peak learning rate (default: by the size of a new model, 6e-4 for gpt2; 5e-5 when starting from weights)",
+        above=0,
     )
     lr_schedule: str = flag(
         "cosine",
@@ -95,14 +99,17 @@ class Optimization:
     adam_beta1: float = flag(0.9, "decay rate of AdamW's first moment", at_least=0, below=1)
     adam_beta2: float = flag(0.95, "decay rate of AdamW's second moment", at_least=0, below=1)
     max_grad_norm: float = flag(
-        None, "clip the global gradient norm, 0: no clipping (default: the DeepSpeed JSON's number, else 1.0)",
+        None,
+        "clip the global gradient norm to this value; 0: no clipping (default: as in the DeepSpeed JSON, else 1.0)",
         at_least=0,
-    )  # fmt: skip
+    )
     on_nonfinite: Literal["stop", "skip"] = flag(
-        "stop", "before an update whose loss or gradient norm is not finite: stop the run, or skip the update"
+        "stop", "what to do when the loss or gradient norm is not finite: stop the run, or skip that update"
     )
     on_spike: Literal["off", "warn", "skip", "stop"] = flag(
-        "off", "before an update whose loss or gradient norm is 6 standard deviations above the last 128 steps'"
+        "off",
+        "what to do when the loss or gradient norm is more than 6 standard deviations above the mean of the last 128 "
+        "steps",
     )
     seed: int = flag(1337, "seed of the initial weights, the order of the data and dropout", at_least=0, below=2**32)
 
@@ -112,53 +119,57 @@ class Evaluation:
     """Evaluation"""
 
     eval_interval: int = flag(0, "steps between validations; 0: at the end only", at_least=0)
-    eval_steps: int | None = flag(None, "batches per process in a validation (default: the complete file)", at_least=1)
+    eval_steps: int | None = flag(None, "batches per process in a validation (default: the whole file)", at_least=1)
     early_stopping_patience: int | None = flag(
-        None, "end the run after this many validations in a row without a lower loss than before", at_least=1
+        None, "end the run after this many validations in a row without a new lowest loss", at_least=1
     )
     prompt: str = flag("def ", "prompt of the sample that is generated at the end")
-    max_new_tokens: int = flag(100, "tokens of the sample; 0: no sample", at_least=0)
+    max_new_tokens: int = flag(100, "tokens to generate for the sample; 0: no sample", at_least=0)
 
 
 @dataclass(frozen=True)
 class Checkpoints:
     """Checkpoints"""
 
-    checkpoint_path: str = flag("checkpoint", "the run is written to the folder in here that is named after its type")
-    save_interval: int = flag(0, "steps between checkpoints; 0: none by their number", at_least=0)
+    checkpoint_path: str = flag("checkpoint", "parent folder; the run is written to CHECKPOINT_PATH/RUN_TYPE")
+    save_interval: int = flag(0, "steps between checkpoints; 0: do not save by step count", at_least=0)
     save_minutes: float = flag(
         None,
-        "minutes between checkpoints that last until the next one; 0: none by time (default: 30 without "
-        "--save_interval, else 0)",
+        "minutes between temporary checkpoints, each deleted once the next is complete; 0: do not save by time "
+        "(default: 30 without --save_interval, else 0)",
         at_least=0,
     )
     max_time: float | None = flag(
         None,
-        "stop in time to save before this much time is over, as H:M:S or D-H:M:S; a Slurm job also stops in time "
-        "before its own end",
+        "stop early enough to save a checkpoint within this time limit, H:M:S or D-H:M:S; a Slurm job also stops "
+        "early enough before its own time limit",
         type=duration,
     )
     save_total_limit: int | None = flag(
-        None, "keep this many of the newest checkpoints (default: all of them)", at_least=1
+        None, "keep only this many of the newest checkpoints (default: all)", at_least=1
     )
     async_save: bool = flag(
-        True, "write checkpoints beside training, from a copy in host memory (false: training waits, and no copy)"
+        True,
+        "write checkpoints in the background, from a copy in host memory (false: training waits, and no copy is made)",
     )
     keep_best: bool = flag(
         False,
-        "also keep the checkpoint of the lowest validation loss, which the file best names; it is saved after that "
-        "validation if its step has none",
+        "also keep the checkpoint with the lowest validation loss, recorded in the file `best`; it is saved after the "
+        "validation if its step has no checkpoint yet",
     )
     resume_from_checkpoint: str | None = flag(
-        None, "resume from this step folder, or from the run's last complete one (latest)", nargs="?", const="latest"
+        None,
+        "resume from this step folder, or from the run's last complete checkpoint (latest)",
+        nargs="?",
+        const="latest",
     )
     delete_newer_checkpoints: bool = flag(
-        False, "with --resume_from_checkpoint and a step folder of this run: delete the newer ones beside it"
+        False, "with --resume_from_checkpoint and a step folder of this run: delete the newer step folders"
     )
     allow_changes: bool = flag(
         False,
-        "with --resume_from_checkpoint: resume also where other flags than the checkpoint's (learning rate, schedule, "
-        "decay, clipping, dropout, ...) make the losses others",
+        "with --resume_from_checkpoint: resume even if flags that differ from the checkpoint's (learning rate, "
+        "schedule, decay, clipping, dropout, ...) would change the losses",
     )
     overwrite: bool = flag(False, "replace a run that is already in the output folder")
 
@@ -173,21 +184,21 @@ class Speed:
         "(default: eager for baseline, auto for optimized)",
     )
     loss_chunk_size: int = flag(
-        None, "rows of hidden states per chunk of the loss, 0 for full logits (default: 0 for baseline, else 512)",
+        None, "rows of hidden states per chunk of the loss; 0: full logits (default: 0 for baseline, else 512)",
         at_least=0,
     )  # fmt: skip
     mixed_precision: Literal["auto", "no", "bf16"] = flag(
-        None, "auto is bf16 where the hardware is fast at it (default: no for baseline, auto for optimized)"
+        None, "auto: bf16 where the hardware is fast at it (default: no for baseline, auto for optimized)"
     )
     torch_compile: bool = flag(False, "compile the transformer blocks (needs a C++ compiler on CPU)")
     activation_checkpointing: Literal["none", "full", "selective"] = flag(
         None,
-        "recompute the activations of each block in the backward pass: full for all of them, selective for all but "
+        "recompute the activations of each block in the backward pass; full: all of them; selective: all but "
         "the outputs of matmuls and of the attention kernel (default: full where the DeepSpeed JSON has an interval, "
         "else none)",
     )
     activation_checkpointing_interval: int = flag(
-        None, "layers of a pipeline stage that are recomputed together (default: the DeepSpeed JSON's number, else 1)",
+        None, "layers of a pipeline stage that are recomputed together (default: as in the DeepSpeed JSON, else 1)",
         at_least=1,
     )  # fmt: skip
 
@@ -197,18 +208,19 @@ class Parallelism:
     """Parallelism"""
 
     deepspeed_config: str | None = flag(
-        None, "DeepSpeed JSON of an optimized run, for example ds_configs/zero2.json: a file, or a shipped one's name"
+        None,
+        "DeepSpeed JSON of an optimized run, for example ds_configs/zero2.json; a path, or the name of a shipped file",
     )
     pipeline_stages: int = flag(
-        None, "pipeline stages of an optimized run (default: the DeepSpeed JSON's number, else 1)", at_least=1
+        None, "pipeline stages of an optimized run (default: as in the DeepSpeed JSON, else 1)", at_least=1
     )
     pipeline_schedule: Literal["1f1b", "dualpipev"] = flag(
-        "1f1b", "order of a pipeline's work; dualpipev splits the model into twice as many stages, two per process"
+        "1f1b", "pipeline schedule; dualpipev splits the model into twice as many stages, two per process"
     )
     timeout: int = flag(
         600,
-        "seconds after which a job of several processes ends when none of them has made progress or one has given no "
-        "sign of life; longer than the first step, which may compile",
+        "seconds without progress in all processes, or without a sign of life from one, after which a job of several "
+        "processes ends; must be longer than the first step, which may include compilation",
         at_least=1,
         at_most=10**7,
     )
@@ -221,9 +233,9 @@ class Analysis:
     profile: bool = flag(
         False, "record steps with torch.profiler: a trace of each process in the run's profile folder"
     )
-    profile_steps: str = flag("10:13", "the steps that --profile records: 10:13 is 10, 11 and 12")
+    profile_steps: str = flag("10:13", "the steps that --profile records; 10:13 records steps 10, 11 and 12")
     memory_snapshot: bool = flag(
-        False, "with --profile on CUDA: PyTorch's memory snapshot of the same steps, beside the traces"
+        False, "with --profile on CUDA: also write PyTorch's memory snapshot of the same steps"
     )
 
 
@@ -232,7 +244,9 @@ class Output:
     """Output"""
 
     report_to: str = flag("tensorboard", f"trackers, comma separated, or none: {', '.join(TRACKERS)}")
-    push_to_hub: str | None = flag(None, "after the run, upload the model with a model card to this owner/name")
+    push_to_hub: str | None = flag(
+        None, "after the run, upload the model with a model card to this repository (owner/name)"
+    )
 
 
 @dataclass(frozen=True)
@@ -309,7 +323,7 @@ def _read_yaml(file: Path) -> list[tuple[str, str]]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise UserError(f"not readable as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
-        raise UserError(f"holds a {type(values).__name__}; write one 'flag: value' a line")
+        raise UserError(f"holds a {type(values).__name__}; write one 'flag: value' per line")
     by_name = {group.__name__.lower(): {each.name: each for each in fields(group)} for group in GROUPS}
     every = {each.name: each for each in fields(RunConfig)}
     found = []
@@ -328,7 +342,7 @@ def _read_yaml(file: Path) -> list[tuple[str, str]]:
 
 
 def check(config: RunConfig) -> None:
-    """Refuse combinations that are impossible, and values whose bounds are no numbers."""
+    """Refuse combinations that are impossible, and values whose bounds are not numbers."""
 
     def refuse(key: str, remedy: str) -> None:
         raise UserError(f"--{key} {str(getattr(config, key))[:80]}: {remedy}")
@@ -343,21 +357,24 @@ def check(config: RunConfig) -> None:
         refuse("profile_steps", "write the first step and the one after the last, for example 10:13")
     first, stop = map(int, config.profile_steps.split(":"))
     if not 2 <= first < stop:
-        refuse("profile_steps", "start at 2 or later, for the profiler warms up in the step before, and end after it")
+        refuse(
+            "profile_steps",
+            "start at 2 or later (the profiler warms up in the step before), and end after the start",
+        )
     if config.activation_checkpointing_interval is not None and config.activation_checkpointing in (None, "none"):
         refuse("activation_checkpointing_interval", "nothing is recomputed; give --activation_checkpointing full")
     if config.memory_snapshot and not config.profile:
-        raise UserError("--memory_snapshot: is taken of the steps that are profiled; add --profile, or drop the flag")
+        raise UserError("--memory_snapshot: records the steps that are profiled; add --profile, or drop the flag")
     for key in ("keep_best", "early_stopping_patience"):
         if getattr(config, key) and config.eval_interval == 0:
-            refuse(key, "the run is validated at its end only; give --eval_interval, or drop the flag")
+            refuse(key, "the run is validated only at its end; give --eval_interval, or drop the flag")
     if config.resume_from_checkpoint == "":
         refuse("resume_from_checkpoint", "is empty; name a step folder, or latest")
     if config.resume_from_checkpoint and config.overwrite:
         raise UserError("--resume_from_checkpoint and --overwrite contradict each other; give one of them")
     if config.delete_newer_checkpoints and config.resume_from_checkpoint in (None, "latest"):
         raise UserError(
-            "--delete_newer_checkpoints: deletes those that are newer than the step folder to resume from; name it "
+            "--delete_newer_checkpoints: deletes the checkpoints newer than the one to resume from; name that one "
             "with --resume_from_checkpoint, or drop the flag"
         )
     if config.allow_changes and config.resume_from_checkpoint is None:

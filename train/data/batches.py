@@ -5,7 +5,7 @@
    (N - 1) mod T tokens are left out in training; evaluation pads and takes them too).
 2. Sample g, counted from the beginning of training, is entry g mod n of the permutation of (seed, epoch g // n). So
    each epoch predicts each token once, in its own order, and nothing repeats within an epoch.
-3. Optimizer step s takes the samples s·G … s·G + G - 1. When n is no multiple of the global batch size G, a batch
+3. Optimizer step s takes the samples s·G … s·G + G - 1. When n is not a multiple of the global batch size G, a batch
    takes the rest of one epoch and the beginning of the next.
 4. Micro-step j of data-parallel rank r takes entries (j·D + r)·B … + B - 1 of the global batch, where D is the number
    of data-parallel ranks (the stages of a pipeline share one). The number of ranks and of accumulation steps decides
@@ -32,7 +32,7 @@ from train.utils.errors import UserError
 IGNORED_LABEL = -100  # what transformers' losses and torch's cross_entropy leave out
 
 
-@lru_cache(maxsize=2)  # a batch between two epochs needs both; each takes 8 bytes a block
+@lru_cache(maxsize=2)  # a batch between two epochs needs both; each takes 8 bytes per block
 def epoch_order(seed: int, epoch: int, blocks: int) -> np.ndarray:
     """(blocks,) int64: the order of one epoch."""
     order = np.random.default_rng([seed, epoch]).permutation(blocks)

@@ -156,7 +156,7 @@ def write_token_file(
 class TokenFile:
     """Token ids on disk, of which a part is read at a time; `sidecar` is None for a bare file.
 
-    They are not mapped: where a mapped file was cut short, or its disk fails, a signal (SIGBUS) ends the process.
+    They are not mapped: where a mapped file was truncated, or its disk fails, a signal (SIGBUS) ends the process.
     """
 
     path: Path
@@ -190,7 +190,7 @@ class TokenFile:
                 raise UserError(f"{self.path} cannot be read: {error.strerror}") from None
             if not part:
                 raise UserError(
-                    f"{self.path} was cut short while it was read: it had {self.tokens:,} tokens and ends before "
+                    f"{self.path} was truncated while it was read: it had {self.tokens:,} tokens and ends before "
                     f"token {start + count:,}; prepare it again with python -m train.preprocess_data"
                 )
             parts.append(part)
@@ -218,13 +218,13 @@ def open_tokens(path: str | Path, vocab_size: int, *, check_samples: bool = True
     dtype = np.dtype({"uint16": "<u2", "uint32": "<u4"}[sidecar.dtype] if sidecar else "<u2")
     if size % dtype.itemsize:
         raise UserError(
-            f"{path} has {size} bytes, which is no multiple of {dtype.itemsize} ({dtype.name}): "
-            "it was cut short or is no token file; prepare it again with python -m train.preprocess_data"
+            f"{path} has {size} bytes, which is not a multiple of {dtype.itemsize} ({dtype.name}): "
+            "it was truncated or is not a token file; prepare it again with python -m train.preprocess_data"
         )
     if sidecar and sidecar.tokens * dtype.itemsize != size:
         raise UserError(
             f"{path} has {size // dtype.itemsize} tokens, but its sidecar {sidecar_path(path)} says "
-            f"{sidecar.tokens}: one of them is from another preparation or was cut short; prepare both again with "
+            f"{sidecar.tokens}: one of them is from another preparation or was truncated; prepare both again with "
             "python -m train.preprocess_data"
         )
     samples = digest_of_samples(path)
@@ -261,7 +261,7 @@ def file_size(path: Path) -> int:
     """The size of a file that must be readable and not empty."""
     prepare = "prepare one with python -m train.preprocess_data"
     if path.suffix == ".json":
-        raise UserError(f"{path} is no token file: give the .bin beside it")
+        raise UserError(f"{path} is not a token file: give the .bin next to it")
     if path.is_dir():
         raise UserError(f"{path} is a folder, not a token file: give the file in it, such as {path / 'train.bin'}")
     if not path.exists():

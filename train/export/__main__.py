@@ -42,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("out", metavar="OUT", type=Path, help="the folder to write, new or empty")
     add("--format", choices=FORMATS, default="gpt2", help="gpt2: transformers' own GPT-2")
-    add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the weights")
+    add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="dtype of the exported weights")
     return parser
 
 

@@ -33,7 +33,7 @@ def check_logits(written: Tensor, reference: Tensor) -> str:
     """Raise unless the logits of what was written equal the reference; return the check's result as text."""
     difference = largest_difference(written, reference)
     if not difference <= TOLERANCE * max(1.0, reference.abs().max().item()):
-        raise RuntimeError(f"the exported model computes something else: logits differ by {difference:.1e}")
+        raise RuntimeError(f"the exported model gives different results: logits differ by {difference:.1e}")
     return f"logits checked, largest difference {difference:.1e}"
 
 

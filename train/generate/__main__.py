@@ -24,7 +24,7 @@ SEPARATOR = "-" * 80
 EXAMPLES = """examples:
   one text, the most likely token at each step, on the screen as it is generated
     python -m train.generate --checkpoint checkpoint/optimized --prompt "def " --temperature 0 --stream
-  three texts for each line of a file, eight lines at a time, a JSON object a line
+  three texts for each line of a file, eight lines at a time, one JSON object per line
     python -m train.generate --checkpoint checkpoint/optimized --prompt_file prompts.txt --batch_size 8 \\
         --num_return_sequences 3 --json
   int8 on a CPU: several times as fast, at a small loss
@@ -49,25 +49,29 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         action="extend",
         metavar="TEXT",
-        help="texts to continue; an empty one, or none at all: from the start of a document",
+        help="texts to continue; an empty text, or no --prompt, starts a new document",
     )
-    add("--prompt_file", metavar="FILE", type=Path, help="a file with a prompt on each line that is not empty")
+    add("--prompt_file", metavar="FILE", type=Path, help="a file with one prompt per line; empty lines are skipped")
     add = parser.add_flags(Decoding, "generation").add_argument
     seed = number(int, at_least=0, below=2**64)
-    add("--seed", type=seed, default=0, help="of the sampling: the same command generates the same texts")
+    add("--seed", type=seed, default=0, help="seed for sampling; the same command generates the same texts")
     add = parser.add_argument_group("output").add_argument
-    add("--stream", action="store_true", help="print a text while it is generated; one at a time")
-    add("--json", action="store_true", help="a JSON object a line: prompt and text, or the figures of --benchmark")
+    add("--stream", action="store_true", help="print a text while it is generated; one text at a time")
+    add("--json", action="store_true", help="print one JSON object per text, or one with the figures of --benchmark")
     add = parser.add_argument_group("speed").add_argument
     count = number(int, at_least=1)
     add("--batch_size", type=count, default=1, help="prompts to continue at the same time")
     add(
         "--cache",
         choices=["dynamic", "static"],
-        help="a cache of keys and values that grows, or one of fixed size (static with --compile, otherwise dynamic)",
+        help="key-value cache that grows, or one of fixed size (default: static with --compile, otherwise dynamic)",
     )
-    add("--compile", action="store_true", help="compile the step of a static cache: pays off after minutes of text")
-    add("--quantize", choices=["int8"], help="multiply in int8, on the CPU: faster and slightly less exact")
+    add(
+        "--compile",
+        action="store_true",
+        help="compile a step with the static cache: pays off after minutes of generation",
+    )
+    add("--quantize", choices=["int8"], help="int8 matmuls, on the CPU: faster and slightly less exact")
     add(
         "--assistant",
         metavar="CHECKPOINT",
@@ -80,7 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"time the model after {BENCHMARK_PROMPT_TOKENS} random tokens instead of printing text",
     )
     sizes = " ".join(map(str, BENCHMARK_BATCH_SIZES))
-    add("--batch_sizes", type=count, nargs="+", metavar="N", help=f"of --benchmark (default: {sizes})")
+    add("--batch_sizes", type=count, nargs="+", metavar="N", help=f"batch sizes for --benchmark (default: {sizes})")
     return parser
 
 

@@ -26,7 +26,7 @@ def check(repo: str, flag: str = "--push_to_hub") -> None:
         HfApi().whoami()
     except Exception as error:  # no token, a wrong one, no network: each its own class
         raise UserError(
-            f"{flag} {repo}: the Hub does not know who you are ({first_line(error)}); hf auth login"
+            f"{flag} {repo}: not logged in to the Hub ({first_line(error)}); run `hf auth login`"
         ) from None
 
 
@@ -40,7 +40,7 @@ def push(run_folder: Path, repo: str, flag: str = "--push_to_hub") -> str:
     if folder.name != wanted:
         there = f"the latest checkpoint is {folder.name}" if folder != run_folder else f"there is no {wanted}"
         raise UserError(
-            f"{run_folder}: its metrics.json is of {run.summary['steps']} steps and {there}: the card would describe "
+            f"{run_folder}: its metrics.json has {run.summary['steps']} steps, and {there}: the card would describe "
             "other weights; let the run finish, or resume it"
         )
     write_text(run_folder / "README.md", str(card(run, repo)))

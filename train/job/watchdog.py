@@ -246,7 +246,10 @@ def describe(statuses: dict[int, Status], silence: Silence, silent: list[int], t
             f"process {each.pid} on {each.host} is in {each.phase}, in {each.place}"
         )
     if not silent and len(behind) == len(statuses):
-        lines.append("no rank is known to be the cause: all wait for a collective, for different ones or the network")
+        lines.append(
+            "no rank is known to be the cause: all ranks are waiting in collectives, which may differ, or the network "
+            "is down"
+        )
     lines.append(f"the job stands still, and ends as --timeout {timeout:g} says; the Python stacks of its processes:")
     return "\n".join(lines)
 

@@ -32,7 +32,7 @@ def run_section(run: RunSummary) -> str:
     categories = sorted(run.categories, key=lambda row: CATEGORIES.index(row.category))
     between = sum(row.seconds for row in run.phases if row.phase in ("validation", "checkpoint"))
     return "\n\n".join([
-        f"## {run.label}: {milliseconds(step)} ms a step",
+        f"## {run.label}: {milliseconds(step)} ms per step",
         f"Steps {facts.first_step} to {facts.first_step + facts.steps - 1} of {run.processes} "
         f"process{'es' * (run.processes > 1)} ({milliseconds(run.step_seconds_min)} to "
         f"{milliseconds(run.step_seconds_max)} ms) on {facts.device_name}, with the profiler's own overhead. "

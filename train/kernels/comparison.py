@@ -39,7 +39,7 @@ def read_profile(run_folder: Path, metrics: Mapping[str, Any]) -> RunSummary | N
     for key in ("run_type", "tokens_per_step", "block_size"):
         if (profiled := getattr(run.facts, key)) != metrics.get(key):
             raise UserError(
-                f"{file}: is of another run: its {key} is {profiled}, and {metrics.get(key)} in the run's "
+                f"{file}: belongs to a different run: its {key} is {profiled}, but {metrics.get(key)} in the run's "
                 "metrics.json; profile the run again, or remove the profile"
             )
     return run

@@ -132,7 +132,7 @@ def read_recording(path: Path) -> Recording:
     """Read the traces of a run folder, of its profile folder, or one trace file by itself.
 
     Raises:
-        UserError: naming the file that is missing, empty, truncated, foreign, or of another run than the others.
+        UserError: naming the file that is missing, empty, truncated, foreign, or from a different run than the others.
     """
     if path.is_dir():
         folder = path if path.name == "profile" else path / "profile"
@@ -156,8 +156,8 @@ def _check_same_run(path: Path, traces: list[Trace]) -> None:
         for key, value in vars(trace.facts).items():
             if value != (expected := getattr(first.facts, key)):
                 raise UserError(
-                    f"{trace.file}: is of another run than {first.file}: {key} is {value!r} and there {expected!r}; "
-                    "profile the run again"
+                    f"{trace.file}: belongs to a different run than {first.file}: {key} is {value!r}, not "
+                    f"{expected!r}; profile the run again"
                 )
     world_size = first.facts.world_size
     if sorted(trace.rank for trace in traces) != list(range(world_size)):

@@ -62,10 +62,15 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         prog="python -m train.parity",
         description=f"Train {STEPS} steps on every layout, with and without activation checkpointing and clipping, "
         "and compare each run with stock GPT-2 in float64. Exit code 1 when a run differs or fails.",
-        epilog="example:\n  python -m train.parity --out parity\n\nOn two cores all of it takes half an hour.",
+        epilog="example:\n  python -m train.parity --out parity\n\nOn two cores it takes half an hour to an hour.",
     )
     parser.add_argument(
-        "--layouts", nargs="+", choices=names, default=names, metavar="LAYOUT", help=f"some of {', '.join(names)}"
+        "--layouts",
+        nargs="+",
+        choices=names,
+        default=names,
+        metavar="LAYOUT",
+        help=f"layouts to run, out of {', '.join(names)}",
     )
     parser.add_argument(
         "--accumulation",
@@ -74,7 +79,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         choices=(1, 2, 4, 8),  # each divides the global batch on four processes
         default=[1, 2, 8],
         metavar="MICRO_BATCHES",
-        help="micro-batches per step, some of 1, 2, 4, 8 (default: 1 2 8)",
+        help="numbers of micro-batches per step, out of 1, 2, 4, 8 (default: 1 2 8)",
     )
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write parity.json and parity.md here")
     return parser.parse_args(argv)

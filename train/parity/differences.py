@@ -98,7 +98,7 @@ def _difference(value: float, *where: str) -> Difference:
 
 def _same_names(what: str, actual: Mapping[str, object], expected: Mapping[str, object]) -> None:
     if actual.keys() != expected.keys():
-        raise ValueError(f"its {what} are other tensors: {sorted(actual.keys() ^ expected.keys())}")
+        raise ValueError(f"its {what} have different tensors: {sorted(actual.keys() ^ expected.keys())}")
 
 
 def _without_keys(name: str, tensor: torch.Tensor) -> torch.Tensor:

@@ -120,7 +120,7 @@ def best_of_each(found: Sequence[Plan], limit: float) -> list[Plan]:
 
 
 def table(chosen: Sequence[Plan]) -> str:
-    columns = "layout, micro-batch, accumulation, checkpointing, GB a process, tokens/s, idle, communication"
+    columns = "layout, micro-batch, accumulation, checkpointing, GB per process, tokens/s, idle, communication"
     rows = []
     for plan in chosen:
         layout, speed = plan.layout, plan.speed
@@ -141,11 +141,11 @@ def assumptions(device: Device, efficiency: float, limit: float, layout: Layout)
     return "\n".join([
         f"- {'bf16' if layout.bf16 else 'fp32'}, fused attention, loss in chunks of {layout.loss_chunk_size} rows "
         "(FSDP2: full logits), not compiled, no dropout, AdamW",
-        f"- memory: tensors up to {limit / 1e9:.1f} GB, {USABLE:.0%} of a device's; in buckets of the sizes that "
-        "ds_configs has",
+        f"- memory: tensors up to {limit / 1e9:.1f} GB, {USABLE:.0%} of a device's; with the bucket sizes in "
+        "ds_configs",
         f"- arithmetic: {efficiency:.0%} of {device.flops(layout.bf16) / 1e12:g} TFLOP/s ({device.name}), and what is "
         "recomputed",
-        "- offloaded state needs 16 to 18 bytes a parameter of the hosts' memory, which is not checked",
+        "- offloaded state needs 16 to 18 bytes of host memory per parameter, which is not checked",
         f"- links: {device.link / 1e9:g} GB/s between processes, {device.host_link / 1e9:g} GB/s to the host",
     ])  # fmt: skip
 
@@ -154,22 +154,25 @@ def size(text: str) -> float:
     """ "80GB" -> 80e9 bytes; "40GiB", "512MB" and plain numbers as well."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     if match is None or match[2].upper() not in UNITS or not 0 < float(match[1]) < 1e30:
-        raise argparse.ArgumentTypeError(f"{shortened(text)} is no amount of bytes; write, for example, 80GB or 24GiB")
+        raise argparse.ArgumentTypeError(
+            f"{shortened(text)} is not a size in bytes; write, for example, 80GB or 24GiB"
+        )
     return float(match[1]) * UNITS[match[2].upper()]
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = ArgumentParser(prog="python -m train.plan", description=__doc__)
     add, count = parser.add_argument, number(int, at_least=1)
-    add("--model", default="gpt2", help="gpt2, gpt2-medium, ...; or a folder")
+    add("--model", default="gpt2", help="gpt2, gpt2-medium, ..., or a model folder")
     add("--block_size", type=count, help="tokens in a sequence (default: the model's positions)")
-    add("--world_size", type=number(int, at_least=1, at_most=1_000_000), default=1, help="processes, one a device")
-    add("--device", choices=DEVICES, default="H100", help="of each process")
-    add("--device_memory", type=size, default="80GB", help="of one device, for example 24GB")
+    add("--world_size", type=number(int, at_least=1, at_most=1_000_000), default=1, help="processes, one per device")
+    add("--device", choices=DEVICES, default="H100", help="the device that each process runs on")
+    add("--device_memory", type=size, default="80GB", help="memory of one device, for example 24GB")
     sequences = number(int, at_least=1, at_most=1_000_000)
-    add("--sequences_per_step", type=sequences, default=512, help="of all processes together; GPT-2 had 512")
+    whole = "global batch in sequences, over all processes (GPT-2 used 512)"
+    add("--sequences_per_step", type=sequences, default=512, help=whole)
     share = number(float, above=0, at_most=1)
-    add("--efficiency", type=share, default=0.4, help="fraction of its peak that a device reaches")
+    add("--efficiency", type=share, default=0.4, help="fraction of its peak FLOP/s that a device reaches")
     add("--link", type=size, help="bytes/s between processes, for example 25GB (default: the device's own links)")
     return parser.parse_args(argv)
 
@@ -187,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         nearest = min(found, key=lambda plan: plan.memory.peak)
         layout = nearest.layout
         raise UserError(
-            f"nothing fits into {args.device_memory / 1e9:g}GB x {USABLE:.0%}; nearest comes {nearest.name} with "
+            f"nothing fits into {args.device_memory / 1e9:g}GB x {USABLE:.0%}; the closest is {nearest.name}, with "
             f"micro-batches of {layout.micro_batch}, {layout.activation_checkpointing} activation checkpointing and "
             f"{nearest.memory.peak / 1e9:.3g} GB; take more processes, a smaller model or a smaller --block_size"
         )

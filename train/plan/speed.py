@@ -1,7 +1,7 @@
 """Predict the time of a step in a layout from FLOPs, the bubble of a pipeline, and bytes between processes.
 
-The prediction ranks layouts; it is no measurement. The fraction of its peak that a device reaches and the bandwidth of
-links are assumptions, each a constant here or a flag of `train.plan`, and printed with the plan.
+The prediction ranks layouts; it is not a measurement. The fraction of its peak that a device reaches and the bandwidth
+of links are assumptions, each a constant here or a flag of `train.plan`, and printed with the plan.
 """
 
 from dataclasses import dataclass

@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
     for group in PreparationConfig.__bases__[::-1]:
         arguments = parser.add_flags(group)
     arguments.add_argument(
-        "--verify", type=Path, help="prepare nothing: check the files in this folder (sizes, digests, ids, documents)"
+        "--verify", type=Path, help="do not prepare; check the files in this folder (sizes, digests, ids, documents)"
     )
     flags = vars(parser.parse_args(argv))
     folder, dataset = flags.pop("verify"), flags["dataset"]

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 VAL_FRACTION = 0.0005  # nanoGPT's
 STDLIB_VAL_FRACTION = 0.05  # 0.0005 of its 670 modules would be none
-SUBSETS = "".join(f"; {known.subset} of {name}" for name, known in HUB_DATASETS.items() if known.subset)
+SUBSETS = "".join(f"; {known.subset} for {name}" for name, known in HUB_DATASETS.items() if known.subset)
 CHECKED_DOCUMENTS = 64  # that the encoder must agree with the reference on before anything is written
 GC_INTERVAL = 16  # batches
 
@@ -47,17 +47,17 @@ class SourceFlags:
     )
     data_files: tuple[str, ...] = flag(
         (),
-        f"files for {file_kinds('and')} (** crosses folders); for a dataset on the Hub, which of its files",
+        f"files for {file_kinds('and')} (** crosses folders); for a dataset on the Hub, which of its files to use",
         nargs="+",
     )
     text_column: str = flag("text", "the column that holds the text")
-    subset: str | None = flag(None, f"configuration of a dataset on the Hub (default: its own{SUBSETS})")
+    subset: str | None = flag(None, f"configuration of a dataset on the Hub (default: the dataset's own{SUBSETS})")
     revision: str | None = flag(
         None,
         "branch, tag or commit of a dataset on the Hub (default: main, or the Hub's Parquet conversion where main "
         "has only a script)",
     )
-    max_documents: int | None = flag(None, "use the first N documents only (default: all)", at_least=1)
+    max_documents: int | None = flag(None, "use only the first N documents (default: all)", at_least=1)
 
 
 @dataclass(frozen=True)
@@ -67,26 +67,27 @@ class SplitFlags:
     # The defaults of val_fraction and split depend on the dataset; the command fills them in.
     val_fraction: float = flag(
         None,
-        f"share of documents for validation (default: {VAL_FRACTION}; {STDLIB_VAL_FRACTION} for {STDLIB})",
+        f"fraction of the documents for validation (default: {VAL_FRACTION}; {STDLIB_VAL_FRACTION} for {STDLIB})",
         above=0,
         below=1,
     )
     split: str = flag(
         None,
-        "hash: by each document's content, independent of order; nanogpt: by row number, as datasets' "
+        "hash: by each document's content, independent of their order; nanogpt: by row number, as datasets' "
         "train_test_split does (default: nanogpt for openwebtext, else hash)",
         choices=("hash", "nanogpt"),
     )
     num_rows: int | None = flag(
         None,
-        "documents in the dataset, for --split nanogpt where the Hub does not say; local files are counted",
+        "number of documents in the dataset, for --split nanogpt where the Hub does not state it; local files are "
+        "counted",
         at_least=1,
     )
-    seed: int = flag(2357, "of the split (default: 2357, nanoGPT's)", at_least=0, below=2**64)
+    seed: int = flag(2357, "seed of the split (default: 2357, nanoGPT's)", at_least=0, below=2**64)
     order: Literal["source", "nanogpt"] = flag(
         "source",
-        "of train.bin: the source's, or with --split nanogpt nanoGPT's, byte for byte, which takes twice the "
-        "disk while it is made",
+        "order of documents in train.bin: the source's or, with --split nanogpt, nanoGPT's, byte for byte, which "
+        "takes twice the disk space while the file is written",
     )
 
 
@@ -96,12 +97,12 @@ class SpeedFlags:
 
     tokenizer: str = flag(
         "auto",
-        "all give the same ids; auto is gigatoken where it is installed and agrees with tiktoken on a sample, "
+        "all give the same ids; auto: gigatoken where it is installed and agrees with tiktoken on a sample, "
         "else tiktoken",
         choices=ENCODERS,
     )
     num_proc: int = flag(
-        usable_cores(), "threads that tokenize (default: the cores of this machine)", at_least=1, at_most=1024
+        usable_cores(), "number of tokenizing threads (default: the cores of this machine)", at_least=1, at_most=1024
     )
 
 
@@ -109,11 +110,11 @@ class SpeedFlags:
 class OutputFlags:
     """output"""
 
-    out_dir: Path = flag(Path("data"), "folder of the files; created if missing")  # noqa: RUF009
+    out_dir: Path = flag(Path("data"), "folder for the files; created if missing")  # noqa: RUF009
     overwrite: bool = flag(
         False,
-        "replace the files in out_dir, and what another command left unfinished there; without it, the same "
-        "command resumes where it was killed",
+        "replace the files in out_dir, and an unfinished preparation by another command; without it, the same "
+        "command resumes where it stopped",
     )
 
 

@@ -103,9 +103,11 @@ def parse_json_line(source: Source, line: str) -> str | None:
     try:
         value = json.loads(line)
     except ValueError as error:
-        raise UserError(f"cannot read --dataset json: {where} is no JSON ({error}); write one object a line") from None
+        raise UserError(
+            f"cannot read --dataset json: {where} is not valid JSON ({error}); write one object per line"
+        ) from None
     if not isinstance(value, dict):
-        raise UserError(f"cannot read --dataset json: {where} is no JSON object; write one a line")
+        raise UserError(f"cannot read --dataset json: {where} is not a JSON object; write one object per line")
     if source.text_column not in value:
         raise source.no_column(list(value), f" in {where}")
     text = value[source.text_column]
@@ -194,7 +196,7 @@ def resolve_source(
     if name == STDLIB or name in FILE_KINDS:
         for flag, value in (("subset", subset), ("revision", revision)):
             if value:
-                raise UserError(f"--{flag} {value} is for datasets on the Hub, and --dataset {name} is none")
+                raise UserError(f"--{flag} {value} is for datasets on the Hub, and --dataset {name} is not one")
     if name == STDLIB:
         if patterns:
             raise UserError("--data_files is not for --dataset stdlib, which reads Python's own modules: use text")

@@ -30,7 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--step",
         type=number(int, at_least=1),
-        help="the step to compute, from 1 (default: the one after the last that is recorded)",
+        help="the step to compute, from 1 (default: the step after the last recorded one)",
     )
     parser.add_argument(
         "--train_data_path", type=Path, metavar="FILE", help="the run's token file, if it is elsewhere now"
@@ -41,7 +41,9 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     arguments = build_parser().parse_args(argv)
     if processes.world_size() > 1:
-        raise UserError("python -m train.replay: is one process, whatever the run was; start it without a launcher")
+        raise UserError(
+            "python -m train.replay: runs in a single process, however many the run used; start it without a launcher"
+        )
     if not arguments.run.is_dir():
         raise UserError(f"{arguments.run} is not a folder: give the run folder that training wrote")
     from train.utils.third_party_warnings import silence_third_party_warnings
@@ -61,8 +63,8 @@ def main(argv: list[str] | None = None) -> None:
         result = replay.compute(replay.step)
     print(f"step {replay.step:,} of {arguments.run}, computed from {replay.checkpoint.folder.name}")
     recorded = replay.records.get(replay.step, {}).get("loss")
-    print(f"loss {result.loss:.9g}, recorded {'no number' if recorded is None else format(recorded, '.9g')}; "
-          f"gradient norm {result.grad_norm:.6g}")  # fmt: skip
+    was = "not recorded, or not a number" if recorded is None else f"recorded {recorded:.9g}"
+    print(f"loss {result.loss:.9g}, {was}; gradient norm {result.grad_norm:.6g}")
     for line in report(replay, search):
         print(line)
 

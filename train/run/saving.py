@@ -23,7 +23,7 @@ from train.utils.errors import RUN_AGAIN, STOPPED_BY_GUARD, EarlyEnd
 def save_checkpoint(
     engine: Engine, run: ResolvedRun, state: checkpoints.TrainingState, writer: BackgroundWriter | None
 ) -> None:
-    """Write the checkpoint of a state, parameter by parameter; with a `writer`, from a copy, beside training."""
+    """Write the checkpoint of a state, parameter by parameter; with a `writer`, from a copy, in the background."""
     config = run.config
     tensors = marked(engine.tensors(on_host=writer is None), f"the checkpoint of step {state.step}")
 
@@ -57,12 +57,12 @@ class CheckpointSaver:
         if step <= self.step:
             return
         self.log.flush()  # first: a run that resumes from the checkpoint needs the records up to it
-        beside = self.run.config.async_save and not ends and self.writer.has_room(self.run.checkpoint_bytes)
+        in_background = self.run.config.async_save and not ends and self.writer.has_room(self.run.checkpoint_bytes)
         began = time.monotonic()
         state = self.run.state(step, self.guard.state(), temporary)
-        save_checkpoint(self.engine, self.run, state, self.writer if beside else None)
+        save_checkpoint(self.engine, self.run, state, self.writer if in_background else None)
         self.step = step
-        self.interruptions.saved(self.writer.seconds if beside else time.monotonic() - began)
+        self.interruptions.saved(self.writer.seconds if in_background else time.monotonic() - began)
 
     def validated(self, step: int) -> bool:
         """Keep the checkpoint of the best validation up to `step`; whether the run ends, because that is long ago."""

@@ -28,7 +28,7 @@ def validate(
 
     All processes make the same number of steps (a forward pass may be collective); blocks that do not
     divide evenly are padded with ignored labels. `max_steps` limits the batches per data-parallel process. None if
-    a process is `interrupted`, and empty on the others than the main one.
+    a process is `interrupted`, and empty on all processes but the main one.
     """
     steps = batches.steps(engine.data_world_size, micro_batch_size)
     steps = steps if max_steps is None else min(steps, max_steps)

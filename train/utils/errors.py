@@ -34,7 +34,7 @@ class UserError(Exception):
 
 
 class EarlyEnd(Exception):
-    """The run ends before its last step, in the same way on all processes; the message says why and how to go on."""
+    """The run ends before its last step, alike on all processes; the message says why and how to continue."""
 
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)

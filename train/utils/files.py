@@ -141,7 +141,7 @@ def parse_json(text: str, path: Path, line: int = 1) -> Any:
     try:  # JSON can name a lone surrogate ("\\ud800"), which no file can hold
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
-        raise UserError(f"{path} holds half a character (U+{ord(error.object[error.start]):04X} alone)") from None
+        raise UserError(f"{path} contains a lone surrogate (U+{ord(error.object[error.start]):04X})") from None
     return value
 
 

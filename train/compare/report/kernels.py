@@ -42,7 +42,7 @@ def kernels_section(runs: Sequence[FinishedRun], kernels: Sequence[RunSummary | 
     note += f"Not profiled: {', '.join(missing)}." if missing else ""
     charts = [categories_chart(numbered), roofline_chart(numbered)]
     charts += [pipeline_chart(run.label, run.pipeline) for run in profiled if run.pipeline]
-    title = "What made the difference, in ms a step" if len(profiled) > 1 else "What takes longest, in ms a step"
+    title = "What made the difference, in ms per step" if len(profiled) > 1 else "What takes longest, in ms per step"
     return KernelsSection(
         labels=[run.label for run in profiled],
         sentence=speedup_sentence(profiled),

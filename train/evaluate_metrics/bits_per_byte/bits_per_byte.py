@@ -39,5 +39,7 @@ class BitsPerByte(evaluate.Metric):
     def _compute(self, nll: list[float], bytes: list[int]) -> dict[str, float]:
         total = sum(bytes)
         if total == 0:
-            raise ValueError("bits per byte of no text: add at least one batch with bytes before compute")
+            raise ValueError(
+                "cannot compute bits per byte of zero bytes: add at least one batch with bytes before compute"
+            )
         return {"bits_per_byte": math.fsum(nll) / (math.log(2) * total)}

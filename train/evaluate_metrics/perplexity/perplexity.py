@@ -36,7 +36,9 @@ class Perplexity(evaluate.Metric):
     def _compute(self, nll: list[float], tokens: list[int]) -> dict[str, float]:
         total = sum(tokens)
         if total == 0:
-            raise ValueError("perplexity of no tokens: add at least one batch with tokens before compute")
+            raise ValueError(
+                "cannot compute the perplexity of zero tokens: add at least one batch with tokens before compute"
+            )
         val_loss = math.fsum(nll) / total
         try:
             return {"val_loss": val_loss, "perplexity": math.exp(val_loss)}

@@ -39,5 +39,7 @@ class TokenAccuracy(evaluate.Metric):
         labels = references[:]  # the column as an array; without the slice datasets reads it row by row
         counted = labels != -100
         if not counted.any():
-            raise ValueError("accuracy over no tokens: add at least one label other than -100 before compute")
+            raise ValueError(
+                "cannot compute accuracy over zero tokens: add at least one label other than -100 before compute"
+            )
         return {"token_accuracy": float((predictions[:] == labels)[counted].mean())}
