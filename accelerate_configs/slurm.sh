@@ -1,8 +1,8 @@
 #!/bin/bash
-# Several machines under Slurm: one launcher a node, 8 processes each; sbatch accelerate_configs/slurm.sh [flags of train]
-# A process that dies is restarted with all others (--max_restarts); a job that is requeued resumes from its last complete
-# checkpoint, or starts from step 0 if it has none yet. Before its time is over a job saves, stops and requeues itself,
-# as long as it makes progress. The working directory and the checkpoint folder are on a file system that all nodes share.
+# Several machines under Slurm, one launcher per node, 8 processes each: sbatch accelerate_configs/slurm.sh [train flags]
+# If a process dies, all are restarted (--max_restarts); a job that is requeued resumes from its last complete
+# checkpoint, or starts from step 0 if it has none yet. Before its time limit a job saves, stops and requeues itself, as
+# long as it makes progress. The working directory and the checkpoint folder are on a file system that all nodes share.
 #SBATCH --job-name=gpt2flash
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1

@@ -5,7 +5,7 @@
 
 docs/performance.md describes what is measured. The corpus is split into files of equal size; a corpus x4 is the first
 four of them, all documents distinct. The first table is speed by the number of workers, on the middle size; nanoGPT's
-best number is taken from it. The second is speed and memory by the size of the corpus, ours with a worker a core.
+best number is taken from it. The second is speed and memory by the size of the corpus, ours with one worker per core.
 
 Each side first runs once untimed: its bytes are compared with nanoGPT's, and its memory and disk use are sampled. Then
 the sides alternate within each round, not sampled.

@@ -29,8 +29,8 @@ Train GPT-2 on a token file.
   accelerate launch --config_file accelerate_configs/deepspeed.yaml -m train --run_type optimized \\
       --deepspeed_config ds_configs/zero2.json ...  DeepSpeed, FlashAttention, the chunked loss, bf16 where it is fast
 
-Every flag may also stand in a YAML file given by --config, alone or under the name of its topic; the command line wins
-over the file. The run is written to CHECKPOINT_PATH/RUN_TYPE: checkpoints, metrics.jsonl (a line per step) and
+Every flag may also be set in a YAML file given by --config, alone or under the name of its topic; the command line
+takes precedence. The run is written to CHECKPOINT_PATH/RUN_TYPE: checkpoints, metrics.jsonl (a line per step) and
 metrics.json.
 """
 
