@@ -8,14 +8,17 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from subprocess import PIPE
 
 import pytest
 
-from train.utils import lock
+from tests.run_folders import save_step
+from train.checkpoints import step_folder
+from train.run.log import StepsFile
+from train.utils import files, lock
 from train.utils.errors import UserError
 
 HOLD = """
@@ -212,6 +215,55 @@ def test_what_happened_to_the_folder_meanwhile_is_said(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="run was removed or renamed"):
             lock.check(folder)
     assert not folder.exists()
+
+
+def test_a_lock_that_was_taken_over_is_left_to_its_new_owner(tmp_path: Path) -> None:
+    """The new owner has written its name into the same file."""
+    with lock.owned(tmp_path, "--out"):
+        file = leave_lock(tmp_path, ELSEWHERE)
+    assert json.loads(file.read_text())["host"] == "node7"
+
+
+def deep_folder(folder: Path) -> None:
+    with files.atomic_folder(folder / "step-3", replace=True) as new:
+        (new / "file").touch()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda folder: files.write_text(folder / "text", "mine"),
+        lambda folder: files.write_json(folder / "inner" / "metrics.json", {}),
+        deep_folder,
+        lambda folder: save_step(folder, 3),
+        lambda folder: step_folder.rotate(folder, keep=1),
+        lambda folder: step_folder.point_best_to(folder / "step-2"),
+        lambda folder: StepsFile(folder / "metrics.jsonl", []),
+    ],
+)
+def test_nothing_in_a_folder_is_changed_after_it_was_taken_over(
+    tmp_path: Path, change: Callable[[Path], object]
+) -> None:
+    (tmp_path / "inner").mkdir()
+    for step in (1, 2):
+        save_step(tmp_path, step)
+    with lock.owned(tmp_path, "--out"):
+        leave_lock(tmp_path, ELSEWHERE)
+        before = {path: path.stat().st_ino for path in tmp_path.rglob("*")}
+        with pytest.raises(UserError, match="has been taken over by process 4711 on node7"):
+            change(tmp_path)
+        assert {path: path.stat().st_ino for path in tmp_path.rglob("*")} == before
+
+
+def test_a_file_that_was_begun_before_the_folder_was_taken_over_gets_no_name(tmp_path: Path) -> None:
+    def write() -> None:
+        with files.atomic_write(tmp_path / "latest") as temporary:
+            temporary.write_text("step-2")
+            leave_lock(tmp_path, ELSEWHERE)
+
+    with lock.owned(tmp_path, "--out"), pytest.raises(UserError, match="has been taken over"):
+        write()
+    assert [path.name for path in tmp_path.iterdir()] == [lock.LOCK]
 
 
 def test_a_folder_that_this_process_does_not_own_is_not_checked(tmp_path: Path) -> None:

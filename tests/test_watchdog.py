@@ -11,9 +11,11 @@ from typing import Any
 
 import psutil
 import pytest
+from torch.distributed import TCPStore
 
 from tests.conftest import free_port, losses
 from tests.jobs import Job, job, launcher, layout
+from train.job import watchdog
 from train.job.watchdog import Silence, Status, describe
 
 TIMEOUT = 6
@@ -36,6 +38,24 @@ def micro_batch(self, step, *rest):
     return original(self, step, *rest)
 
 batches.TrainBatches.micro_batch = micro_batch
+run_command(command.main)
+"""
+# The command with calls of a rank that take longer than the timeout.
+SLOW = """
+import os, time
+from train.checkpoints import step_folder
+from train.run import loop
+from train.run.log import StepsFile
+from train import __main__ as command
+from train.utils.command import run_command
+def slow(owner, name, rank):
+    function = getattr(owner, name)
+    def slower(*arguments, **named):
+        if os.environ["RANK"] == rank:
+            time.sleep({seconds})
+        return function(*arguments, **named)
+    setattr(owner, name, slower)
+{calls}
 run_command(command.main)
 """
 
@@ -149,6 +169,54 @@ def test_a_rank_that_is_stuck_in_python_is_named_and_shows_where(flags: list[str
         assert "rank 1 of 2: no progress for" in first, first
         assert "rank 0 of 2: no" not in first, first
         assert "in stand_still" in second, second
+
+
+@pytest.mark.faults
+def test_work_of_one_rank_may_take_longer_than_the_timeout(flags: list[str], tmp_path: Path) -> None:
+    calls = [
+        'slow(loop, "load_model", "1")',
+        'slow(StepsFile, "sync", "0")',
+        'slow(step_folder, "write_text", "0")',  # after the last tensor of a checkpoint
+        'slow(loop, "write_summary", "0")',  # after the other rank has exited
+    ]
+    (tmp_path / "slow.py").write_text(SLOW.format(calls="\n".join(calls), seconds=TIMEOUT + 2))
+    train = [
+        *flags,
+        *layout("baseline"),
+        "--async_save=false",
+        f"--timeout={TIMEOUT}",
+        f"--checkpoint_path={tmp_path}",
+    ]
+    with two_ranks(tmp_path, "slow.py", *train) as ranks:
+        assert [rank.end(120) for rank in ranks] == [0, 0], "\n".join(rank.said() for rank in ranks)
+    assert (tmp_path / "baseline" / "metrics.json").exists()
+
+
+def test_a_rank_whose_watch_has_ended_is_expected_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    for beat in range(20):
+        clock.look(status(0, beat), status(1, min(beat, 3), ended=beat >= 3), own_marks=beat)
+    assert clock.silence.longest() <= 1
+    statuses = {0: status(0, 1), 1: status(1, 1, waits=False, ended=True)}
+    assert "rank 1 of 2" not in describe(statuses, clock.silence, [], 10)
+
+
+def test_work_that_shows_no_progress_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    watch = watchdog.Watchdog(store, timeout=0.2)
+    monkeypatch.setattr(watch, "threads", watch.threads[:1])  # the reporter
+    watch.start()
+    try:
+        with watchdog.working("a download"):
+            began = watchdog.PROGRESS.marks
+            time.sleep(watchdog.WORK_TIMEOUTS * 0.2 / 2)
+            amid = watchdog.PROGRESS.marks
+            time.sleep(watchdog.WORK_TIMEOUTS * 0.2)
+            late = watchdog.PROGRESS.marks
+            time.sleep(0.2)
+            assert began < amid < late == watchdog.PROGRESS.marks
+    finally:
+        watch.stop()
 
 
 def test_a_job_that_is_suspended_and_continued_goes_on(flags: list[str], tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import psutil
 import torch
 
+from train.job.watchdog import working
 from train.utils import processes
 from train.utils.errors import first_line
 
@@ -113,7 +114,8 @@ class BackgroundWriter(AbstractContextManager):
         """Wait until nothing is being written, and raise the thread's error, if there is one."""
         began = time.monotonic()
         if self._thread is not None:
-            self._thread.join()
+            with working("waiting for the last checkpoint to be written"):
+                self._thread.join()
             self._thread = None
         waited = time.monotonic() - began
         if waited >= NOTICEABLE_SECONDS:

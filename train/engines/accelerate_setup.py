@@ -18,6 +18,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from train.config import launcher_env as launcher
 from train.config.run_config import RunConfig
+from train.job.watchdog import WORK_TIMEOUTS
 from train.utils.devices import device_type
 from train.utils.errors import UserError
 
@@ -71,9 +72,9 @@ def deepspeed_accelerator(config: RunConfig, deepspeed: dict[str, Any]) -> Accel
 def group_timeout(config: RunConfig) -> timedelta:
     """PyTorch's own limit of each collective, after which it raises (gloo) or aborts the process (NCCL).
 
-    Longer than --timeout: `train.job.watchdog` says more, and lets a rank wait as long as others make progress.
+    Longer than all that `train.job.watchdog` lets a rank wait for: it says more.
     """
-    return timedelta(seconds=max(2 * config.timeout, 1800))
+    return timedelta(seconds=max((WORK_TIMEOUTS + 1) * config.timeout, 1800))
 
 
 def set_group_timeouts(config: RunConfig) -> None:

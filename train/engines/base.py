@@ -23,6 +23,7 @@ from train.engines.accelerate_setup import deepspeed_accelerator, plain_accelera
 from train.engines.placement import RankPlacement, check_launch, check_placements
 from train.engines.state import create_moments, full_tensor, held_by_optimizer, set_full_tensor, torch_optimizer
 from train.engines.transforms import checkpoint_arguments, compile_blocks, fuse_gelu, keep_freed_memory
+from train.job import watchdog
 from train.metrics.annotations import annotate
 from train.metrics.peak_memory import peak_memory
 from train.optim.parameter_groups import build_optimizer, moments_of
@@ -116,7 +117,7 @@ class Engine(ABC):
         assert torch_optimizer(self.optimizer) is optimizer, "DeepSpeed has replaced the optimizer by its own"
         create_moments(self.optimizer, config.optimized)
         if self.deepspeed:
-            zero.review_updates(self.model, self._review)
+            zero.review_updates(self.model, self._reviewed_norm)
         set_group_timeouts(config)
         host, wrapping = gethostname(), self._requested_wrapping()
         actual = RankPlacement(self.rank, host, self.device.type, *self._placement())
@@ -179,6 +180,10 @@ class Engine(ABC):
         self.result = StepResult(loss_value, norm_value, updated, tuple(value > 0 for value in asked))
         return updated
 
+    def _reviewed_norm(self, grad_norm: torch.Tensor) -> float:
+        """The norm on the host, or infinity if the step does not update the weights."""
+        return self.result.grad_norm if self._review(grad_norm) else math.inf
+
     @abstractmethod
     def _gather_losses(self, requests: list[torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """The mean of all processes' `losses`, and of their requests."""
@@ -215,8 +220,9 @@ class Engine(ABC):
         self.accelerator.wait_for_everyone()
 
     def close(self) -> None:
-        """Destroy the process group. No collective may follow."""
+        """Destroy the process group, and end the watch over it. No collective may follow."""
         self.accelerator.end_training()
+        watchdog.stop()
 
     @abstractmethod
     def parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -260,7 +266,7 @@ class Engine(ABC):
         for state in torch_optimizer(self.optimizer).state.values():
             if "step" in state:
                 state["step"].fill_(updates)
-        for name, parameter in self.parameters():
+        for name, parameter in watchdog.marked(self.parameters(), "loading the checkpoint"):
             set_full_tensor(self.optimizer, parameter, weights[name].to(self.device))
             for key in moments_of(self.config.optimizer, name):
                 set_full_tensor(self.optimizer, parameter, moments[f"{key}.{name}"].to(self.device), key)

@@ -69,11 +69,13 @@ def set_full_tensor(parameter: torch.Tensor, value: torch.Tensor, moment: str | 
         parameter.data.copy_(value)
 
 
-def review_updates(engine: Any, review: Callable[[torch.Tensor], bool]) -> None:
+def review_updates(engine: Any, review: Callable[[torch.Tensor], float]) -> None:
     """Let `review`, given the norm of the gradient over all processes, decide whether DeepSpeed updates the weights.
 
-    ZeRO skips an update whose norm is not finite, and that is how it is made to skip one. It computes the norm in any
-    case, and need not search the gradients for infinities before that.
+    It returns the norm, which it has read, or infinity. ZeRO skips an update whose norm is not finite, and that is how
+    it is made to skip one. It computes the norm in any case, and need not search the gradients for infinities before
+    that. It gets the norm in host memory: where it looks whether a norm is finite, and clips, it would wait for the
+    device again otherwise, once and once for each parameter group.
     """
     optimizer = engine.optimizer
     if hasattr(optimizer, "scaled_global_norm"):  # ZeRO-1 and 2
@@ -81,7 +83,7 @@ def review_updates(engine: Any, review: Callable[[torch.Tensor], bool]) -> None:
 
         def reviewed_norm() -> torch.Tensor:
             norm = torch.as_tensor(norm_of_all())
-            return norm if review(norm) else torch.full_like(norm, math.inf)
+            return torch.tensor(review(norm), dtype=norm.dtype)
 
         optimizer.scaled_global_norm = reviewed_norm
         optimizer.check_grad_overflow = True
@@ -92,8 +94,7 @@ def review_updates(engine: Any, review: Callable[[torch.Tensor], bool]) -> None:
         norms_of_groups = optimizer._get_norm_groups
 
         def reviewed_norms() -> list[torch.Tensor]:
-            norms = norms_of_groups()
-            return norms if review(combine_grad_norm_groups(norms)) else [torch.tensor(math.inf)]
+            return [torch.tensor(review(combine_grad_norm_groups(norms_of_groups())))]
 
         optimizer._get_norm_groups = reviewed_norms
     else:  # without ZeRO, DeepSpeed steps torch's optimizer, with the complete gradients
@@ -102,7 +103,7 @@ def review_updates(engine: Any, review: Callable[[torch.Tensor], bool]) -> None:
         def reviewed_step() -> None:
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             norm = get_total_norm([parameter.grad for parameter in parameters])
-            if review(norm):
+            if math.isfinite(review(norm)):
                 clip_grads_with_norm_(parameters, engine.gradient_clipping() or math.inf, norm)
                 update()
 

@@ -7,11 +7,14 @@ waits for nobody: once no rank has made progress for `--timeout` seconds, or one
 it prints which ranks hold the job up, and the Python stacks of this process, and exits.
 
 Progress is what the main thread marks: steps, micro-batches, batches of a validation, tensors of a checkpoint. Work
-that takes longer than the timeout in total is left alone as long as any rank makes progress. Time counts only while
-this process runs: a job that is suspended as a whole and continued resumes.
+that takes longer than the timeout in total is left alone as long as any rank makes progress. Work of one rank that
+cannot be divided, as a download or a flush to the disk (`working`), is progress for up to `WORK_TIMEOUTS` timeouts.
+Time counts only while this process runs: a job that is suspended as a whole and continued resumes. The watch of a rank
+ends with its last collective (`stop`): the others expect no more signs of life from it.
 """
 
 import atexit
+import contextlib
 import faulthandler
 import json
 import os
@@ -38,6 +41,7 @@ Item = TypeVar("Item")
 BEATS = 20  # signs of life within a timeout
 LONGEST_BEAT_SECONDS = 5.0
 PRINT_SECONDS = 30.0
+WORK_TIMEOUTS = 6  # how many timeouts work may take that shows no progress
 # Where the main thread is while it waits for other ranks, as far as Python sees it.
 COLLECTIVES = ("torch/distributed/", "deepspeed/comm/", "deepspeed/runtime/pipe/p2p.py")
 
@@ -48,6 +52,7 @@ class Progress:
 
     marks: int = 0
     phase: str = "the start"
+    work_began: float | None = None  # when it began what `working` surrounds
 
 
 PROGRESS = Progress()
@@ -57,6 +62,18 @@ def mark(phase: str) -> None:
     """Record that the main thread makes progress, and in what: "step 7", "validation"."""
     PROGRESS.phase = phase
     PROGRESS.marks += 1
+
+
+@contextlib.contextmanager
+def working(phase: str) -> Iterator[None]:
+    """Surrounds work of this rank alone that may take longer than the timeout and cannot be divided by marks."""
+    mark(phase)
+    before, PROGRESS.work_began = PROGRESS.work_began, time.monotonic()
+    try:
+        yield
+    finally:
+        PROGRESS.work_began = before
+        mark(phase)
 
 
 def marked(items: Iterable[Item], phase: str) -> Iterator[Item]:
@@ -81,9 +98,10 @@ class Status:
     place: str  # innermost function of the main thread
     waits: bool  # whether that is a collective
     collectives: int  # that it has started in the group of all ranks
+    ended: bool = False  # whether its watch has ended: it is in no collective any more
 
 
-def own_status(beat: int) -> Status:
+def own_status(beat: int, *, ended: bool = False) -> Status:
     process = psutil.Process()
     place, waits = _place()
     return Status(
@@ -97,6 +115,7 @@ def own_status(beat: int) -> Status:
         place=place,
         waits=waits,
         collectives=_collectives(),
+        ended=ended,
     )
 
 
@@ -128,6 +147,7 @@ class Watchdog:
 
     def stop(self) -> None:
         self.stopped.set()
+        atexit.unregister(self.stop)
         for thread in self.threads:
             thread.join(1.0)
 
@@ -136,6 +156,9 @@ class Watchdog:
         known: list[int] = []  # ranks that have reported: a request for others would wait for them
         while not self.stopped.wait(self.interval):
             beat += 1
+            began = PROGRESS.work_began
+            if began is not None and time.monotonic() - began < WORK_TIMEOUTS * self.timeout:
+                PROGRESS.marks += 1
             status = own_status(beat)
             try:
                 self.store.set(_key(status.rank), json.dumps(asdict(status)))
@@ -145,6 +168,8 @@ class Watchdog:
             except RuntimeError:  # rank 0 has exited, or cannot be reached: its silence tells
                 continue
             self.statuses = {each.rank: each for each in (Status(**json.loads(report)) for report in reports)}
+        with contextlib.suppress(RuntimeError):  # rank 0 has exited
+            self.store.set(_key(processes.rank()), json.dumps(asdict(own_status(beat + 1, ended=True))))
 
     def _judge(self) -> None:
         silence = Silence(self.world_size)
@@ -190,8 +215,8 @@ def start(store: TCPStore | None, timeout: float) -> None:
 
 def stop() -> None:
     """End the watch, after the last collective of the job."""
-    for each in _running:
-        each.stop()
+    while _running:
+        _running.pop().stop()
 
 
 @dataclass
@@ -202,6 +227,7 @@ class Silence:
     awake: float = 0.0  # seconds that this process has been running for
     looked: float = field(default_factory=time.monotonic)
     beats: dict[int, tuple[int, float]] = field(default_factory=dict)  # rank -> (beat, when it came)
+    ended: set[int] = field(default_factory=set)  # ranks whose watch has ended
     marks: dict[int, int] = field(default_factory=dict)
     moved: float = 0.0
 
@@ -212,12 +238,13 @@ class Silence:
         for rank, each in statuses.items():
             if each.beat > self.beats.get(rank, (-1, 0.0))[0]:
                 self.beats[rank] = (each.beat, self.awake)
+        self.ended = {rank for rank, each in statuses.items() if each.ended}
         marks = {rank: each.marks for rank, each in statuses.items()} | {processes.rank(): own_marks}
         if marks != self.marks:
             self.marks, self.moved = marks, self.awake
 
     def of(self, rank: int) -> float:
-        return self.awake - self.beats.get(rank, (0, 0.0))[1]
+        return 0.0 if rank in self.ended else self.awake - self.beats.get(rank, (0, 0.0))[1]
 
     def without_progress(self) -> float:
         return self.awake - self.moved
@@ -239,13 +266,14 @@ def describe(statuses: dict[int, Status], silence: Silence, silent: list[int], t
         lines.append(
             f"rank {rank} of {silence.world_size}: no sign of life for {silence.of(rank):.0f} seconds: {last}"
         )
-    behind = [] if silent else _behind(list(statuses.values()))
+    present = [each for each in statuses.values() if not each.ended]
+    behind = [] if silent else _behind(present)
     for each in behind:
         lines.append(
             f"rank {each.rank} of {silence.world_size}: no progress for {silence.without_progress():.0f} seconds: "
             f"process {each.pid} on {each.host} is in {each.phase}, in {each.place}"
         )
-    if not silent and len(behind) == len(statuses):
+    if not silent and len(behind) == len(present):
         lines.append(
             "no rank is known to be the cause: all ranks are waiting in collectives, which may differ, or the network "
             "is down"
@@ -260,7 +288,7 @@ def _behind(statuses: list[Status]) -> list[Status]:
     if 0 < len(outside) < len(statuses):
         return outside
     # Python sees no collective where they are part of the backward pass, or asynchronous as on GPUs.
-    fewest = min(each.collectives for each in statuses)
+    fewest = min((each.collectives for each in statuses), default=0)
     return [each for each in statuses if each.collectives == fewest]
 
 

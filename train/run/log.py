@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from train.checkpoints.run_folder import STEPS_FILE, missing_steps, read_steps
+from train.job.watchdog import working
 from train.metrics.table import STEP_METRICS
 from train.run.setup import ResolvedRun
 from train.trackers import Trackers
@@ -65,7 +66,8 @@ class RunLog:
     def flush(self) -> None:
         """Have every record on the disk before a checkpoint becomes visible, after which the run may resume."""
         if self.main:
-            self._attempt(lambda: self.file.sync(self.records))
+            with working("flushing the log"):
+                self._attempt(lambda: self.file.sync(self.records))
 
     def lacks_validation(self, step: int) -> bool:
         """Whether the last record is that of `step` and has no validation."""
@@ -83,7 +85,8 @@ class RunLog:
         if not self.main:
             return
         self.flush()
-        self.trackers.finish(self.message)
+        with working("closing the trackers"):  # one may upload what it has
+            self.trackers.finish(self.message)
         self.bar.close()
         if self.file.pending:
             tqdm.write(

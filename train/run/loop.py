@@ -20,7 +20,7 @@ from train.engines.accelerated import AcceleratedEngine
 from train.engines.base import Engine, Review
 from train.hub.upload import push
 from train.job import rendezvous, watchdog
-from train.job.watchdog import mark, marked
+from train.job.watchdog import mark, marked, working
 from train.metrics.annotations import annotate
 from train.metrics.energy import EnergyMeter, energy_reader
 from train.metrics.hardware import versions
@@ -42,8 +42,8 @@ def build(run: ResolvedRun, launcher_exited: Callable[[], None] = lambda: None) 
     processes.watch_peer(gather_object([os.getpid()]), launcher_exited)
     checkpoint = run.checkpoint
     set_seed(run.config.seed)
-    mark("loading the model")
-    model = load_model(run.config.model, run.model, attn_implementation=run.attention[0])
+    with working("loading the model"):  # which may be downloaded
+        model = load_model(run.config.model, run.model, attn_implementation=run.attention[0])
     tensors = checkpoints.read_tensors(checkpoint, model) if checkpoint else None
     mark("preparing the run folder")
     engine.wait()  # until all processes have read their files, because a claimed folder may be emptied
@@ -57,7 +57,6 @@ def build(run: ResolvedRun, launcher_exited: Callable[[], None] = lambda: None) 
     mark("preparing the model")
     engine.prepare(model)
     if checkpoint is not None and tensors is not None:
-        mark("loading the checkpoint")
         engine.load_state(*tensors, checkpoint.guard.updates)
     mark("the start")
     return engine

@@ -1,6 +1,7 @@
 """When and how the training loop saves, and how it ends early with a checkpoint."""
 
 import time
+from contextlib import ExitStack
 from typing import NoReturn
 
 from accelerate.utils import gather_object
@@ -8,14 +9,13 @@ from accelerate.utils import gather_object
 from train.checkpoints import step_folder as checkpoints
 from train.checkpoints.background import BackgroundWriter, States
 from train.engines.base import Engine
-from train.job.watchdog import marked
+from train.job.watchdog import marked, working
 from train.metrics.annotations import annotate
 from train.metrics.summary import best_validation
 from train.run.guard import Guard
 from train.run.log import RunLog
 from train.run.setup import ResolvedRun
 from train.run.signals import Interruptions
-from train.utils import lock
 from train.utils.errors import RUN_AGAIN, STOPPED_BY_GUARD, EarlyEnd
 
 
@@ -25,14 +25,23 @@ def save_checkpoint(
 ) -> None:
     """Write the checkpoint of a state, parameter by parameter; with a `writer`, from a copy, in the background."""
     config = run.config
-    tensors = marked(engine.tensors(on_host=writer is None), f"the checkpoint of step {state.step}")
+    what = f"the checkpoint of step {state.step}"
+    tensors = marked(engine.tensors(on_host=writer is None), what)
 
     def write(states: States) -> None:
-        lock.check(config.run_folder)
         checkpoints.save(config.run_folder, run.model, run.tokenizer, states, state, config.save_total_limit)
 
+    def write_now() -> None:
+        with ExitStack() as after_tensors:
+
+            def states() -> States:
+                yield from tensors
+                after_tensors.enter_context(working(what))  # what remains is the main process's: a flush to the disk
+
+            write(states())
+
     if engine.is_main:
-        writer.start(tensors, write) if writer else write(tensors)
+        writer.start(tensors, write) if writer else write_now()
     for _ in tensors:
         pass  # the other processes only take part in gathering
     engine.wait()

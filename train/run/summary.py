@@ -18,7 +18,6 @@ from train.metrics.flops import count_flops, peak_flops
 from train.metrics.hardware import hardware, versions
 from train.metrics.summary import RunFacts, summarize
 from train.run.setup import ResolvedRun
-from train.utils import lock
 from train.utils.devices import device_name
 from train.utils.files import write_json
 
@@ -31,7 +30,6 @@ def write_summary(run: ResolvedRun, records: list[dict[str, Any]], world_size: i
     `measured`: the metrics of memory and energy.
     """
     config = run.config
-    lock.check(config.run_folder)
     model = load_for_inference(latest(config.run_folder), dtype="bfloat16" if run.precision == "bf16" else "float32")
     facts = RunFacts(
         run_type=config.run_type,

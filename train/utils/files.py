@@ -1,6 +1,7 @@
 """Files: written atomically, and JSON without NaN, which is read back against a schema.
 
-A file or folder is complete or absent: it is written under another name, flushed, then renamed.
+A file or folder is complete or absent: it is written under another name, flushed, then renamed. In a folder that this
+process owns (`train.utils.lock`), nothing is written or deleted once another process has taken it over.
 """
 
 import glob
@@ -16,6 +17,7 @@ from typing import Any, TypeVar
 
 import psutil
 
+from train.utils import lock
 from train.utils.errors import UserError, os_error, shortened
 
 T = TypeVar("T")
@@ -35,11 +37,13 @@ def fsync(path: Path) -> None:
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is flushed and renamed to `path`, otherwise removed."""
+    lock.check(path)
     temporary = _temporary(path)
     try:
         with _errors_name(path):
             yield temporary
             fsync(temporary)
+            lock.check(path)
             temporary.replace(path)
             fsync(path.parent)
     finally:
@@ -52,6 +56,7 @@ def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
 
     By then `path` must be absent, or an empty folder, unless the new folder may `replace` it.
     """
+    lock.check(path)
     temporary = _temporary(path)
     temporary.mkdir(parents=True)
     try:
@@ -59,6 +64,7 @@ def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
             yield temporary
             for entry in [*temporary.iterdir(), temporary]:
                 fsync(entry)
+            lock.check(path)
             if replace:
                 delete_folder(path)
             temporary.rename(path)
@@ -96,6 +102,7 @@ def _temporary(path: Path) -> Path:
 def delete_folder(folder: Path) -> None:
     """Delete a step folder if it exists; it is renamed first, so that a partial one is never read as a checkpoint."""
     if folder.exists():
+        lock.check(folder)
         renamed = folder.with_name(f".{folder.name}.old")
         shutil.rmtree(renamed, ignore_errors=True)
         folder.rename(renamed)

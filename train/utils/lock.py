@@ -4,7 +4,8 @@ The kernel holds the lock (`flock`) and releases it when its process ends, howev
 several machines share, flock may work on each machine alone, survive a dead machine for a while, or be missing. There
 the file itself counts: it names its owner, whose thread renews the time of the file every `BEAT_SECONDS`. An owner on
 another machine that does not renew it for `PATIENCE_SECONDS`, by the clock of the process that waits, is taken to be
-dead. The owner looks into the file before each checkpoint: if it was taken over, it writes nothing more.
+dead. The owner looks into the file before everything that it writes or deletes in the folder through
+`train.utils.files`, which is all but lines of a log: if it was taken over, it writes nothing more.
 """
 
 import errno
@@ -19,6 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from socket import gethostname
 from typing import Literal, NamedTuple
@@ -86,6 +88,7 @@ class FolderLock:
     descriptor: int | None = None
     owner: Owner | None = None  # this process, once it has acquired the lock
     _released: threading.Event = field(default_factory=threading.Event)
+    _checking: threading.Lock = field(default_factory=threading.Lock)  # checkpoints are written by another thread
 
     @property
     def file(self) -> Path:
@@ -197,6 +200,10 @@ class FolderLock:
 
     def check(self) -> None:
         """Raise a `UserError` if the folder is not at its path any more, or another process has taken it over."""
+        with self._checking:
+            self._check()
+
+    def _check(self) -> None:
         owner = self._read()
         if owner == self.owner:
             return
@@ -211,8 +218,10 @@ class FolderLock:
         self.acquire()
 
     def release(self) -> None:
+        """Remove the file, unless another process has written its name into it."""
         self._released.set()
-        if self.descriptor is not None and self._is_at_its_path(self.descriptor):
+        is_ours = self.descriptor is not None and self._is_at_its_path(self.descriptor)
+        if is_ours and self._read() in (None, self.owner):
             self.file.unlink(missing_ok=True)
         self._close()
 
@@ -240,12 +249,13 @@ def owned(folder: Path, flag: str, *, job: str = "", restarted: bool = False) ->
     try:
         lock.acquire()
         os.register_at_fork(after_in_child=lock._close)  # a forked child would hold the lock after its parent's death
+        os.register_at_fork(after_in_child=partial(_held.pop, folder, None))
         threading.Thread(target=lock.renew, daemon=True).start()
         _held[folder] = lock
         try:
             yield
         finally:
-            del _held[folder]
+            _held.pop(folder, None)
             lock.release()
     finally:
         for each in created:
@@ -255,10 +265,11 @@ def owned(folder: Path, flag: str, *, job: str = "", restarted: bool = False) ->
                 break
 
 
-def check(folder: Path) -> None:
-    """Raise a `UserError` if this process has owned `folder` and has lost it since."""
-    if folder in _held:
-        _held[folder].check()
+def check(path: Path) -> None:
+    """Raise a `UserError` if `path` is, or is in, a folder that this process has owned and has lost since."""
+    for folder, held in list(_held.items()):
+        if path.is_relative_to(folder):
+            held.check()
 
 
 def _create(folder: Path, flag: str) -> list[Path]:
