@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import modeling_flash_attention_utils as flash_utils
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import import_utils
+from transformers.utils.generic import TransformersKwargs
 
 
 class FlashKernel(NamedTuple):
@@ -30,6 +32,11 @@ FLASH_KERNELS = {
 }
 ATTENTION_NAMES = ("auto", *FLASH_KERNELS, "sdpa", "eager")
 HALF_PRECISION = (torch.float16, torch.bfloat16)
+# What transformers passes on to the model: for the kernels, continuous batching, and generate()'s own tokenizers.
+KNOWN_ARGUMENTS = frozenset({
+    *TransformersKwargs.__annotations__, "return_dict", "block_table", "read_index", "write_index", "logits_indices",
+    "logits_processor_args", "tokenizer", "assistant_tokenizer",
+})  # fmt: skip
 
 
 def choose_attention(
@@ -71,15 +78,28 @@ def choose_attention(
 
 
 def check_attention_name(name: str) -> None:
-    """Raise unless `name` is one of the kernels that are known here.
+    """Raise unless `name` is a kernel that is known here, or that this process has registered with transformers.
 
     A name may come from a configuration on the Hub, and transformers downloads and runs code for names that look
     like a repository.
     """
     # transformers replaces the flash names by these fallbacks if the `kernels` package is installed.
     fallbacks = getattr(flash_utils, "FLASH_ATTN_KERNEL_FALLBACK", {}).values()
-    if name.removeprefix("paged|") not in (*ATTENTION_NAMES, *fallbacks):
-        raise ValueError(f"Unknown attention implementation {name!r}; choose one of {', '.join(ATTENTION_NAMES)}.")
+    registered = {key for key in ALL_ATTENTION_FUNCTIONS.valid_keys() if "/" not in key} - {"flex_attention"}
+    if name.removeprefix("paged|") not in {*ATTENTION_NAMES, *fallbacks, *registered}:
+        raise ValueError(
+            f'Specified `attn_implementation="{name}"` is not supported. Choose one of {", ".join(ATTENTION_NAMES)}, '
+            "or register it with transformers' AttentionInterface.register before the model is created."
+        )
+
+
+def check_attention_arguments(implementation: str, arguments: dict[str, Any]) -> None:
+    """Raise a `TypeError` for an unknown argument; kernels that the reader's process has registered may take any."""
+    if implementation.removeprefix("paged|") not in ATTENTION_NAMES:
+        return
+    unknown = [name for name in arguments if name not in KNOWN_ARGUMENTS]
+    if unknown:
+        raise TypeError(f"GPT2Flash's forward() got an unexpected keyword argument {unknown[0]!r}")
 
 
 def check_flash_dtype(query: Tensor) -> None:

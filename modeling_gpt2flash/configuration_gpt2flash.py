@@ -44,7 +44,7 @@ class GPT2FlashConfig(PreTrainedConfig):
 
     model_type = "gpt2flash"
     _auto_class: ClassVar[str] = "AutoConfig"  # makes save_pretrained copy the code; also in the models
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
     attribute_map: ClassVar[dict[str, str]] = {
         "hidden_size": "n_embd",
         "max_position_embeddings": "n_positions",

@@ -15,7 +15,11 @@ from torch.nn import functional as F
 from transformers.cache_utils import Cache
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.masking_utils import create_causal_mask, packed_sequence_mask_function
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.import_utils import is_tracing
+
+# What transformers calls a cache, in arguments and outputs: "past_key_values" until 5.23.
+CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 def document_bounds(starts: Tensor) -> Tensor:
@@ -72,12 +76,13 @@ def attention_arguments(
         starts = _find_document_starts(positions, attention_mask, no_cached_keys, known=bounds is not None)
     if starts is not None and flash:
         return {"attention_mask": None, **kernel_arguments(document_bounds(starts), length)}
+    cached: dict[str, Any] = {CACHE: past_key_values}
     # None if the mask is purely causal and the kernel applies causality itself.
     mask = create_causal_mask(
         config=config,
         inputs_embeds=inputs_embeds,
         attention_mask=attention_mask,
-        past_key_values=past_key_values,
+        **cached,
         and_mask_function=None if starts is None else packed_sequence_mask_function(starts.cumsum(-1)),
     )
     return {"attention_mask": mask}

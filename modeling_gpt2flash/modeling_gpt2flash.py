@@ -7,7 +7,7 @@ hidden width, V vocabulary.
 # ruff: noqa: RUF012  # transformers declares the mutable class attributes below as instance attributes
 
 import math
-from typing import Any, Unpack
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +21,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
-from transformers.utils.generic import TransformersKwargs, can_return_tuple, merge_with_config_defaults
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention import (
+    check_attention_arguments,
     check_attention_name,
     check_flash_dtype,
     choose_attention,
@@ -32,7 +33,7 @@ from .attention import (
     expected_device_type,
 )
 from .configuration_gpt2flash import GPT2FlashConfig, refuse_unsupported
-from .documents import attention_arguments
+from .documents import CACHE, attention_arguments
 from .loss import causal_lm_loss
 from .positions import check_length, check_positions, count_positions, keep_positions
 from .projection import Projection, ResidualProjection, is_quantized
@@ -80,8 +81,7 @@ class GPT2FlashAttention(nn.Module):
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """(B, T, D) -> (B, T, D), and the attention weights (B, H, T, S) if the kernel returns them."""
         batch, length, width = hidden_states.shape
@@ -90,10 +90,13 @@ class GPT2FlashAttention(nn.Module):
             part.view(batch, length, -1, self.head_dim).transpose(1, 2)
             for part in self.c_attn(hidden_states).split(width, dim=-1)
         )
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.index)
-        if "cache" in kwargs:
-            self.layer_idx = self.index  # the attention function fills a paged cache, for which it reads this
+        cache = kwargs.pop(CACHE, None)
+        if isinstance(cache, Cache):
+            key, value = cache.update(key, value, self.index)
+        elif cache is not None:  # of continuous batching, which also changes the arguments of the kernel
+            key, value = cache.update(key, value, self.index, kwargs=kwargs)
+        elif "cache" in kwargs:  # the same in transformers before 5.24, whose kernels fill it
+            self.layer_idx = self.index
 
         implementation = self.config._attn_implementation
         if "flash" in implementation:
@@ -127,13 +130,10 @@ class GPT2FlashBlock(GradientCheckpointingLayer):
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Any,
     ) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
-        attn_output, _ = self.attn(
-            self.ln_1(hidden_states), attention_mask=attention_mask, past_key_values=past_key_values, **kwargs
-        )
+        attn_output, _ = self.attn(self.ln_1(hidden_states), attention_mask=attention_mask, **kwargs)
         hidden_states = hidden_states + attn_output
         return hidden_states + self.mlp(self.ln_2(hidden_states))
 
@@ -145,7 +145,7 @@ class GPT2FlashPreTrainedModel(PreTrainedModel):
     base_model_prefix = "transformer"
     supports_gradient_checkpointing = True
     _no_split_modules = ["GPT2FlashBlock"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_attention_backend = True
@@ -225,12 +225,14 @@ class GPT2FlashModel(GPT2FlashPreTrainedModel):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """
         Args:
             input_ids: (B, T), the tokens that are not in the cache yet; or pass `inputs_embeds`.
             past_key_values: a cache of any kind; without one, `use_cache` creates a dynamic one.
+            cache: the same, by its name in transformers 5.24; or the cache of continuous batching.
             attention_mask: (B, S), 0 for padding, on either side; or (B, 1, T, S), passed to the kernel unchanged.
             token_type_ids: (B, T), embedded by the token embeddings and added, as in GPT-2.
             position_ids: (B, T) or (1, T). None to count them from the mask and the cache. Where they do not count up
@@ -242,7 +244,15 @@ class GPT2FlashModel(GPT2FlashPreTrainedModel):
 
         Returns:
             `last_hidden_state`, (B, T, D), and the cache.
+
+        Raises:
+            TypeError: for an argument that neither the model nor transformers knows.
         """
+        check_attention_arguments(self.config._attn_implementation, kwargs)
+        if isinstance(cache, Cache):
+            if past_key_values is not None:
+                raise ValueError("Pass either cache or past_key_values, which are two names of one argument.")
+            past_key_values, cache = cache, None
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass either input_ids or inputs_embeds.")
         if inputs_embeds is None:
@@ -252,6 +262,8 @@ class GPT2FlashModel(GPT2FlashPreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
 
         passed = {key: value for key, value in kwargs.items() if value is not None}
+        if cache is not None:
+            passed["cache"] = cache
         computed = attention_arguments(  # from the caller's positions: those counted below never mark documents
             self.config,
             inputs_embeds,
@@ -271,14 +283,12 @@ class GPT2FlashModel(GPT2FlashPreTrainedModel):
         if token_type_ids is not None:
             hidden_states = hidden_states + self.wte(token_type_ids)
         hidden_states = self.drop(hidden_states)
+        arguments = {CACHE: past_key_values, "use_cache": use_cache} | computed | passed
         for block in self.h:
-            hidden_states = block(
-                hidden_states, past_key_values=past_key_values, use_cache=use_cache, **(computed | passed)
-            )
+            hidden_states = block(hidden_states, **arguments)
         hidden_states = self.ln_f(hidden_states)
-        return BaseModelOutputWithPast(
-            last_hidden_state=hidden_states, past_key_values=past_key_values if use_cache else None
-        )
+        cached: dict[str, Any] = {CACHE: past_key_values if use_cache else None}
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states, **cached)
 
 
 class GPT2FlashForCausalLM(GPT2FlashPreTrainedModel, GenerationMixin):
@@ -359,9 +369,9 @@ class GPT2FlashForCausalLM(GPT2FlashPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE: getattr(outputs, CACHE)},
         )
 
     def _loss(self, hidden_states: Tensor, logits: Tensor | None, labels: Tensor | None, **kwargs: Any) -> Tensor:

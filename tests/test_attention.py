@@ -2,11 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from modeling_gpt2flash import ATTENTION_NAMES, GPT2FlashConfig, GPT2FlashForCausalLM, attention, choose_attention
@@ -142,8 +145,32 @@ def test_names_from_a_folder_choose_no_code(tmp_path: Path) -> None:
     fields = json.loads((tmp_path / "config.json").read_text())
     for key in ("attn_implementation", "_attn_implementation"):
         (tmp_path / "config.json").write_text(json.dumps(fields | {key: "someone/kernel"}))
-        with pytest.raises(ValueError, match="Unknown attention implementation 'someone/kernel'"):
+        with pytest.raises(ValueError, match=r'^Specified `attn_implementation="someone/kernel"` is not'):
             GPT2FlashForCausalLM.from_pretrained(tmp_path)
+
+
+def test_kernels_of_this_process_are_taken(tmp_path: Path) -> None:
+    """With whatever arguments they take."""
+    passed: list[dict[str, Any]] = []
+
+    def kernel(module: torch.nn.Module, query: torch.Tensor, *others: Any, **arguments: Any) -> Any:
+        passed.append(arguments)
+        return sdpa_attention_forward(module, query, *others, **arguments)
+
+    ids = tokens()
+    expected = make_ours()(ids).logits
+    make_ours().save_pretrained(tmp_path)
+    AttentionInterface.register("counting", kernel)
+    AttentionMaskInterface.register("counting", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    try:
+        ours = GPT2FlashForCausalLM.from_pretrained(tmp_path, attn_implementation="counting").eval()
+        torch.testing.assert_close(ours(ids, own_argument=3).logits, expected)
+        assert passed[-1]["own_argument"] == 3
+    finally:
+        del AttentionInterface._global_mapping["counting"]
+        del AttentionMaskInterface._global_mapping["counting"]
+    with pytest.raises(ValueError, match='attn_implementation="counting"` is not supported'):
+        GPT2FlashForCausalLM.from_pretrained(tmp_path, attn_implementation="counting")
 
 
 def test_auto_is_understood_when_loading(tmp_path: Path) -> None:

@@ -58,6 +58,12 @@ for folder in ("model", "again", "base"):
     for one in (config, model, base):
         assert type(one).__module__.startswith(f"transformers_modules.{folder}."), type(one)
     assert torch.equal(model.transformer(ids).last_hidden_state, base(ids).last_hidden_state)
+    try:
+        model(ids, no_such_argument=1)
+    except TypeError as error:
+        assert "no_such_argument" in str(error)
+    else:
+        raise AssertionError("an unknown argument was swallowed")
     print(model(ids, labels=ids).loss.item(), model.generate(ids, max_new_tokens=3, do_sample=False).tolist())
     if folder == "model":
         model.save_pretrained("again")

@@ -12,6 +12,7 @@ from transformers import AutoModel, AutoModelForCausalLM, GPT2Config, GPT2LMHead
 from transformers.pytorch_utils import Conv1D
 
 from modeling_gpt2flash import GPT2FlashConfig, GPT2FlashForCausalLM, GPT2FlashModel
+from modeling_gpt2flash.documents import CACHE
 from tests.tiny_gpt2 import TINY, gradients, make_ours, make_pair, pad, tokens
 from train.engines.transforms import checkpoint_blocks
 
@@ -138,18 +139,31 @@ def test_initialisation() -> None:
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("static", [False, True])
-def test_caches(attention: str, static: bool) -> None:
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_caches(attention: str, static: bool, name: str) -> None:
     ours = make_ours()
     ours.set_attn_implementation(attention)
     ids = tokens(2, 14)
     cache = StaticCache(config=ours.config, max_cache_len=20) if static else None
     parts = []
     for a, b in ((0, 6), (6, 10), (10, 11), (11, 14)):
-        out = ours(ids[:, a:b], past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
+        out = ours(ids[:, a:b], **{name: cache}, use_cache=True)
+        cache = getattr(out, CACHE)
         parts.append(out.logits)
     torch.testing.assert_close(torch.cat(parts, 1), ours(ids).logits, rtol=1e-4, atol=1e-5)
-    assert ours(ids, use_cache=False).past_key_values is None
+    assert getattr(ours(ids, use_cache=False), CACHE) is None
+    with pytest.raises(ValueError, match="either cache or past_key_values"):
+        ours(ids, cache=cache, past_key_values=cache)
+
+
+def test_what_nobody_knows_is_refused() -> None:
+    """And not swallowed: a misspelt mask would be none."""
+    ours = make_ours()
+    for model in (ours, ours.transformer):
+        with pytest.raises(TypeError, match="unexpected keyword argument 'atention_mask'"):
+            model(tokens(), atention_mask=torch.ones(2, 12))
+    with pytest.raises((TypeError, ValueError), match="atention_mask"):
+        ours.generate(tokens(), atention_mask=torch.ones(2, 12), max_new_tokens=1)
 
 
 def test_other_inputs_are_stocks(tmp_path: Path) -> None:
