@@ -35,7 +35,7 @@ from .attention import (
 from .configuration_gpt2flash import GPT2FlashConfig, refuse_unsupported
 from .documents import CACHE, attention_arguments
 from .loss import causal_lm_loss
-from .positions import check_length, check_positions, count_positions, keep_positions
+from .positions import check_generated_length, check_length, check_positions, count_positions, keep_positions
 from .projection import Projection, ResidualProjection, is_quantized
 
 logger = logging.get_logger(__name__)
@@ -261,16 +261,9 @@ class GPT2FlashModel(GPT2FlashPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
 
-        passed = {key: value for key, value in kwargs.items() if value is not None}
-        if cache is not None:
-            passed["cache"] = cache
+        passed = {key: value for key, value in {**kwargs, "cache": cache}.items() if value is not None}
         computed = attention_arguments(  # from the caller's positions: those counted below never mark documents
-            self.config,
-            inputs_embeds,
-            position_ids,
-            attention_mask,
-            past_key_values,
-            bounds=passed.get("cu_seq_lens_q"),
+            self.config, inputs_embeds, position_ids, attention_mask, past_key_values, passed.get("cu_seq_lens_q")
         )
         if position_ids is None:
             past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
@@ -396,12 +389,7 @@ class GPT2FlashForCausalLM(GPT2FlashPreTrainedModel, GenerationMixin):
         super()._validate_generated_length(  # type: ignore[misc]  # declared for a protocol that mypy does not see
             generation_config, input_ids_length, has_default_max_length
         )
-        if generation_config.max_length > self.config.n_positions:
-            raise ValueError(
-                f"Generating up to {generation_config.max_length} tokens (the prompt has {input_ids_length}) is more "
-                f"than the {self.config.n_positions} positions (n_positions) of this model: shorten the prompt or "
-                "lower max_new_tokens."
-            )
+        check_generated_length(generation_config.max_length, input_ids_length, self.config.n_positions)
 
 
 # For label smoothing, Trainer shifts the labels only for classes that are listed here.

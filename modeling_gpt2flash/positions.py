@@ -40,6 +40,15 @@ def check_length(past: int | Tensor, new: int, n_positions: int) -> None:
         )
 
 
+def check_generated_length(max_length: int, prompt: int, n_positions: int) -> None:
+    """Raise if a text of `max_length` tokens, of which `prompt` are given, exceeds the model's positions."""
+    if max_length > n_positions:
+        raise ValueError(
+            f"Generating up to {max_length} tokens (the prompt has {prompt}) is more than the {n_positions} positions "
+            "(n_positions) of this model: shorten the prompt or lower max_new_tokens."
+        )
+
+
 def check_positions(position_ids: Tensor, n_positions: int) -> None:
     """Raise if a position exceeds the last one. Only checked on a CPU, where it needs no synchronization."""
     if torch.compiler.is_compiling() or position_ids.device.type != "cpu" or position_ids.numel() == 0:
