@@ -29,7 +29,7 @@ from train.utils.files import delete_folder
 
 # Fields of the training state that a resumed run must share with its checkpoint, or its loss curve would be another.
 SAME_IN_A_RUN = ("model", "train_data", "seed", "block_size", "document_mask", "sequences_per_step", "optimizer")
-# What a run writes beside its checkpoints; records of trackers come last, as the log is the run's own.
+# What a run writes apart from its checkpoints; records of trackers come last, as the log is the run's own.
 LOGS = (
     SUMMARY_FILE,
     LATEST,

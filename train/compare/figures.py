@@ -13,7 +13,7 @@ from train.utils.units import times, unit_of
 NOT_COMPARABLE = "NOT COMPARABLE"
 UNKNOWN = "—"
 FEW_STEPS = 20
-# What decides which work was done, beside the data and the shape of the model.
+# What decides which work was done, apart from the data and the shape of the model.
 SAME_WORK = ("tokens_per_step", "steps", "block_size", "config.seed", "config.model", "config.dropout",
              "config.document_mask", "val_tokens")  # fmt: skip
 

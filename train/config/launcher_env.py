@@ -85,7 +85,7 @@ def check(config: RunConfig, zero: dict[str, Any]) -> None:
 
 
 def forget() -> None:
-    """Remove the fields from the environment: Accelerate refuses them beside a JSON, and cannot read "auto"."""
+    """Remove the fields from the environment: Accelerate refuses them together with a JSON, and cannot read "auto"."""
     for variable in list(os.environ):
         if variable.startswith("ACCELERATE_DEEPSPEED_") or variable in (
             "ACCELERATE_CONFIG_DS_FIELDS",

@@ -1,10 +1,10 @@
 """A job that stands still is ended: its ranks watch each other's progress and name those that hold it up.
 
-A collective waits for all ranks, so one that is stopped or stuck stops all others, in C++, without an error. Beside
-the main thread each process therefore runs two more. The reporter writes this rank's status to the job's store every
-few seconds and reads those of all ranks; it may itself block, if rank 0, which hosts the store, is stopped. The judge
-waits for nobody: once no rank has made progress for `--timeout` seconds, or one has given no sign of life for as long,
-it prints which ranks hold the job up, and the Python stacks of this process, and exits.
+A collective waits for all ranks, so one that is stopped or stuck stops all others, in C++, without an error. Each
+process therefore runs two threads besides the main one. The reporter writes this rank's status to the job's store
+every few seconds and reads those of all ranks; it may itself block, if rank 0, which hosts the store, is stopped. The
+judge waits for nobody: once no rank has made progress for `--timeout` seconds, or one has given no sign of life for as
+long, it prints which ranks hold the job up, and the Python stacks of this process, and exits.
 
 Progress is what the main thread marks: steps, micro-batches, batches of a validation, tensors of a checkpoint. Work
 that takes longer than the timeout in total is left alone as long as any rank makes progress. Work of one rank that

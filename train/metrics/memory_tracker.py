@@ -45,7 +45,7 @@ class MemoryTracker(TorchDispatchMode):
             and whenever an annotation (`train.metrics.annotations`) ends, since gradients come and go.
         vocab_size: tensors with so many columns, or with that number rounded up as `modeling_gpt2flash.loss` does,
             are logits.
-        device_type: whose tensors are counted; beside a GPU, what is offloaded is not.
+        device_type: whose tensors are counted; on a GPU, what is offloaded to the host is not.
     """
 
     def __init__(

@@ -35,7 +35,7 @@ class Ledger:
         self.held.subtract(bytes_)
 
     def pass_through(self, **temporary: int) -> None:
-        """Allocate these beside what is held, and free them at once."""
+        """Allocate these in addition to what is held, and free them at once."""
         now = self.held.copy()
         now.update(temporary)
         if now.total() > self.peak:

@@ -9,15 +9,15 @@ from train.utils.command import run_command
 from train.utils.errors import UserError
 
 DESCRIPTION = """\
-Compute a step of a run again, in one process, and say where its first value that is not finite arises, or its largest
-values: in which module and operator, in the forward or the backward pass, in which micro-batch and in which text.
+Compute a step of a run again, in one process, and show where the first value that is not finite appears, or else the
+largest values: in which module and operator, in the forward or the backward pass, in which micro-batch and which text.
 
-The run's last checkpoint before the step is loaded, and the steps between are computed as the run did, with the same
-tokens in the same order. In fp32 the loss equals the recorded one; in bf16, and on another kind of device, up to
-rounding.
+The run's last checkpoint before the step is loaded, and the steps in between are computed as in the run, with the same
+tokens in the same order. In fp32 the loss equals the recorded one; in bf16, and on another kind of device, it does up
+to rounding.
 """
 EXAMPLES = """examples:
-  the step before which a run has stopped, because its loss was not finite
+  the step before which a run stopped because its loss was not finite
     python -m train.replay checkpoint/optimized
   any step that has a checkpoint before it
     python -m train.replay checkpoint/optimized --step 1200

@@ -47,7 +47,7 @@ class Replay:
         tokens: where the token file is now, if it is not where the run has read it.
 
     Raises:
-        UserError: if there is no checkpoint before the step, or the token file is another one.
+        UserError: if there is no checkpoint before the step, or the token file is a different one.
     """
 
     def __init__(self, run_folder: Path, step: int | None = None, tokens: Path | None = None) -> None:

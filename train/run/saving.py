@@ -116,7 +116,7 @@ class CheckpointSaver:
         folder = self.run.config.run_folder
         raise EarlyEnd(
             f"{finding}, so the run stops before this update; {folder}/step-{step} has the weights before it. "
-            f"python -m train.replay {folder} --step {step + 1} finds where it arises; --resume_from_checkpoint with "
-            f"--{flag} skip continues without it",
+            f"python -m train.replay {folder} --step {step + 1} finds where it appears; --resume_from_checkpoint "
+            f"with --{flag} skip continues without it",
             STOPPED_BY_GUARD,
         )

@@ -300,7 +300,7 @@ def resolve_attention(config: RunConfig, model: GPT2FlashConfig) -> tuple[str, s
                 f"from other tensors; give --attn_implementation {' or '.join(SELECTIVE_ATTENTION)}"
             )
         if config.dropout > 0:
-            # A kernel that does not run again draws no random numbers, so the dropouts after it would draw others.
+            # A kernel that does not run again draws no random numbers, so later dropouts would draw different ones.
             raise UserError(
                 f"--activation_checkpointing selective: with --dropout {config.dropout} the recomputed dropout masks "
                 "would differ; give --dropout 0"

@@ -9,7 +9,7 @@ NARROWEST_NUMBER = 14  # units of a span that has its micro-batch's number in it
 
 
 def pipeline_chart(label: str, pipeline: PipelineTimeline) -> Chart:
-    """A row for each process of the pipeline, and the measured idle share beside the theoretical one."""
+    """A row for each process of the pipeline, and the measured idle share next to the theoretical one."""
     theory = "" if pipeline.theory is None else f", {pipeline.theory:.1%} in theory with all stages alike"
     note = (
         f"a profiled step; {pipeline.stages} processes, {pipeline.micro_batches} micro-batches, numbered; idle: "
