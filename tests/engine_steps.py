@@ -114,6 +114,33 @@ def counted(engine: Engine, run: ResolvedRun) -> Iterator[dict[str, Any]]:
         yield {**numbers(result), "operations": operations.counts}
 
 
+class Reads(TorchDispatchMode):
+    """Where a value of a tensor is read: on a device, the host would wait there for it.
+
+    `Tensor.tolist` is no operation of torch and not seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.name() == "aten::_local_scalar_dense":
+            frame = sys._getframe(1)
+            while "/torch/" in frame.f_code.co_filename and frame.f_back:
+                frame = frame.f_back
+            self.places[f"{Path(frame.f_code.co_filename).name}:{frame.f_code.co_name}"] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def reading(engine: Engine, run: ResolvedRun) -> Iterator[dict[str, Any]]:
+    """Where a step reads the value of a tensor, besides the loop's `tolist`."""
+    for step in range(run.total_steps):
+        with Reads() as reads:
+            result = engine.train_step(step, micro_batches(engine, run, step), LEARNING_RATE)
+        yield {**numbers(result), "reads": reads.places}
+
+
 def paged(engine: Engine, run: ResolvedRun) -> Iterator[dict[str, Any]]:
     """How many pages of memory the system gives for a step."""
     for step in range(run.total_steps):
@@ -159,6 +186,7 @@ SCENARIOS = {
     "interrupted": interrupted,
     "watched": watched,
     "counted": counted,
+    "reading": reading,
     "paged": paged,
     "tracked": tracked,
     "alternating": alternating,

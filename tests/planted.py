@@ -1,7 +1,7 @@
 """Trains, or replays, with a planted number: `python -m tests.planted STEP RANK MODULE NUMBER train FLAGS...`.
 
-In step STEP (the first is 1) and its last micro-batch, the output of MODULE on process RANK is multiplied by NUMBER.
-With several processes: `torchrun ... -m tests.planted ...`.
+In step STEP (the first is 1) and its last micro-batch, the output of MODULE on process RANK is multiplied by NUMBER,
+or its gradient, for MODULE:backward. With several processes: `torchrun ... -m tests.planted ...`.
 """
 
 import sys
@@ -11,7 +11,8 @@ from train.cli import choose
 from train.engines.base import Engine
 from train.utils.command import run_command
 
-step, rank, module, number = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], float(sys.argv[4])
+step, rank, number = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[4])
+module, _, backward = sys.argv[3].partition(":")
 tool = sys.argv[5]
 del sys.argv[1:6]
 train_step = Engine.train_step
@@ -25,6 +26,9 @@ def plant(module_: Any) -> None:
         output = forward(*arguments, **keywords)
         calls["forward"] += 1
         if calls["step"] != step or calls["forward"] < calls["micro-batches"]:
+            return output
+        if backward:
+            (output[0] if isinstance(output, tuple) else output).register_hook(lambda gradient: gradient * number)
             return output
         return (output[0] * number, *output[1:]) if isinstance(output, tuple) else output * number
 

@@ -88,6 +88,15 @@ def test_an_error_of_the_thread_surfaces(then: str) -> None:
     writer.wait()  # once
 
 
+@pytest.mark.parametrize(("available", "room"), [(124, False), (126, True)])
+def test_a_copy_leaves_a_fifth_of_the_memory(monkeypatch: pytest.MonkeyPatch, available: int, room: bool) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("train.utils.processes.available_memory", lambda: available * 10**9)
+    pinned = 2 if torch.accelerator.is_available() else 1  # in powers of two
+    assert BackgroundWriter(said.append).has_room(10**11 // pinned) == room
+    assert room or "needs a copy of up to 100.0 GB, and 124.0 GB of memory are available" in said[0]
+
+
 def test_an_error_of_training_is_not_hidden_by_one_of_the_thread() -> None:
     def fail(states: States) -> None:
         raise OSError(errno.ENOSPC, ENOSPC)

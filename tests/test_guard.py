@@ -6,21 +6,24 @@ import warnings
 from collections import deque
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from tests.conftest import ROOT, python, ranks, records, torchrun
+from tests.conftest import LOSS_TOLERANCE, ROOT, engine_steps, python, ranks, records, torchrun
 from tests.jobs import layout
 from tests.tiny_gpt2 import make_ours
 from train.checkpoints.step_folder import GuardState
 from train.config.run_config import RunConfig, parse
+from train.engines import zero
 from train.engines.accelerated import AcceleratedEngine
 from train.engines.base import Review
 from train.run.guard import SIGMA, SKIPS_IN_A_ROW, WINDOW, Guard, is_spike
 
 STEPS = ["--max_steps=8", "--save_interval=2", "--warmup_steps=2", "--max_new_tokens=0"]
 PLANTED = ["5", "0", "transformer.h.1.mlp", "nan", "train"]  # in step 5, on rank 0
+IN_GRADIENT = ["5", "0", "transformer.h.0.mlp:backward", "nan", "train"]
 
 
 def config(*flags: str) -> RunConfig:
@@ -108,9 +111,13 @@ def check_decisions(flags: list[str], tmp_path: Path, processes: int, fsdp2: boo
             assert resumed.read_bytes() == (run / "step-8" / file).read_bytes(), (step, file)
 
 
+def without_steps(flags: list[str]) -> list[str]:
+    return [flag for flag in flags if not flag.startswith(("--max_steps", "--save_interval", "--warmup_steps"))]
+
+
 @pytest.fixture
 def small(flags: list[str]) -> list[str]:
-    return [flag for flag in flags if not flag.startswith(("--max_steps", "--save_interval", "--warmup_steps"))]
+    return without_steps(flags)
 
 
 @pytest.mark.parametrize("precision", ["no", pytest.param("bf16", marks=pytest.mark.faults)])
@@ -126,6 +133,67 @@ def test_every_layout_stops_or_skips_and_resumes_exactly(
 ) -> None:
     own = [flag for flag in layout("baseline" if name == "fsdp2" else name) if "mixed_precision" not in flag]
     check_decisions([*small, *own, f"--mixed_precision={precision}"], tmp_path, processes=2, fsdp2=name == "fsdp2")
+
+
+@pytest.fixture(scope="module")
+def skipped(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    """The records of one process that skips step 5, in which a gradient is NaN and every loss is finite."""
+    folder = tmp_path_factory.mktemp("skipped")
+    words = [*IN_GRADIENT, *without_steps(flags), *STEPS, "--mixed_precision=no", "--on_nonfinite=skip"]
+    ranks(*words, f"--checkpoint_path={folder}", cwd=folder, processes=1, module="tests.planted")
+    return records(folder / "baseline")
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("name", ["baseline", "zero1", "zero2", "zero2_offload", "zero3", "fsdp2", "pipeline"])
+def test_a_gradient_that_is_not_finite_is_skipped_in_every_layout(
+    small: list[str], tmp_path: Path, skipped: list[dict], name: str
+) -> None:
+    own = layout("baseline" if name == "fsdp2" else name)
+    words = [*IN_GRADIENT, *small, *STEPS, *own, "--on_nonfinite=skip", f"--checkpoint_path={tmp_path}"]
+    done = ranks(*words, cwd=tmp_path, fsdp2=name == "fsdp2", module="tests.planted")
+    assert "step 5: the gradient norm is not finite" in done.stdout
+    found = records(tmp_path / ("baseline" if name in ("baseline", "fsdp2") else "optimized"))
+    assert [each["step"] for each in found if each.get("skipped")] == [5]
+    assert [each["step"] for each in skipped if each.get("skipped")] == [5]
+    for key in ("loss", "grad_norm"):
+        ours, theirs = ([each[key] for each in each_run if each["step"] != 5] for each_run in (found, skipped))
+        assert ours == pytest.approx(theirs, rel=1e-4), key
+    assert math.isfinite(found[4]["loss"])
+    assert found[4]["loss"] == pytest.approx(skipped[4]["loss"], abs=LOSS_TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["one process", pytest.param("pipeline", marks=pytest.mark.faults)])
+def test_a_gradient_that_is_not_finite_stops_a_run(small: list[str], tmp_path: Path, name: str) -> None:
+    own, processes = (layout(name), 2) if name == "pipeline" else (["--mixed_precision=no"], 1)
+    words = [*IN_GRADIENT, *small, *STEPS, *own, f"--checkpoint_path={tmp_path}"]
+    done = ranks(*words, cwd=tmp_path, processes=processes, check=False, module="tests.planted")
+    assert done.returncode == 3, done.stdout
+    assert "the gradient norm is not finite, but the losses of all micro-batches on all ranks are" in done.stdout
+    assert "python -m train.replay" in done.stdout
+    (run,) = (path.parent for path in tmp_path.glob("*/latest"))
+    assert (run / "latest").read_text() == "step-4\n"
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("name", ["zero1", "zero2", "zero3", "pipeline"])
+def test_zero_reads_no_value_from_the_device(small: list[str], tmp_path: Path, name: str) -> None:
+    """But the review. It looks at the norm, which is in host memory (the next test). ZeRO-3 first traces two steps."""
+    steps = engine_steps("reading", tmp_path / name, *small, *layout(name), "--max_steps=3", "--warmup_steps=0")
+    assert {place for rank in steps for place in rank[-1]["reads"]} == {"utils.py:is_invalid_grad_norm"}
+
+
+@pytest.mark.parametrize("accepted", [True, False])
+def test_zero_gets_the_norm_in_host_memory(accepted: bool) -> None:
+    """Its optimizers are stood in for by the methods that are replaced, on a device whose values cannot be read."""
+    on_device = torch.tensor(2.5, device="meta")
+    two = SimpleNamespace(scaled_global_norm=lambda: on_device)
+    three = SimpleNamespace(_get_norm_groups=lambda: [on_device])
+    for optimizer in (two, three):
+        zero.review_updates(SimpleNamespace(optimizer=optimizer), lambda norm: 2.5 if accepted else math.inf)
+    norms = [two.scaled_global_norm(), *three._get_norm_groups()]
+    assert [norm.device.type for norm in norms] == ["cpu", "cpu"]
+    assert [norm.item() for norm in norms] == [2.5 if accepted else math.inf] * 2
 
 
 @pytest.mark.faults

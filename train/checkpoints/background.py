@@ -11,7 +11,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 
 import numpy as np
-import psutil
 import torch
 
 from train.job.watchdog import working
@@ -21,6 +20,7 @@ from train.utils.errors import first_line
 NOTICEABLE_SECONDS = 1.0
 COPY_THREADS = 4  # at most: so many saturate the memory of most machines
 PIECE = 1 << 22  # values that a thread copies at once: 16 MiB
+MOST_OF_MEMORY = 0.8  # of what is available: the rest is left to training, the page cache and other processes
 States = Iterable[tuple[str, Mapping[str, torch.Tensor]]]
 
 
@@ -77,12 +77,14 @@ class BackgroundWriter(AbstractContextManager):
 
     def has_room(self, size: int) -> bool:
         """Whether the host has memory for a copy of `size` bytes; says so if not."""
-        available = psutil.virtual_memory().available
-        if self._copy is not None or size < available:
+        # PyTorch allocates pinned memory in powers of two, for each tensor.
+        needed = size * (2 if torch.accelerator.is_available() else 1)
+        available = processes.available_memory()
+        if self._copy is not None or needed <= MOST_OF_MEMORY * available:
             return True
         self._say(
             f"training waits for this checkpoint: writing it in the background needs a copy of "
-            f"{size / 1e9:.1f} GB, and {available / 1e9:.1f} GB of memory are available"
+            f"up to {needed / 1e9:.1f} GB, and {available / 1e9:.1f} GB of memory are available"
         )
         return False
 

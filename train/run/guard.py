@@ -55,7 +55,7 @@ class Guard:
             rank, number, loss = losses[0]
             others = f" and {len(losses) - 1} more" if len(losses) > 1 else ""
             return f"step {step:,}: the loss is {loss} (rank {rank}, micro-batch {number + 1}{others})"
-        return f"step {step:,}: the gradient norm is not finite, though every loss is"
+        return f"step {step:,}: the gradient norm is not finite, but the losses of all micro-batches on all ranks are"
 
     def state(self) -> GuardState:
         return GuardState(self.updates, self.skipped_in_a_row, list(self.losses), list(self.grad_norms))

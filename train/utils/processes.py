@@ -51,6 +51,40 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def available_memory(of: Path = Path("/proc/self/cgroup"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes of memory that this process can get: what the system has available, within the limits of its cgroups.
+
+    A container, a Slurm job or a systemd unit is a cgroup. `of` lists this process's, which are folders in `cgroups`
+    (cgroups(7)): "0::/PATH" for version 2, "N:memory:/PATH" for version 1. A limit of an outer group holds for all
+    in it. In a container PATH may be that of the machine, where its own group is at the root. Pages of files that
+    are not in use count as free, because the kernel drops them before it refuses memory.
+    """
+    import psutil
+
+    available = psutil.virtual_memory().available
+    try:
+        lines = [line.split(":", 2) for line in of.read_text().splitlines()]
+    except OSError:  # another system than Linux
+        return available
+    for _, controllers, path in lines:
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        root, limit, usage, unused = (
+            (cgroups / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            if controllers
+            else (cgroups, "memory.max", "memory.current", "inactive_file")
+        )
+        group = root / path.strip("/")
+        for folder in (each for each in (group, *group.parents) if each.is_relative_to(root)):
+            try:
+                most, used = (int((folder / name).read_text()) for name in (limit, usage))
+                counts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            except (OSError, ValueError):  # there is none, or the limit is "max"
+                continue
+            available = min(available, max(0, most - used + int(counts.get(unused, 0))))
+    return available
+
+
 def exit_with_error(error: Exception) -> NoReturn:
     """Print `error` with this process's rank and exit with code 1. Call it while `error` is being handled."""
     if isinstance(error, RuntimeError) and LOST_PEER.search(str(error)):
