@@ -13,7 +13,7 @@ SMALLEST = GPT2FlashConfig(
 )
 
 
-def save_step(run_folder: Path, step: int, keep: int | None = None) -> Path:
+def save_step(run_folder: Path, step: int, keep: int | None = None, **facts: bool) -> Path:
     model = GPT2FlashForCausalLM(SMALLEST)
     tensors = (
         (name, {key: torch.full_like(parameter, step) for key in ("weight", "exp_avg", "exp_avg_sq")})
@@ -29,6 +29,7 @@ def save_step(run_folder: Path, step: int, keep: int | None = None) -> Path:
         sequences_per_step=1,
         total_steps=10,
         config={},
+        **facts,
     )
     return checkpoints.save(run_folder, SMALLEST, None, tensors, state, keep)
 

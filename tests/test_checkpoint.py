@@ -1,5 +1,6 @@
 """Run folders after failures, and resuming from them."""
 
+import errno
 import json
 import os
 import resource
@@ -17,6 +18,7 @@ from safetensors.torch import save_file
 
 from modeling_gpt2flash import GPT2FlashConfig, GPT2FlashForCausalLM
 from tests.conftest import SMALL, losses
+from tests.run_folders import save_step
 from train.checkpoints import starting
 from train.checkpoints import step_folder as checkpoints
 from train.optim.parameter_groups import moments_of
@@ -67,7 +69,8 @@ def save(
 
 def test_save_find_read(tmp_path: Path, model: GPT2FlashForCausalLM) -> None:
     save(tmp_path, model, 3)
-    assert (tmp_path / "model.safetensors").samefile(tmp_path / "step-3" / "model.safetensors")
+    weights = (tmp_path / "model.safetensors").read_bytes()
+    assert weights == (tmp_path / "step-3" / "model.safetensors").read_bytes()
     found = starting.find("latest", tmp_path)
     assert (found.step, found.folder) == (3, tmp_path / "step-3")
     weights, moments = checkpoints.read_tensors(found, model)
@@ -108,7 +111,79 @@ def test_no_more_are_deleted_than_there_are_too_many(tmp_path: Path, model: GPT2
     for step in range(1, 6):
         save(tmp_path, model, step, keep=4)
         (tmp_path / "step-2" / "training_state.json").unlink(missing_ok=True)
-    assert sorted(path.name for path in tmp_path.glob("*step*")) == ["step-2", "step-3", "step-4", "step-5"]
+    kept = ["step-1", "step-2", "step-3", "step-4", "step-5"]
+    assert sorted(path.name for path in tmp_path.glob("*step*")) == kept, "step-2 is no checkpoint: it does not count"
+
+
+def steps_in(folder: Path) -> list[int]:
+    return [step for step, _ in checkpoints.step_folders(folder)]
+
+
+@pytest.mark.parametrize("keep", [None, 1])
+def test_two_checkpoints_are_kept_as_long_as_one_of_them_is_temporary(tmp_path: Path, keep: int | None) -> None:
+    for step, left in ((1, [1]), (2, [1, 2]), (3, [2, 3]), (4, [3, 4])):
+        save_step(tmp_path, step, keep, temporary=True)
+        assert steps_in(tmp_path) == left
+    save_step(tmp_path, 5, keep)
+    assert steps_in(tmp_path) == [4, 5], "the newest may be damaged"
+    save_step(tmp_path, 6, keep)
+    assert steps_in(tmp_path) == ([5, 6] if keep is None else [6])
+    save_step(tmp_path, 7, keep, temporary=True)
+    assert steps_in(tmp_path) == ([5, 6, 7] if keep is None else [6, 7])
+
+
+@pytest.mark.parametrize("keep", [None, 1])
+def test_the_checkpoint_before_a_stop_of_the_guard_stays_until_a_later_one_is_complete(
+    tmp_path: Path, keep: int | None
+) -> None:
+    for step in (1, 2):
+        save_step(tmp_path, step, keep, temporary=True)
+    save_step(tmp_path, 3, keep, stopped_by_guard=True)
+    assert steps_in(tmp_path) == [1, 2, 3], "whose weights may diverge already"
+    checkpoints.rotate(tmp_path, keep)  # by a run that resumes
+    assert steps_in(tmp_path) == [1, 2, 3]
+    save_step(tmp_path, 4, keep, stopped_by_guard=True)
+    assert steps_in(tmp_path) == [1, 2, 3, 4]
+    save_step(tmp_path, 5, keep, temporary=True)
+    assert steps_in(tmp_path) == [2, 5]
+
+
+def test_a_checkpoint_that_cannot_be_read_is_not_rotated_away(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        save_step(tmp_path, step)
+    (tmp_path / "step-1" / "training_state.json").write_text("{")
+    (tmp_path / "step-2").rename(tmp_path / "step-0")
+    save_step(tmp_path, 4, keep=1)
+    assert steps_in(tmp_path) == [0, 1, 4]
+
+
+def test_what_cannot_be_deleted_ends_no_run_and_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As on NFS, where a file that another process reads keeps a hidden name in its folder."""
+    remove = os.unlink
+
+    def in_use(path: str, **where: object) -> None:
+        if str(path).endswith("optimizer.safetensors"):
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), path)
+        remove(path, **where)
+
+    save_step(tmp_path, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", in_use)
+        save_step(tmp_path, 2, keep=1)
+        said = capsys.readouterr().err
+        assert "cannot be deleted yet: Device or resource busy; tried again after the next checkpoint" in said
+        (left,) = tmp_path.glob(".step-1.*")
+        assert [path.name for path in left.iterdir()] == ["optimizer.safetensors"]
+        save_step(tmp_path, 1)
+        starting.prepare_run_folder(tmp_path, starting.decide(tmp_path, "latest", overwrite=False))
+        assert "cannot be deleted yet" in capsys.readouterr().err
+    assert steps_in(tmp_path) == [1, 2]
+    save_step(tmp_path, 3, keep=1)
+    assert steps_in(tmp_path) == [3]
+    assert not list(tmp_path.glob(".step*"))
+    assert "cannot be deleted" not in capsys.readouterr().err
 
 
 def test_resuming_from_an_earlier_step_deletes_the_later_ones(tmp_path: Path, model: GPT2FlashForCausalLM) -> None:
@@ -157,6 +232,11 @@ def test_an_unfinished_folder_is_never_read_as_a_checkpoint(tmp_path: Path, mode
     assert not (tmp_path / ".step-2.tmp").exists()
 
 
+def replace(file: Path, content: bytes) -> None:
+    file.unlink()  # it may be read-only
+    file.write_bytes(content)
+
+
 @pytest.mark.parametrize(
     ("damage", "names"),
     [
@@ -164,7 +244,7 @@ def test_an_unfinished_folder_is_never_read_as_a_checkpoint(tmp_path: Path, mode
         (lambda run: (run / "step-1" / "training_state.json").write_text("{"), ["training_state.json"]),
         (lambda run: (run / "step-1" / "training_state.json").write_text("{}"), ["training_state.json"]),
         (lambda run: shutil.rmtree(run / "step-1"), ["step-1"]),
-        (lambda run: (run / "step-1" / "model.safetensors").write_bytes(b"123"), ["damaged", "model.safetensors"]),
+        (lambda run: replace(run / "step-1" / "model.safetensors", b"123"), ["damaged", "model.safetensors"]),
         (lambda run: (run / "step-1" / "optimizer.safetensors").unlink(), ["cannot be read", "optimizer.safetensors"]),
     ],
 )

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from tests.conftest import SMALL, losses, ranks, train
 from tests.test_checkpoint import save, states_of
 from train.checkpoints import __main__ as command
 from train.checkpoints import starting
-from train.checkpoints.digests import TensorDigest
+from train.checkpoints.digests import TensorDigest, digest_of_state
 from train.utils.errors import UserError
 
 FIRST, MOMENT = "transformer.h.0.attn.c_attn.weight", "exp_avg_sq.transformer.h.1.mlp.c_fc.weight"
@@ -34,12 +35,20 @@ def run(tmp_path: Path, model: GPT2FlashForCausalLM) -> Path:
     return tmp_path / "run"
 
 
+def edit_state(step: Path, edit: Callable[[dict[str, Any]], Any], *, with_digest: bool = False) -> None:
+    """Change a training state; its own digest is dropped, or `with_digest` written anew, as another version would."""
+    state = json.loads((step / "training_state.json").read_text())
+    edit(state)
+    if state.get("digests"):
+        state["digests"]["state"] = digest_of_state(state) if with_digest else None
+    (step / "training_state.json").write_text(json.dumps(state))
+
+
 def forget_digests(run: Path) -> None:
     """Make the checkpoints those of an older version."""
-    for file in run.glob("step-*/training_state.json"):
-        state = json.loads(file.read_text())
-        del state["digests"]
-        file.write_text(json.dumps(state))
+    for step in run.glob("step-*"):
+        if (step / "training_state.json").exists():
+            edit_state(step, lambda state: state.pop("digests"))
 
 
 def change(file: str, name: str, function: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Path], None]:
@@ -67,6 +76,18 @@ def change_config(run: Path) -> None:
     path.write_text(json.dumps(config))
 
 
+def change_state(run: Path) -> None:
+    path = run / "step-2" / "training_state.json"
+    state = json.loads(path.read_text())
+    state["guard"] = {"updates": 1003}
+    path.write_text(json.dumps(state))
+
+
+def break_state(run: Path) -> None:
+    path = run / "step-2" / "training_state.json"
+    path.write_bytes(path.read_bytes()[:-9])
+
+
 def shorten(run: Path) -> None:
     path = run / "step-2" / "optimizer.safetensors"
     path.write_bytes(path.read_bytes()[:-4])
@@ -75,6 +96,15 @@ def shorten(run: Path) -> None:
 def rename(run: Path) -> None:
     (run / "step-2").rename(run / "step-3")
     (run / "latest").write_text("step-3\n")
+
+
+def lose_the_state(run: Path) -> None:
+    (run / "step-2" / "training_state.json").unlink()
+
+
+def transpose(run: Path) -> None:
+    """Its values are all the same, so that they have the digest still."""
+    change(MOMENTS, MOMENT, torch.Tensor.t)(run)
 
 
 def lose_a_tensor(run: Path) -> None:
@@ -89,14 +119,16 @@ CHANGES = [
     (change(MOMENTS, MOMENT, flip_a_bit), [MOMENTS, MOMENT, "has changed"]),
     (change(WEIGHTS, FIRST, lambda weight: weight.bfloat16().float()), [WEIGHTS, FIRST, "has changed"]),
     (change_config, ["config.json", "has changed"]),
+    (change_state, ["training_state.json", "has changed"]),
+    (break_state, ["training_state.json", "broken JSON"]),
 ]
 FAULTS = [
     (change(WEIGHTS, FIRST, torch.Tensor.bfloat16), [WEIGHTS, FIRST, "BF16"]),
-    (change(MOMENTS, MOMENT, torch.Tensor.t), [MOMENTS, MOMENT, "[64, 16]", "[16, 64]"]),
+    (transpose, [MOMENTS, MOMENT, "[64, 16]", "[16, 64]"]),
     (lose_a_tensor, [MOMENTS, MOMENT, "is missing"]),
     (shorten, [MOMENTS, "damaged"]),
     (rename, ["step-3", "step 2", "rename it to step-2"]),
-    (lambda run: (run / "step-2" / "training_state.json").unlink(), ["training_state.json is missing"]),
+    (lose_the_state, ["training_state.json is missing"]),
     (lambda run: (run / "step-2" / MOMENTS).unlink(), [MOMENTS, "No such file"]),
 ]
 NOT_FINITE = [
@@ -136,6 +168,106 @@ def test_faults_are_found_without_digests(run: Path, harm: Callable[[Path], None
     with pytest.raises(UserError) as error:
         starting.find("latest", run)
     assert all(name in str(error.value) for name in [*names, "--overwrite"]), str(error.value)
+
+
+def resume(run: Path, delete_newer: bool = False) -> str:
+    """The name of the checkpoint from which the run folder is made ready to resume."""
+    start = starting.decide(run, "latest", overwrite=False, delete_newer=delete_newer)
+    starting.prepare_run_folder(run, start)
+    assert start.checkpoint is not None
+    return start.checkpoint.folder.name
+
+
+# What no digest proves to be damage: it may be intact under another name, or in another version.
+NOT_PROVEN = (rename, lose_the_state, transpose)
+DAMAGE = [harm for harm, _ in CHANGES + FAULTS if harm not in NOT_PROVEN]
+
+
+@pytest.mark.parametrize("harm", DAMAGE)
+def test_a_damaged_newest_checkpoint_is_put_aside_and_the_run_resumes(
+    run: Path, harm: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    harm(run)
+    content = {path.name: path.read_bytes() for path in (run / "step-2").iterdir()}
+    assert resume(run) == "step-1"
+    assert f"{run / 'step-2'} is {run / 'step-2.damaged'} now" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in (run / "step-2.damaged").iterdir()} == content
+    assert resume(run) == "step-1"
+    assert capsys.readouterr().err == "", "nothing is left to say"
+    (run / "step-2.damaged").rename(run / "step-2")
+    (run / "step-2.damaged").mkdir()
+    assert resume(run) == "step-1"
+    assert (run / "step-2.damaged-2").is_dir()
+
+
+def fail_to_read(run: Path) -> None:
+    """A real error of reading, where /proc has one: EIO."""
+    (run / "step-2" / "config.json").unlink()
+    (run / "step-2" / "config.json").symlink_to("/proc/self/mem")
+
+
+def fail_to_open(run: Path) -> None:
+    for name in (WEIGHTS, "training_state.json"):
+        (run / "step-2" / name).rename(run / "step-2" / f"moved-{name}")
+    (run / "step-2" / WEIGHTS).symlink_to(run / "step-2" / WEIGHTS)
+    (run / "step-2" / "training_state.json").symlink_to(run / "step-2" / "training_state.json")
+
+
+def other_schema(run: Path) -> None:
+    edit_state(run / "step-2", lambda state: state.update(seed="1337"), with_digest=True)
+
+
+def other_tensors(run: Path) -> None:
+    """What another version might write: weights in bf16, with the digests that belong to them."""
+    change(WEIGHTS, FIRST, torch.Tensor.bfloat16)(run)
+    digest = TensorDigest()
+    digest.update(load_file(run / "step-2" / WEIGHTS)[FIRST].view(torch.uint8).flatten().numpy())
+    edit_state(
+        run / "step-2",
+        lambda state: state["digests"]["tensors"].update({FIRST: digest.hexdigest()}),
+        with_digest=True,
+    )
+
+
+@pytest.mark.parametrize(
+    ("harm", "names"),
+    [
+        (fail_to_read, ["config.json cannot be read: Input/output error"]),
+        (fail_to_open, ["training_state.json cannot be read: Too many levels of symbolic links"]),
+        (other_schema, ["\"seed\" is '1337'", "not what training writes"]),
+        (other_tensors, [FIRST, "BF16"]),
+        (rename, ["rename it to step-2"]),
+        (lose_the_state, ["training_state.json is missing"]),
+        (transpose, ["[64, 16]", "[16, 64]"]),
+    ],
+)
+def test_a_newest_checkpoint_that_is_not_read_is_never_touched_without_a_flag(
+    run: Path, harm: Callable[[Path], None], names: list[str]
+) -> None:
+    harm(run)
+    before = sorted(path.relative_to(run) for path in run.rglob("*"))
+    with pytest.raises(UserError) as error:
+        starting.decide(run, "latest", overwrite=False)
+    remedies = ["--delete_newer_checkpoints", f"--resume_from_checkpoint {run / 'step-1'} with another"]
+    assert all(name in str(error.value) for name in [*names, *remedies]), str(error.value)
+    assert sorted(path.relative_to(run) for path in run.rglob("*")) == before
+    assert resume(run, delete_newer=True) == "step-1"
+    assert [path.name for path in run.glob("*step-*")] == ["step-1"]
+
+
+def test_a_renamed_checkpoint_resumes_once_it_has_its_name_again(run: Path) -> None:
+    rename(run)
+    with pytest.raises(UserError, match="rename it to step-2"):
+        starting.decide(run, "latest", overwrite=False)
+    (run / "step-3").rename(run / "step-2")
+    assert resume(run) == "step-2"
+
+
+def test_a_damaged_checkpoint_is_replaced_with_its_run(run: Path) -> None:
+    shorten(run)
+    resume(run)
+    starting.prepare_run_folder(run, starting.decide(run, None, overwrite=True))
+    assert list(run.iterdir()) == []
 
 
 def test_a_checkpoint_of_an_older_version_resumes_and_says_what_is_not_checked(
@@ -233,10 +365,8 @@ def test_data_of_an_older_checkpoint_is_compared_by_what_it_recorded(
 ) -> None:
     run = tmp_path / "baseline"
     shutil.copytree(finished, run)
-    for file in run.glob("step-*/training_state.json"):
-        state = json.loads(file.read_text())
-        del state["train_data"]["samples_sha256"]
-        file.write_text(json.dumps(state))
+    for step in run.glob("step-*"):
+        edit_state(step, lambda state: state["train_data"].pop("samples_sha256"))
     words = [*flags, f"--checkpoint_path={tmp_path}", "--max_steps=9", "--resume_from_checkpoint", "--allow_changes"]
     train(*words, "--train_micro_batch_size_per_gpu=4", cwd=tmp_path)
     assert len(losses(run)) == 9

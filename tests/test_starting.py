@@ -94,7 +94,22 @@ def test_our_own_tools_never_read_the_links(tmp_path: Path) -> None:
         assert all((parameter == 2).all() for parameter in model.parameters())
     resume(tmp_path)
     assert step_of_weights(tmp_path) == 2
-    assert (tmp_path / "config.json").samefile(tmp_path / "step-2" / "config.json")
+    assert (tmp_path / "config.json").read_bytes() == (tmp_path / "step-2" / "config.json").read_bytes()
+
+
+def test_what_is_written_to_the_files_of_the_run_folder_does_not_change_a_checkpoint(tmp_path: Path) -> None:
+    step = save_step(tmp_path, 1)
+    assert not (step / "model.safetensors").stat().st_mode & 0o222
+    for file in checkpoints.model_files(step):
+        try:
+            with (tmp_path / file.name).open("r+b") as opened:  # the same file as before, with another content
+                opened.write(b"another")
+        except PermissionError:
+            assert file.name == "model.safetensors", "all others are copies"
+    assert starting.read_intact(step)[1] is None
+    resume(tmp_path)
+    for file in checkpoints.model_files(step):
+        assert (tmp_path / file.name).read_bytes() == file.read_bytes(), "mended at the next start"
 
 
 def finished(run_folder: Path) -> None:

@@ -56,7 +56,7 @@ def _verify_step(folder: Path) -> Iterator[str]:
     except UserError as error:
         yield str(error)
         return
-    found = list(faults(checkpoint))
+    found = [str(fault) for fault in faults(checkpoint)]
     yield from (f"{fault}; delete {folder}, or restore it from a copy" for fault in found)
     if not found:
         print(f"{folder}: {_description(checkpoint)}")

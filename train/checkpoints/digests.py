@@ -25,11 +25,29 @@ PIECE_BYTES = 1 << 20  # read, digested and checked at once: fits the cache of a
 
 @dataclass(frozen=True, kw_only=True)
 class Digests:
-    """Schema of the digests in `training_state.json`: of each tensor's bytes, and of each other file of the folder."""
+    """Schema of the digests in `training_state.json`: of each tensor's bytes, of each other file of the folder, and of
+    the training state itself.
+    """
 
     tensors: dict[str, str]
     files: dict[str, str]
     algorithm: Literal["xxh3_128"] = ALGORITHM
+    state: str | None = None  # `digest_of_state`; None in a checkpoint from before there was one
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What is wrong with a checkpoint, in a sentence.
+
+    It is `damage` if the content was read and is not what was written. Otherwise it could not be read or understood
+    (an error of the disk, another version's schema), and may be intact.
+    """
+
+    sentence: str
+    is_damage: bool
+
+    def __str__(self) -> str:
+        return self.sentence
 
 
 class TensorDigest:
@@ -40,7 +58,7 @@ class TensorDigest:
         self.finite = True
 
     def update(self, values: np.ndarray) -> None:
-        """Add fp32 values, (count,)."""
+        """Add fp32 values, or bytes, (count,)."""
         self._hash.update(values.data)
         with np.errstate(all="ignore"):
             # A sum of finite values is mostly finite, and that of others never is; it is the cheaper test.
@@ -54,18 +72,37 @@ def digest_of_file(path: Path) -> str:
     return xxhash.xxh3_128(path.read_bytes()).hexdigest()
 
 
-def faults_of_files(folder: Path, digests: Digests) -> Iterator[str]:
-    """A sentence for each file besides the tensors' that is not what it was when it was written."""
+def digest_of_state(state: Mapping[str, Any]) -> str:
+    """The digest of a training state as it is read from JSON, in canonical JSON and without this digest itself."""
+    digests = {key: value for key, value in state["digests"].items() if key != "state"}
+    content = json.dumps({**state, "digests": digests}, sort_keys=True, separators=(",", ":"))
+    return xxhash.xxh3_128(content.encode()).hexdigest()
+
+
+def has_changed(state: Any) -> bool:
+    """Whether a training state, as it is read from JSON, has a digest of its own that is not its content's."""
+    recorded = state.get("digests") if isinstance(state, dict) else None
+    digest = recorded.get("state") if isinstance(recorded, dict) else None
+    return digest is not None and digest != digest_of_state(state)
+
+
+def faults_of_files(folder: Path, digests: Digests) -> Iterator[Fault]:
+    """Each file besides the tensors' that is not what it was when it was written."""
     for name, digest in digests.files.items():
         try:
             if digest_of_file(folder / name) != digest:
-                yield f"{folder / name} has changed since it was written"
+                yield Fault(f"{folder / name} has changed since it was written", is_damage=True)
         except OSError as error:
-            yield f"{folder / name} cannot be read: {error.strerror}"
+            yield unreadable(folder / name, error)
 
 
-def faults_of_tensors(path: Path, shapes: Mapping[str, Sequence[int]], digests: Digests | None) -> Iterator[str]:
-    """A sentence for each tensor of a safetensors file that is not one of `shapes`, fp32, finite and unchanged.
+def unreadable(path: Path, error: OSError) -> Fault:
+    is_missing = isinstance(error, FileNotFoundError)
+    return Fault(f"{path} cannot be read: {error.strerror or first_line(error)}", is_damage=is_missing)
+
+
+def faults_of_tensors(path: Path, shapes: Mapping[str, Sequence[int]], digests: Digests | None) -> Iterator[Fault]:
+    """Each tensor of a safetensors file that is not one of `shapes`, fp32, finite and unchanged.
 
     `digests` is None for a checkpoint that has none. Reads the file piece by piece, without mapping it: a sector that
     cannot be read is an error here, and would be a signal there.
@@ -73,25 +110,26 @@ def faults_of_tensors(path: Path, shapes: Mapping[str, Sequence[int]], digests: 
     try:
         header, data = _read_header(path)
         for name in sorted(shapes.keys() - header.keys()):
-            yield f"{path}: {name} is missing"
+            yield Fault(f"{path}: {name} is missing", is_damage=digests is not None and name in digests.tensors)
         with path.open("rb") as file:
             for name, found in header.items():
-                if fault := _fault_of_header(name, found, shapes):
-                    yield f"{path}: {fault}"
-                    continue
+                fault = _fault_of_header(name, found, shapes)
                 start, end = found["data_offsets"]
                 file.seek(data + start)
                 digest = TensorDigest()
                 for first in range(start, end, PIECE_BYTES):
-                    digest.update(np.frombuffer(file.read(min(PIECE_BYTES, end - first)), dtype="<f4"))
-                if digests is not None and digests.tensors.get(name) != digest.hexdigest():
-                    yield f"{path}: {name} has changed since it was written"
+                    digest.update(np.frombuffer(file.read(min(PIECE_BYTES, end - first)), "u1" if fault else "<f4"))
+                differs = digests is not None and digests.tensors.get(name) != digest.hexdigest()
+                if fault:  # if its digest is right, another version has written it so
+                    yield Fault(f"{path}: {fault}", is_damage=differs)
+                elif differs:
+                    yield Fault(f"{path}: {name} has changed since it was written", is_damage=True)
                 elif not digest.finite:
-                    yield f"{path}: {name} holds NaN or infinity"
+                    yield Fault(f"{path}: {name} holds NaN or infinity", is_damage=True)
     except OSError as error:
-        yield f"{path} cannot be read: {error.strerror or first_line(error)}"
+        yield unreadable(path, error)
     except SafetensorError as error:
-        yield f"{path} is damaged: {first_line(error)}"
+        yield Fault(f"{path} is damaged: {first_line(error)}", is_damage=True)
 
 
 def _read_header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:

@@ -73,8 +73,8 @@ def latest(run_folder: Path) -> Path:
 def model_folder(path: Path) -> Path:
     """Where the model in a folder is: in the step folder that a run folder's `latest` names, otherwise in it.
 
-    The links in a run folder are for other tools: a kill can leave them at the step before. Without its step folders,
-    a run folder is a model folder like any other.
+    The model files in a run folder are for other tools: a kill can leave those of the step before. Without its step
+    folders, a run folder is a model folder like any other.
     """
     if (path / LATEST).is_file() and (folder := latest(path)).is_dir():
         return folder

@@ -4,16 +4,19 @@ A run may be killed at any moment, also while it replaces an earlier one or befo
 command must then find a way on. `decide` is the table of what is done for each content of the run folder.
 """
 
+import os
 import re
 import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from train.checkpoints.digests import Fault
 from train.checkpoints.run_folder import BEST, LATEST, STEPS_FILE, SUMMARY_FILE, latest
 from train.checkpoints.step_folder import (
     STATE,
     Checkpoint,
+    DamagedState,
     TrainingState,
     best,
     faults,
@@ -23,9 +26,9 @@ from train.checkpoints.step_folder import (
     step_folders,
 )
 from train.config import changes
-from train.utils import processes
+from train.utils import lock, processes
 from train.utils.errors import UserError
-from train.utils.files import delete_folder
+from train.utils.files import delete_folder, delete_tree
 
 # Fields of the training state that a resumed run must share with its checkpoint, or its loss curve would be another.
 SAME_IN_A_RUN = ("model", "train_data", "seed", "block_size", "document_mask", "sequences_per_step", "optimizer")
@@ -45,15 +48,20 @@ LOGS = (
 # Temporary names of `train.utils.files` and of links: what a kill leaves behind.
 TEMPORARY = re.compile(r"\.(step-\d+|latest|best|.+\.(jsonl?|safetensors|py|txt|jinja|md))(\..+)?\.tmp")
 DELETE_NEWER = "--delete_newer_checkpoints"
+DAMAGED = ".damaged"  # step-3.damaged: a checkpoint that a resumed run has put out of its way
 
 
 @dataclass(frozen=True)
 class Start:
-    """How a run starts. `delete` is in the order in which a kill leaves a folder that the same command accepts."""
+    """How a run starts. `delete` is in the order in which a kill leaves a folder that the same command accepts.
+
+    `damaged` are step folders newer than the checkpoint, which get another name.
+    """
 
     checkpoint: Checkpoint | None
     delete: tuple[Path, ...] = ()
     note: str | None = None
+    damaged: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -86,7 +94,8 @@ class Contents:
         links = {self.run_folder / file.name for folder in steps for file in model_files(folder)}
         links |= {file for file in self.weights if file.parent == self.run_folder}
         summary = [path for path in self.logs if path.name == SUMMARY_FILE]
-        first = [*summary, *sorted(link for link in links if link.is_file()), *self.leftovers, *steps]
+        damaged = sorted(self.run_folder.glob(f"step-*{DAMAGED}*"))
+        first = [*summary, *sorted(link for link in links if link.is_file()), *self.leftovers, *damaged, *steps]
         return tuple(dict.fromkeys([*first, *self.logs]))
 
     def __str__(self) -> str:
@@ -97,18 +106,26 @@ class Contents:
 
 def look(run_folder: Path) -> Contents:
     steps = [folder for _, folder in step_folders(run_folder)]
-    incomplete = [folder for folder in steps if not any(folder.glob("*.safetensors"))]
+    files = {folder: _files(folder) for folder in steps}
+    incomplete = [folder for folder in steps if not any(name.endswith(".safetensors") for name in files[folder])]
     return Contents(
         run_folder,
-        checkpoints=[folder for folder in steps if (folder / STATE).exists()],
+        checkpoints=[folder for folder in steps if STATE in files[folder]],
         leftovers=[*incomplete, *sorted(filter(is_leftover, run_folder.glob(".*")))],
         weights=sorted([*run_folder.glob("*.safetensors"), *run_folder.glob("step-*/*.safetensors")]),
         logs=[run_folder / name for name in LOGS if (run_folder / name).exists()],
     )
 
 
+def _files(folder: Path) -> list[str]:
+    try:
+        return [path.name for path in folder.iterdir()]
+    except OSError:  # a disk or file server that fails at the moment: it may be a checkpoint
+        return [STATE, "unknown.safetensors"]
+
+
 def is_leftover(path: Path) -> bool:
-    return bool(TEMPORARY.fullmatch(path.name) or re.fullmatch(r"\.step-\d+\.old", path.name))
+    return bool(TEMPORARY.fullmatch(path.name) or re.fullmatch(r"\.step-\d+(\.\d+)?\.old", path.name))
 
 
 def decide(run_folder: Path, resume: str | None, overwrite: bool, delete_newer: bool = False) -> Start:
@@ -122,7 +139,8 @@ def decide(run_folder: Path, resume: str | None, overwrite: bool, delete_newer: 
     | only weights, or a summary | refused | refused                | refused                     | replaces them |
     | a model, no run     | refused       | refused                  | refused                     | refused       |
 
-    Resuming from a step folder that has newer ones beside it is refused unless they are to be deleted.
+    Resuming from a step folder that has newer ones beside it is refused unless they are to be deleted. So is resuming
+    from the newest that is intact, unless the newer ones are known to be damaged: these get another name.
 
     Raises:
         UserError: where it is refused, or if the named checkpoint does not exist or is not complete.
@@ -137,7 +155,7 @@ def decide(run_folder: Path, resume: str | None, overwrite: bool, delete_newer: 
         if checkpoint.is_in(run_folder):
             return _resume_from(checkpoint, found, delete_newer)
     elif resume is not None and found.checkpoints:
-        return _resume_from_newest(resume, found)
+        return _resume_from_newest(resume, found, delete_newer)
     else:
         checkpoint = None
     if found.is_of_value:
@@ -164,10 +182,21 @@ def _remedies(found: Contents, resume: str | None) -> str:
     return f"{', '.join(ways)}, or name another --checkpoint_path"
 
 
-def _resume_from_newest(resume: str, found: Contents) -> Start:
-    checkpoint, note = _newest(resume, found.run_folder)
-    damaged = [folder for step, folder in step_folders(found.run_folder) if step > checkpoint.step][::-1]
-    return Start(checkpoint, (*damaged, *(path for path in found.leftovers if path not in damaged)), note)
+def _resume_from_newest(resume: str, found: Contents, delete_newer: bool) -> Start:
+    newest = _newest(resume, found.run_folder)
+    checkpoint = newest.checkpoint
+    skipped = {folder: fault for folder, fault in newest.skipped.items() if folder not in found.leftovers}
+    if delete_newer:
+        return Start(checkpoint, (*skipped, *found.leftovers), newest.note)
+    unread = [str(fault) for fault in skipped.values() if not fault.is_damage]
+    if unread:
+        raise UserError(
+            f"--resume_from_checkpoint {resume}: {unread[0]}. It is newer than {checkpoint.folder}, the newest "
+            f"checkpoint that is intact, and may be intact itself: mend that or try again; {DELETE_NEWER} deletes "
+            f"what is newer and resumes from there, --resume_from_checkpoint {checkpoint.folder} with another "
+            "--checkpoint_path keeps it"
+        )
+    return Start(checkpoint, tuple(found.leftovers), newest.note, damaged=tuple(skipped))
 
 
 def _resume_from(checkpoint: Checkpoint, found: Contents, delete_newer: bool) -> Start:
@@ -194,15 +223,27 @@ def prepare_run_folder(run_folder: Path, start: Start) -> None:
     (run_folder / SUMMARY_FILE).unlink(missing_ok=True)  # a resumed run is not finished
     if start.checkpoint is not None and start.checkpoint.is_in(run_folder):
         point_to(run_folder / start.checkpoint.folder.name)  # the links may be of another step
+    for path in start.damaged:
+        _put_aside(path)
     for path in start.delete:
-        if path.name.startswith("step-"):
-            delete_folder(path)
-        elif path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
+        if path.is_symlink() or not path.is_dir():
             path.unlink(missing_ok=True)
+        elif is_leftover(path) or path.name.startswith("step-"):
+            if sentence := delete_tree(path) if is_leftover(path) else delete_folder(path):
+                _say(sentence)
+        else:
+            shutil.rmtree(path)
     if (named := best(run_folder)) is not None and not (run_folder / named).is_dir():
         (run_folder / BEST).unlink()  # of a later step than the run resumes from
+
+
+def _put_aside(folder: Path) -> None:
+    """Give a damaged step folder a name under which nothing reads or deletes it."""
+    names = (folder.with_name(f"{folder.name}{DAMAGED}{f'-{number}' * (number > 1)}") for number in range(1, 10**6))
+    name = next(name for name in names if not os.path.lexists(name))
+    lock.check(folder)
+    folder.rename(name)
+    _say(f"{folder} is {name} now: delete it when it is of no use to you")
 
 
 def has_checkpoint(run_folder: Path) -> bool:
@@ -226,22 +267,22 @@ def find(requested: str, run_folder: Path) -> Checkpoint:
         checkpoint, fault = read_intact(folder)
         if checkpoint is not None:
             return checkpoint
-        instead, _ = _newest_intact(folder.parent)
+        instead = _newest_intact(folder.parent)[0]
         remedy = f"resume from {instead.folder}" if instead else "start a new run without the flag"
         raise UserError(f"--resume_from_checkpoint {requested}: {fault}; {remedy}")
-    checkpoint, note = _newest(requested, folder)
-    if note is not None:
-        _say(note)
-    return checkpoint
+    newest = _newest(requested, folder)
+    if newest.note is not None:
+        _say(newest.note)
+    return newest.checkpoint
 
 
-def read_intact(folder: Path) -> tuple[Checkpoint | None, str | None]:
+def read_intact(folder: Path) -> tuple[Checkpoint | None, Fault | None]:
     """The checkpoint in a step folder and None, or None and the first fault of it."""
     try:
         checkpoint = read_state(folder)
         fault = next(faults(checkpoint), None)
     except UserError as error:
-        return None, str(error)
+        return None, Fault(str(error), is_damage=isinstance(error, DamagedState))
     if fault is not None:
         return None, fault
     if checkpoint.state.digests is None:
@@ -249,25 +290,37 @@ def read_intact(folder: Path) -> tuple[Checkpoint | None, str | None]:
     return checkpoint, None
 
 
-def _newest(requested: str, run_folder: Path) -> tuple[Checkpoint, str | None]:
-    """The newest checkpoint of a run that is intact; the sentence to say if it is not the one that `latest` names."""
-    checkpoint, reason = _newest_intact(run_folder)
+@dataclass(frozen=True)
+class Newest:
+    """The newest checkpoint of a run that is intact.
+
+    `note` is the sentence to say if it is not the one that `latest` names; `skipped` are the newer step folders.
+    """
+
+    checkpoint: Checkpoint
+    note: str | None
+    skipped: dict[Path, Fault]
+
+
+def _newest(requested: str, run_folder: Path) -> Newest:
+    checkpoint, reason, skipped = _newest_intact(run_folder)
     if checkpoint is None:
+        again = "" if all(fault.is_damage for fault in skipped.values()) else "try again, or "
         raise UserError(
-            f"--resume_from_checkpoint {requested}: {reason}, and no other checkpoint there is intact; start a new "
-            "run, with --overwrite or another --checkpoint_path"
+            f"--resume_from_checkpoint {requested}: {reason}, and no other checkpoint there is intact; {again}start a "
+            "new run, with another --checkpoint_path, or with --overwrite, which deletes this one"
         )
-    if reason is None:
-        return checkpoint, None
-    return checkpoint, f"{reason}; resuming from {checkpoint.folder}, the newest checkpoint that is intact"
+    note = f"{reason}; resuming from {checkpoint.folder}, the newest checkpoint that is intact"
+    return Newest(checkpoint, None if reason is None else note, skipped)
 
 
-def _newest_intact(run_folder: Path) -> tuple[Checkpoint | None, str | None]:
-    """The newest checkpoint that is intact, and why it is not the one that `latest` names.
+def _newest_intact(run_folder: Path) -> tuple[Checkpoint | None, str | None, dict[Path, Fault]]:
+    """The newest checkpoint that is intact, why it is not the one that `latest` names, and the newer step folders.
 
     A kill between the two leaves a complete step folder newer than `latest`; the damaged ones are computed again.
     """
     folders, named, reason = [folder for _, folder in step_folders(run_folder)], None, None
+    skipped: dict[Path, Fault] = {}
     try:
         named = latest(run_folder)
     except FileNotFoundError:
@@ -275,15 +328,17 @@ def _newest_intact(run_folder: Path) -> tuple[Checkpoint | None, str | None]:
     except UserError as error:
         reason = str(error)
     if named is not None and named not in folders:
-        folders.append(named)
-    for folder in sorted(folders, key=lambda folder: int(folder.name.removeprefix("step-")), reverse=True):
+        reason = f"{run_folder / LATEST} names {named.name}, which is missing"
+    for folder in reversed(folders):
         checkpoint, fault = read_intact(folder)
         if checkpoint is not None:
             if reason is None and named is not None and folder != named:
                 reason = f"{run_folder / LATEST} names {named.name}"
-            return checkpoint, reason
-        reason = reason or fault
-    return None, reason
+            return checkpoint, reason, skipped
+        assert fault is not None
+        skipped[folder] = fault
+        reason = reason or str(fault)
+    return None, reason, skipped
 
 
 def _is_run_folder(folder: Path) -> bool:

@@ -3,10 +3,11 @@
     RUN/step-200/config.json, model.safetensors, tokenizer.json, ...   read by any GPT-2 tool
     RUN/step-200/optimizer.safetensors, training_state.json            read by training when it resumes
     RUN/latest, RUN/best                                               "step-200"
-    RUN/config.json, model.safetensors, ...                            links to the latest step folder's
+    RUN/config.json, model.safetensors, ...                            copies of the latest step folder's
 
-A folder is written under a temporary name, flushed and renamed; then `latest` is replaced. Weights and moments are
-fp32 under GPT-2's names, whatever engine and layout wrote them, so that any other can read them.
+A folder is written under a temporary name, flushed and renamed, and never changes then; after it `latest` is replaced.
+Weights and moments are fp32 under GPT-2's names, whatever engine and layout wrote them, so that any other can read
+them.
 """
 
 import dataclasses
@@ -14,6 +15,8 @@ import json
 import os
 import re
 import shutil
+import stat
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,16 +26,36 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from modeling_gpt2flash import GPT2FlashConfig, GPT2FlashForCausalLM
-from train.checkpoints.digests import Digests, digest_of_file, faults_of_files, faults_of_tensors
+from train.checkpoints.digests import (
+    Digests,
+    Fault,
+    digest_of_file,
+    digest_of_state,
+    faults_of_files,
+    faults_of_tensors,
+    has_changed,
+    unreadable,
+)
 from train.checkpoints.loading import load_config
 from train.checkpoints.run_folder import BEST, LATEST
 from train.checkpoints.safetensors_writer import TensorFile
 from train.optim.parameter_groups import moments_of
+from train.utils import lock
 from train.utils.errors import UserError
-from train.utils.files import atomic_folder, delete_folder, from_json, read_json, write_text
+from train.utils.files import (
+    atomic_folder,
+    atomic_write,
+    delete_folder,
+    delete_tree,
+    from_json,
+    parse_json,
+    read_json,
+    write_text,
+)
 
 STATE = "training_state.json"
 WEIGHTS = "model.safetensors"
@@ -64,11 +87,16 @@ class TrainingState:
     sequences_per_step: int
     optimizer: str = "adamw"
     guard: GuardState | None = None
-    temporary: bool = False  # to be deleted when the next checkpoint is complete
+    temporary: bool = False  # to be deleted when the next two checkpoints are complete
+    stopped_by_guard: bool = False  # saved because the guard has refused the next update: its weights may diverge
     total_steps: int
     config: dict[str, Any]  # the flags of the run
     setting: dict[str, Any] = field(default_factory=dict)  # `config.changes.SETTING`
     digests: Digests | None = None  # None in a checkpoint from before there were any
+
+
+class DamagedState(UserError):
+    """The training state of a checkpoint was read and is not what was written."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +126,7 @@ def save(
     state: TrainingState,
     keep: int | None,
 ) -> Path:
-    """Write `step-N`, point `latest` and the run folder at it, delete all but the newest `keep`. Main process only.
+    """Write `step-N`, point `latest` and the run folder at it, and `rotate`. Main process only.
 
     `tensors` yields every parameter once as (name, {"weight", and the moments of `state.optimizer`}), fp32 on the CPU;
     each is written before the next is requested.
@@ -135,21 +163,53 @@ def save(
                 write(weights, name, state_of["weight"])
                 for kind in moments_of(state.optimizer, name):
                     write(moments, f"{kind}.{name}", state_of[kind])
+        (folder / WEIGHTS).chmod((folder / WEIGHTS).stat().st_mode & ~0o222)  # `_publish` may give it another name
         state = dataclasses.replace(state, digests=Digests(tensors=digests, files=files))
-        (folder / STATE).write_text(json.dumps(dataclasses.asdict(state), indent=2) + "\n", encoding="utf-8")
+        value = parse_json(json.dumps(dataclasses.asdict(state)), folder / STATE)  # as it will be read
+        value["digests"]["state"] = digest_of_state(value)
+        (folder / STATE).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
     point_to(target)
     rotate(run_folder, keep)
     return target
 
 
 def rotate(run_folder: Path, keep: int | None) -> None:
-    """Delete all step folders but the best and the newest `keep`, and temporary ones. Main process only."""
-    older = [folder for _, folder in step_folders(run_folder)[:-1]]
-    kept = [folder for folder in older if not _is_temporary(folder)]
-    kept = kept if keep is None else kept[max(0, len(kept) + 1 - keep) :]
-    for folder in older:
-        if folder not in kept and folder.name != best(run_folder):
-            delete_folder(folder)
+    """Delete the checkpoints that are no longer needed. Main process only.
+
+    The newest `keep` that are not temporary stay (None: all), the best one, and the two newest as long as one of them
+    is temporary, because a bit may flip in the newest. One that a stop of the guard has written does not count: while
+    it is the newest, nothing is deleted. What is not a complete checkpoint is left alone. What cannot be deleted is
+    said, and tried again the next time.
+    """
+    states = {folder: state for _, folder in step_folders(run_folder) if (state := _state_to_rotate(folder))}
+    if states and not list(states.values())[-1].get("stopped_by_guard"):
+        *older, newest = (folder for folder, state in states.items() if not state.get("stopped_by_guard"))
+        kept = [folder for folder in older if not states[folder].get("temporary")]
+        kept = kept if keep is None else kept[max(0, len(kept) + 1 - keep) :]
+        kept += [folder for folder in older[-1:] if states[folder].get("temporary") or states[newest].get("temporary")]
+        for folder in states:
+            if folder not in (newest, *kept) and folder.name != best(run_folder):
+                try:
+                    delete_folder(folder)
+                except OSError as error:
+                    _say(f"{folder} cannot be deleted yet: {error.strerror}; tried again after the next checkpoint")
+    for leftover in sorted(run_folder.glob(".step-*.old")):
+        if sentence := delete_tree(leftover):
+            _say(f"{sentence}; tried again after the next checkpoint")
+
+
+def _state_to_rotate(folder: Path) -> dict[str, Any] | None:
+    """The training state in a step folder; None if it cannot be read, or is of another step than the folder's name."""
+    try:
+        state = read_json(folder / STATE)
+    except UserError:
+        return None
+    return state if isinstance(state, dict) and folder.name == f"step-{state.get('step')}" else None
+
+
+def _say(sentence: str) -> None:
+    """Print a sentence above the progress bar, if there is one."""
+    tqdm.write(sentence, file=sys.stderr)
 
 
 def best(run_folder: Path) -> str | None:
@@ -173,21 +233,14 @@ def tensor_shapes(model: nn.Module, optimizer: str) -> dict[str, dict[str, torch
     return {WEIGHTS: weights, OPTIMIZER: moments}
 
 
-def _is_temporary(folder: Path) -> bool:
-    try:
-        return bool(read_json(folder / STATE).get("temporary"))
-    except UserError:
-        return False  # a damaged checkpoint is no reason to fail after a good one was written
-
-
 def point_to(folder: Path) -> None:
-    """Point `latest`, then the run folder's links, at a step folder. Main process only.
+    """Point `latest` at a step folder, then copy its model files to the run folder. Main process only.
 
-    A kill in between leaves links to the files of the step before. Our own tools do not read them: `model_folder`.
+    A kill in between leaves the files of the step before. Our own tools do not read them: `model_folder`.
     """
     write_text(folder.parent / LATEST, folder.name + "\n")
     for file in model_files(folder):
-        _link(file, folder.parent / file.name)
+        _publish(file, folder.parent / file.name)
 
 
 def model_files(folder: Path) -> list[Path]:
@@ -195,33 +248,71 @@ def model_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.name not in TRAINING_FILES)
 
 
-def _link(source: Path, link: Path) -> None:
-    if link.exists() and link.samefile(source):
-        return  # to rename one name of a file to another does nothing, and would leave the temporary one
-    temporary = link.with_name(f".{link.name}.tmp")
-    temporary.unlink(missing_ok=True)
-    try:
-        os.link(source, temporary)
-    except OSError:  # a file system without hard links
-        shutil.copyfile(source, temporary)
-    temporary.replace(link)
+def _publish(file: Path, name: Path) -> None:
+    """Give the run folder's file `name` the content of a step folder's, which writing to `name` must not change.
+
+    Weights are read-only, and become a second name of the same file where that protects them. A process that may write
+    to them all the same (root), and every other file, gets a copy.
+    """
+    if file.name == WEIGHTS and not os.access(file, os.W_OK):
+        if name.exists() and name.samefile(file):
+            return  # to rename one name of a file to another does nothing, and would leave the temporary one
+        lock.check(name)
+        temporary = name.with_name(f".{name.name}.tmp")
+        temporary.unlink(missing_ok=True)
+        try:
+            os.link(file, temporary)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(file, temporary)
+        temporary.replace(name)
+        return
+    with atomic_write(name) as temporary:
+        shutil.copyfile(file, temporary)
 
 
 def step_folders(run_folder: Path) -> list[tuple[int, Path]]:
-    """The step folders and their steps, oldest first; a user's `step-8-copy` is not one of them."""
-    folders = [path for path in run_folder.glob("step-*") if path.name[5:].isdecimal() and path.is_dir()]
-    return sorted((int(path.name[5:]), path) for path in folders)
+    """The step folders and their steps, oldest first; a user's `step-8-copy` is not one of them.
+
+    Raises:
+        OSError: if the run folder cannot be read: it may have some then.
+    """
+    try:
+        paths = [path for path in run_folder.iterdir() if path.name.startswith("step-") and path.name[5:].isdecimal()]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return sorted((int(path.name[5:]), path) for path in paths if _is_folder(path))
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return stat.S_ISDIR(path.stat().st_mode)
+    except FileNotFoundError:  # a dangling link
+        return False
 
 
 def read_state(folder: Path) -> Checkpoint:
     """The checkpoint in a step folder, of which only the training state is read.
 
     Raises:
-        UserError: if that is missing, damaged, or of another step than the folder's name says.
+        DamagedState: if its content is not what was written.
+        UserError: if it is missing, cannot be read, or is of another version, or another step than the folder's name.
     """
-    if not (folder / STATE).exists():
-        raise UserError(f"{folder} holds no complete checkpoint ({STATE} is missing)")
-    state = from_json(TrainingState, read_json(folder / STATE), folder / STATE, "training")
+    path = folder / STATE
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{folder} holds no complete checkpoint ({STATE} is missing)") from None
+    except OSError as error:
+        raise UserError(str(unreadable(path, error))) from None
+    try:
+        value = parse_json(content.decode(), path)
+    except UnicodeDecodeError as error:
+        raise DamagedState(f"{path} is not text: byte {error.start} is not UTF-8") from None
+    except UserError as error:
+        raise DamagedState(str(error)) from None
+    if has_changed(value):
+        raise DamagedState(f"{path} has changed since it was written")
+    state = from_json(TrainingState, value, path, "training")
     if re.fullmatch(r"step-\d+", folder.name) and folder.name != f"step-{state.step}":
         raise UserError(
             f"{folder} holds the checkpoint of step {state.step} ({STATE}): rename it to step-{state.step}"
@@ -229,8 +320,8 @@ def read_state(folder: Path) -> Checkpoint:
     return Checkpoint(folder, state)
 
 
-def faults(checkpoint: Checkpoint) -> Iterator[str]:
-    """A sentence for each fault of a checkpoint, which is read completely; none if it is intact.
+def faults(checkpoint: Checkpoint) -> Iterator[Fault]:
+    """Each fault of a checkpoint, which is read completely; none if it is intact.
 
     One that has no digests is checked for what its tensors have to be: their names, shapes, dtype and finite values.
     """
@@ -241,8 +332,8 @@ def faults(checkpoint: Checkpoint) -> Iterator[str]:
         return  # the shapes of the tensors are read from config.json
     try:
         config = load_config(str(folder), flag="checkpoint")
-    except UserError as error:
-        yield str(error)
+    except UserError as error:  # of another version, for its digest is right
+        yield Fault(str(error), is_damage=False)
         return
     with torch.device("meta"):
         shell = GPT2FlashForCausalLM(config)

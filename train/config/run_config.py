@@ -135,8 +135,8 @@ class Checkpoints:
     save_interval: int = flag(0, "steps between checkpoints; 0: do not save by step count", at_least=0)
     save_minutes: float = flag(
         None,
-        "minutes between temporary checkpoints, each deleted once the next is complete; 0: do not save by time "
-        "(default: 30 without --save_interval, else 0)",
+        "minutes between temporary checkpoints, each deleted once two newer ones are complete; 0: do not save by time "
+        "(default: 30 without --save_interval, else 0); the disk needs room for three, of 12 bytes a parameter each",
         at_least=0,
     )
     max_time: float | None = flag(
@@ -146,7 +146,9 @@ class Checkpoints:
         type=duration,
     )
     save_total_limit: int | None = flag(
-        None, "keep only this many of the newest checkpoints (default: all)", at_least=1
+        None,
+        "keep only this many of the newest checkpoints (default: all); always two as long as one of them is temporary",
+        at_least=1,
     )
     async_save: bool = flag(
         True,
@@ -164,7 +166,9 @@ class Checkpoints:
         const="latest",
     )
     delete_newer_checkpoints: bool = flag(
-        False, "with --resume_from_checkpoint and a step folder of this run: delete the newer step folders"
+        False,
+        "with --resume_from_checkpoint: delete the checkpoints of this run that are newer than the step folder that "
+        "it names, or than the newest that can be read and is intact",
     )
     allow_changes: bool = flag(
         False,
@@ -372,7 +376,7 @@ def check(config: RunConfig) -> None:
         refuse("resume_from_checkpoint", "is empty; name a step folder, or latest")
     if config.resume_from_checkpoint and config.overwrite:
         raise UserError("--resume_from_checkpoint and --overwrite contradict each other; give one of them")
-    if config.delete_newer_checkpoints and config.resume_from_checkpoint in (None, "latest"):
+    if config.delete_newer_checkpoints and config.resume_from_checkpoint is None:
         raise UserError(
             "--delete_newer_checkpoints: deletes the checkpoints newer than the one to resume from; name that one "
             "with --resume_from_checkpoint, or drop the flag"

@@ -33,7 +33,7 @@ def check(repo: str, flag: str = "--push_to_hub") -> None:
 def push(run_folder: Path, repo: str, flag: str = "--push_to_hub") -> str:
     """Write the card and its chart into the run folder, upload them with the latest model, and return its address.
 
-    The weights are those of the step that the card describes: the run folder's own links may be of an earlier one.
+    The weights are those of the step that the card describes: the run folder's own files may be of an earlier one.
     """
     run = read_run(run_folder, repo.rpartition("/")[2])
     folder, wanted = model_folder(run_folder), f"step-{run.summary['steps']}"

@@ -93,7 +93,8 @@ def introduction(run: ResolvedRun, engine: Engine) -> Iterator[str]:
         yield f"--loss_chunk_size {config.loss_chunk_size} has no effect: FSDP2 computes the full logits"
     times = [
         f"every {config.save_interval:,} steps" * (config.save_interval > 0),
-        f"every {config.save_minutes:g} minutes (each deleted once the next is complete)" * (config.save_minutes > 0),
+        f"every {config.save_minutes:g} minutes (each deleted once two newer are complete)"
+        * (config.save_minutes > 0),
         "after the last step",
     ]
     yield f"checkpoints: {', '.join(filter(None, times))}"

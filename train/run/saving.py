@@ -58,7 +58,7 @@ class CheckpointSaver:
         self.writer = BackgroundWriter(log.message)
 
     def save(self, step: int, *, temporary: bool = False, ends: bool = False) -> None:
-        """Write the checkpoint after `step` steps; a `temporary` one is deleted when the next is complete.
+        """Write the checkpoint after `step` steps; a `temporary` one is deleted when two newer are complete.
 
         Training does not wait for it, unless the run `ends` or there is no room for a copy.
         """
@@ -68,7 +68,8 @@ class CheckpointSaver:
         self.log.flush()  # first: a run that resumes from the checkpoint needs the records up to it
         in_background = self.run.config.async_save and not ends and self.writer.has_room(self.run.checkpoint_bytes)
         began = time.monotonic()
-        state = self.run.state(step, self.guard.state(), temporary)
+        stopped = self.guard.action == "stop"
+        state = self.run.state(step, self.guard.state(), temporary=temporary, stopped_by_guard=stopped)
         save_checkpoint(self.engine, self.run, state, self.writer if in_background else None)
         self.step = step
         self.interruptions.saved(self.writer.seconds if in_background else time.monotonic() - began)

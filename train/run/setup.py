@@ -115,7 +115,12 @@ class ResolvedRun:
             return 12 * GPT2FlashForCausalLM(self.model).num_parameters()
 
     def state(
-        self, step: int, guard: checkpoints.GuardState | None = None, temporary: bool = False
+        self,
+        step: int,
+        guard: checkpoints.GuardState | None = None,
+        *,
+        temporary: bool = False,
+        stopped_by_guard: bool = False,
     ) -> checkpoints.TrainingState:
         """The state to checkpoint after `step` steps."""
         return checkpoints.TrainingState(
@@ -130,6 +135,7 @@ class ResolvedRun:
             optimizer=self.config.optimizer,
             guard=guard,
             temporary=temporary,
+            stopped_by_guard=stopped_by_guard,
             total_steps=self.total_steps,
             config=asdict(self.config),
             setting=self.setting,

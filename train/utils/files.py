@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -99,14 +100,31 @@ def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.{host}.{os.getpid()}.tmp")
 
 
-def delete_folder(folder: Path) -> None:
-    """Delete a step folder if it exists; it is renamed first, so that a partial one is never read as a checkpoint."""
-    if folder.exists():
-        lock.check(folder)
-        renamed = folder.with_name(f".{folder.name}.old")
-        shutil.rmtree(renamed, ignore_errors=True)
-        folder.rename(renamed)
-        shutil.rmtree(renamed)
+def delete_folder(folder: Path) -> str:
+    """Delete a step folder if it exists; it is renamed first, so that a partial one is never read as a checkpoint.
+
+    What a disk or a file server does not delete (a file that another process has open, for example) stays under the
+    hidden name: the sentence that says so, or "".
+    """
+    if not folder.exists():
+        return ""
+    lock.check(folder)
+    renamed = folder.with_name(f".{folder.name}.{time.time_ns()}.old")
+    folder.rename(renamed)
+    return delete_tree(renamed)
+
+
+def delete_tree(folder: Path) -> str:
+    """Delete as much of a folder as possible; the sentence that says what remains, or ""."""
+    lock.check(folder)
+    try:
+        shutil.rmtree(folder)
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        shutil.rmtree(folder, ignore_errors=True)  # what the error has kept it from
+        return f"{folder} cannot be deleted yet: {error.strerror}" if folder.exists() else ""
+    return ""
 
 
 def write_text(path: Path, text: str) -> None:
