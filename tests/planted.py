@@ -1,9 +1,12 @@
 """Trains, or replays, with a planted number: `python -m tests.planted STEP RANK MODULE NUMBER train FLAGS...`.
 
-In step STEP (the first is 1) and its last micro-batch, the output of MODULE on process RANK is multiplied by NUMBER,
-or its gradient, for MODULE:backward. With several processes: `torchrun ... -m tests.planted ...`.
+In step STEP (the first is 1; FIRST:LAST for several) and its last micro-batch, the output of MODULE on process RANK
+is multiplied by NUMBER, or its gradient, for MODULE:backward. With LARGEST_FILE in the environment, no file may have
+more bytes: EFBIG. With several processes: `torchrun ... -m tests.planted ...`.
 """
 
+import os
+import resource
 import sys
 from typing import Any
 
@@ -11,7 +14,9 @@ from train.cli import choose
 from train.engines.base import Engine
 from train.utils.command import run_command
 
-step, rank, number = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[4])
+first, _, last = sys.argv[1].partition(":")
+steps = range(int(first), int(last or first) + 1)
+rank, number = int(sys.argv[2]), float(sys.argv[4])
 module, _, backward = sys.argv[3].partition(":")
 tool = sys.argv[5]
 del sys.argv[1:6]
@@ -25,7 +30,7 @@ def plant(module_: Any) -> None:
     def planted_forward(*arguments: Any, **keywords: Any) -> Any:
         output = forward(*arguments, **keywords)
         calls["forward"] += 1
-        if calls["step"] != step or calls["forward"] < calls["micro-batches"]:
+        if calls["step"] not in steps or calls["forward"] < calls["micro-batches"]:
             return output
         if backward:
             (output[0] if isinstance(output, tuple) else output).register_hook(lambda gradient: gradient * number)
@@ -45,5 +50,7 @@ def planted(engine: Any, at: int, micro_batches: Any, *arguments: Any) -> Any:
 
 
 if __name__ == "__main__":
+    if "LARGEST_FILE" in os.environ:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(os.environ["LARGEST_FILE"]),) * 2)
     Engine.train_step = planted  # type: ignore[method-assign]
     run_command(choose(tool))

@@ -10,8 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import GPT2LMHeadModel
 
-from tests.conftest import LOSS_TOLERANCE, ROOT, engine_steps, python, ranks, records, torchrun
+from tests.conftest import LOSS_TOLERANCE, ROOT, engine_steps, python, ranks, records, torchrun, train
+from tests.forks import run_module
 from tests.jobs import layout
 from tests.tiny_gpt2 import make_ours
 from train.checkpoints.step_folder import GuardState
@@ -62,7 +64,12 @@ def test_skipping_has_an_end() -> None:
         assert not guard.accepts(2.0, math.inf)
     assert not guard.accepts(2.0, math.inf)
     assert guard.action == "stop"
+    assert guard.has_given_up
     assert guard.state() == GuardState(1, SKIPS_IN_A_ROW)
+    for count, left in ((SKIPS_IN_A_ROW, SKIPS_IN_A_ROW), (SKIPS_IN_A_ROW - 1, 1)):
+        resumed = Guard(config("--on_nonfinite=skip"), GuardState(1, count))
+        decisions = [resumed.accepts(math.nan, 1.0) or resumed.action for _ in range(left + 1)]
+        assert decisions == ["skip"] * left + ["stop"], "a run that has given up counts anew when it resumes"
 
 
 @pytest.mark.parametrize(("action", "updates"), [("warn", 65), ("skip", 64), ("stop", 64)])
@@ -123,6 +130,60 @@ def small(flags: list[str]) -> list[str]:
 @pytest.mark.parametrize("precision", ["no", pytest.param("bf16", marks=pytest.mark.faults)])
 def test_one_process_stops_or_skips_and_resumes_exactly(small: list[str], tmp_path: Path, precision: str) -> None:
     check_decisions([*small, f"--mixed_precision={precision}"], tmp_path, processes=1)
+
+
+def test_a_run_that_has_given_up_resumes_as_it_says(small: list[str], tmp_path: Path) -> None:
+    run = tmp_path / "baseline"
+    planted = [f"3:{2 + SKIPS_IN_A_ROW + 5}", *PLANTED[1:], *small, "--max_steps=30", "--on_nonfinite=skip"]
+    planted += ["--max_new_tokens=0", f"--checkpoint_path={tmp_path}"]
+    stopped = run_module("tests.planted", planted, tmp_path, check=False)
+    assert stopped.returncode == 3, stopped.stderr
+    assert f"the last {SKIPS_IN_A_ROW} updates are skipped; {run}/step-22 has the weights since" in stopped.stderr
+    resumed = run_module("tests.planted", [*planted, "--resume_from_checkpoint"], tmp_path, check=False)
+    assert resumed.returncode == 0, resumed.stderr
+    assert [record["step"] for record in records(run) if record.get("skipped")] == list(range(3, 28))
+    slower = [*planted, "--resume_from_checkpoint=" + str(run / "step-30"), "--learning_rate=1e-3", "--max_steps=32"]
+    slower += [f"--checkpoint_path={tmp_path}/slower", "--allow_changes"]
+    run_module("tests.planted", slower, tmp_path, check=True)
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.faults)])
+def test_a_stop_is_told_although_its_checkpoint_cannot_be_saved(
+    small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int
+) -> None:
+    monkeypatch.setenv("LARGEST_FILE", str(1 << 20))
+    words = [*PLANTED, *small, "--max_steps=8", "--max_new_tokens=0", f"--checkpoint_path={tmp_path}"]
+    words += ["--train_micro_batch_size_per_gpu=2"] * (processes == 2)
+    done = ranks(*words, cwd=tmp_path, processes=processes, module="tests.planted", check=False)
+    assert done.returncode == 3, done.stdout
+    said = done.stdout
+    assert said.index("step 5: the loss is nan") < said.index("could not be saved")
+    assert f"could not be saved: {tmp_path}/baseline/step-4: File too large; there is no checkpoint yet" in said
+    assert "Traceback" not in said
+
+
+def test_weights_that_are_not_finite(small: list[str], small_model: Path, tmp_path: Path) -> None:
+    """They are refused where they are loaded; where an update makes them so, the stop says it."""
+    huge = [
+        "--learning_rate=1e30",
+        "--weight_decay=1e20",
+        "--warmup_steps=0",
+        "--max_steps=8",
+        f"--checkpoint_path={tmp_path}",
+    ]
+    done = train(*small, *huge, cwd=tmp_path, check=False)
+    assert done.returncode == 3, done.stderr
+    assert "the weights themselves are not finite: transformer." in done.stderr
+    assert "there is no checkpoint yet" in done.stderr
+    assert not list((tmp_path / "baseline").glob("step-*"))
+
+    damaged = GPT2LMHeadModel.from_pretrained(small_model)
+    damaged.transformer.ln_f.bias.data[3] = math.nan
+    damaged.save_pretrained(tmp_path / "damaged")
+    words = [*small, f"--model={tmp_path}/damaged", "--max_steps=8", f"--checkpoint_path={tmp_path}/from"]
+    done = train(*words, cwd=tmp_path, check=False)
+    assert done.returncode == 2
+    assert f"--model {tmp_path}/damaged: transformer.ln_f.bias holds NaN or infinity" in done.stderr
 
 
 @pytest.mark.faults
@@ -197,11 +258,16 @@ def test_zero_gets_the_norm_in_host_memory(accepted: bool) -> None:
 
 
 @pytest.mark.faults
-def test_the_launcher_reports_a_stop(small: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("restarts", [0, 2])
+def test_the_launcher_reports_a_stop_which_is_not_repeated(small: list[str], tmp_path: Path, restarts: int) -> None:
     words = [*PLANTED, *small, *STEPS, *layout("baseline"), f"--checkpoint_path={tmp_path}"]
-    done = torchrun("-m", "tests.planted", *words, cwd=tmp_path, check=False)
+    done = torchrun(f"--max_restarts={restarts}", "-m", "tests.planted", *words, cwd=tmp_path, check=False)
     assert done.returncode == 1, "torchrun has one exit code for all failures of its processes"
-    assert "exitcode  : 3" in done.stdout + done.stderr
+    said = done.stdout + done.stderr
+    assert "exitcode  : 3" in said
+    assert said.count("step 5: the loss is nan") == 1
+    assert said.count("not started again, because it would end as before: stopped by the guard") == restarts
+    assert "restarted by the launcher" not in said
 
 
 @pytest.mark.gpu

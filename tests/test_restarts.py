@@ -4,7 +4,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from subprocess import PIPE, Popen
+from subprocess import PIPE, Popen, run
 
 import pytest
 from torch.distributed import TCPStore
@@ -89,6 +89,21 @@ def test_a_restart_leaves_an_earlier_run_alone(flags: list[str], tmp_path: Path)
     assert done.stderr.count("already holds a finished run") == 2, "at both attempts"
     assert RESTARTED not in done.stdout
     assert [path.name for path in (tmp_path / "baseline").iterdir()] == ["metrics.json"]
+
+
+def test_a_restart_does_not_extend_the_time_limit(tmp_path: Path) -> None:
+    agent = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    shared = {
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(agent.port), "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RUN_ID": "test", "GROUP_WORLD_SIZE": "2",
+    }  # fmt: skip
+
+    def starts(own: float, **environment: str) -> str:
+        words = [sys.executable, "-c", f"from train.job.rendezvous import job_start; print(job_start({own}))"]
+        return run(words, env={**os.environ, **environment}, capture_output=True, text=True, check=True).stdout
+
+    assert starts(7.5) == "7.5\n"
+    assert [starts(own, **shared) for own in (8.5, 99.0)] == ["8.5\n"] * 2
 
 
 JOIN = """

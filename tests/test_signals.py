@@ -2,16 +2,16 @@
 
 import signal
 import sys
-import time
 from operator import attrgetter
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import python, records
+from tests.conftest import python, records, train
 from tests.jobs import Job, job, launcher, layout
 from train.config.arguments import duration
-from train.run.signals import SIGNALS, find_deadline
+from train.run.signals import DUPLICATE_SECONDS, MARGIN, SIGNALS, TimeNeeded, find_deadline, is_pressed_again
+from train.run.validate import LOOK_SECONDS, next_interval
 
 NAME = attrgetter("name")
 ENDLESS = ["--max_steps=100000", "--max_new_tokens=0", "--eval_steps=1"]
@@ -49,6 +49,45 @@ def test_the_earlier_deadline_counts() -> None:
     assert find_deadline(3600, {}, 1000) == (4600, "--max_time 1:00:00")
     assert find_deadline(3600, slurm, 1000) == (4600, "--max_time 1:00:00")
     assert find_deadline(7200, slurm, 1000) == (5000, "the end of the Slurm job")
+
+
+def test_a_step_is_expected_to_take_what_steps_took() -> None:
+    """Not what came before the first or between; and compilation, which is part of the first, only once."""
+    needed = TimeNeeded(save_seconds=10)
+    assert needed.seconds(now=900) == MARGIN + 20, "15 minutes of start-up are no step"
+    needed.step_begins(900)
+    assert needed.seconds(now=1100) == MARGIN + 200 + 20
+    needed.step_done(1100, is_typical=True)
+    assert needed.seconds(now=5000) == MARGIN + 200 + 20, "the next may be as slow as the first"
+    needed.step_begins(5000)
+    needed.step_done(5003, is_typical=True)
+    needed.step_begins(6000)
+    needed.step_done(6900, is_typical=False)
+    assert needed.seconds(now=9000) == MARGIN + 2 * 3 + 20
+    needed.step_begins(9000)
+    assert needed.seconds(now=9100) == MARGIN + 100 + 20, "one that is slower than all before"
+
+
+def test_a_validation_looks_up_about_every_second() -> None:
+    assert next_interval(1, LOOK_SECONDS * 30) == 1, "at every batch, if batches are slow"
+    assert next_interval(1, LOOK_SECONDS / 1000) == 2, "the first may be faster than the others"
+    assert next_interval(64, LOOK_SECONDS / 1.5) == 96
+    assert next_interval(64, LOOK_SECONDS * 2) == 32
+    assert next_interval(64, 0.0) == 128
+
+
+@pytest.mark.parametrize(
+    ("times", "launched", "again"),
+    [
+        ([0.0], False, False),
+        ([0.0, 0.1], False, True),  # nobody passes it on
+        ([0.0, 0.1], True, False),  # a terminal and a launcher
+        ([0.0, DUPLICATE_SECONDS], True, True),
+        ([0.0, 0.1, 0.3], True, True),  # however fast a person is
+    ],
+)
+def test_which_ctrl_c_is_a_second_press(times: list[float], launched: bool, again: bool) -> None:
+    assert is_pressed_again(times, launched) == again
 
 
 def test_a_time_that_is_none_is_refused(tmp_path: Path) -> None:
@@ -103,26 +142,64 @@ def test_a_second_ctrl_c_ends_at_once(endless: list[str], tmp_path: Path) -> Non
     slow = [*endless, "--gradient_accumulation_steps=100000", f"--checkpoint_path={tmp_path}"]
     with job(sys.executable, "-m", "train", *slow, cwd=tmp_path) as started:
         started.until(lambda: "checkpoints: " in started.said())
-        for _ in range(2):
-            started.process.send_signal(signal.SIGINT)
-            time.sleep(2.5)
+        started.process.send_signal(signal.SIGINT)
+        started.until(lambda: "Ctrl-C again ends at once" in started.said())
+        started.process.send_signal(signal.SIGINT)
         assert started.end(60) == 130
         assert "ended by the second Ctrl-C" in started.said()
         assert "Traceback" not in started.said()
     assert not list((tmp_path / "baseline").glob("*step-*"))
 
 
-def test_a_signal_during_a_validation_ends_it(endless: list[str], corpus: Path, tmp_path: Path) -> None:
+def test_what_is_ignored_at_the_start_stays_ignored(endless: list[str], tmp_path: Path) -> None:
+    """By nohup, and by a shell that starts a command in the background; SIGUSR1 is a scheduler's, for the ranks."""
     run = tmp_path / "baseline"
-    long = [flag for flag in endless if not flag.startswith(("--eval_steps", "--val_data_path"))]
-    (tmp_path / "val.bin").write_bytes((corpus / "train.bin").read_bytes() * 400)
-    long += [f"--val_data_path={tmp_path}/val.bin", "--eval_interval=2", f"--checkpoint_path={tmp_path}"]
-    with job(sys.executable, "-m", "train", *long, cwd=tmp_path) as started:
-        started.until_step(2, run)
-        time.sleep(1)
+    ignoring = ["env", "--ignore-signal=INT,HUP,USR1", sys.executable, "-m", "train", *endless]
+    with job(*ignoring, f"--checkpoint_path={tmp_path}", cwd=tmp_path) as started:
+        started.until_step(3, run)
+        for number in (signal.SIGHUP, signal.SIGINT, signal.SIGINT):
+            started.process.send_signal(number)
+        started.until_step(records(run)[-1]["step"] + 50, run)
+        started.process.send_signal(signal.SIGUSR1)
+        assert started.end() == 75, started.said()
+        assert "SIGUSR1: the run stops" in started.said()
+        assert "SIGHUP" not in started.said()
+
+
+@pytest.fixture
+def validating(endless: list[str], corpus: Path, tmp_path: Path) -> list[str]:
+    """A run with a validation of a minute after each step."""
+    own = [flag for flag in endless if not flag.startswith(("--eval_steps", "--val_data_path"))]
+    (tmp_path / "val.bin").write_bytes((corpus / "train.bin").read_bytes() * 2000)
+    return [*own, f"--val_data_path={tmp_path}/val.bin", "--eval_interval=1", f"--checkpoint_path={tmp_path}"]
+
+
+def test_a_time_limit_ends_a_validation(validating: list[str], tmp_path: Path) -> None:
+    done = train(*validating, f"--max_time=0:{MARGIN + 8:.0f}", cwd=tmp_path, check=False)
+    assert done.returncode == 75, done.stderr
+    assert check_saved(tmp_path / "baseline", done.stderr) == 1
+    assert "val_loss" not in records(tmp_path / "baseline")[-1]
+
+
+def test_a_checkpoint_by_time_is_saved_within_a_validation(validating: list[str], tmp_path: Path) -> None:
+    run = tmp_path / "baseline"
+    with job(sys.executable, "-m", "train", *validating, "--save_minutes=0.1", cwd=tmp_path) as started:
+        started.until_saved(run)
+        assert len(records(run)) == 1
+        assert "val_loss" not in records(run)[-1]
         started.process.send_signal(signal.SIGTERM)
         assert started.end(60) == 75, started.said()
-        assert check_saved(run, started.said()) == 2
+        assert check_saved(run, started.said()) == 1
+
+
+def test_a_signal_during_a_validation_ends_it(validating: list[str], tmp_path: Path) -> None:
+    run = tmp_path / "baseline"
+    with job(sys.executable, "-m", "train", *validating, cwd=tmp_path) as started:
+        started.until_step(1, run)
+        started.until(lambda: "validation:" in started.said())
+        started.process.send_signal(signal.SIGTERM)
+        assert started.end(60) == 75, started.said()
+        assert check_saved(run, started.said()) == 1
 
 
 def signal_to(started: Job, target: str, number: signal.Signals) -> None:
@@ -166,3 +243,19 @@ def test_a_signal_to_the_launcher_ends_all_with_a_checkpoint(
     assert "is saved, and --resume_from_checkpoint continues" in said, said
     assert (run / "latest").read_text() == f"step-{records(run)[-1]['step']}\n"
     assert (run / (run / "latest").read_text().strip() / "training_state.json").exists()
+
+
+@pytest.mark.faults
+def test_one_ctrl_c_of_a_terminal_ends_a_job_with_a_checkpoint(endless: list[str], tmp_path: Path) -> None:
+    """It goes to the launcher and to its processes, which then get it twice."""
+    run = tmp_path / "baseline"
+    words = [*launcher("torchrun"), "-m", "train", *endless, *layout("baseline"), f"--checkpoint_path={tmp_path}"]
+    with job(*words, cwd=tmp_path) as started:
+        started.until_step(3, run)
+        for process in [started.worker(0), started.worker(1), started.process]:
+            process.send_signal(signal.SIGINT)
+        started.end()
+        said = started.said()
+    assert "Ctrl-C again, after a second, ends at once" in said
+    assert "is saved, and --resume_from_checkpoint continues" in said, said
+    assert (run / "latest").read_text() == f"step-{records(run)[-1]['step']}\n"

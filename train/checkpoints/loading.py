@@ -106,6 +106,19 @@ def load_model(
     return model
 
 
+def check_finite(name: str, model: GPT2FlashForCausalLM, *, flag: str = "--model") -> None:
+    """Refuse loaded weights that are not finite: nothing can be trained from them."""
+    if name in SIZES:
+        return
+    for key, weight in model.named_parameters():
+        # A sum of finite values is mostly finite, and that of others never is; it is the cheaper test.
+        if not (weight.detach().sum().isfinite() or weight.detach().isfinite().all()):
+            raise UserError(
+                f"{flag} {name}: {key} holds NaN or infinity, so nothing can be trained from it; take another model, "
+                "or an earlier checkpoint of the run that it is from"
+            )
+
+
 def load_for_inference(
     path: str | Path, dtype: str = "auto", *, device: str | None = None, flag: str = "--checkpoint"
 ) -> Any:

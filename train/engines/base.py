@@ -21,7 +21,14 @@ from train.config.run_config import RunConfig
 from train.engines import zero
 from train.engines.accelerate_setup import deepspeed_accelerator, plain_accelerator, set_group_timeouts
 from train.engines.placement import RankPlacement, check_launch, check_placements
-from train.engines.state import create_moments, full_tensor, held_by_optimizer, set_full_tensor, torch_optimizer
+from train.engines.state import (
+    create_moments,
+    full_tensor,
+    held_by_optimizer,
+    local_part,
+    set_full_tensor,
+    torch_optimizer,
+)
 from train.engines.transforms import checkpoint_arguments, compile_blocks, fuse_gelu, keep_freed_memory
 from train.job import watchdog
 from train.metrics.annotations import annotate
@@ -192,6 +199,11 @@ class Engine(ABC):
         """(rank, micro-batch, loss) of the last step's losses that are not finite, those of all processes."""
         own = [(self.rank, number, float(loss)) for number, loss in enumerate(self.losses)]
         return [each for each in gather_object(own) if not math.isfinite(each[2])]
+
+    def non_finite_parameters(self) -> list[str]:
+        """The parameters that hold a NaN or infinity, in any process."""
+        own = [name for name, parameter in self.parameters() if not bool(local_part(parameter).isfinite().all())]
+        return list(dict.fromkeys(gather_object(own)))
 
     @abstractmethod
     def eval_step(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:

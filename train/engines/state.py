@@ -28,6 +28,12 @@ def full_tensor(prepared: Any, parameter: torch.Tensor, moment: str | None = Non
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def local_part(parameter: torch.Tensor) -> torch.Tensor:
+    """What this process holds of a parameter."""
+    tensor = zero.shard(parameter).detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 @torch.no_grad()
 def set_full_tensor(prepared: Any, parameter: torch.Tensor, value: torch.Tensor, moment: str | None = None) -> None:
     """The reverse of `full_tensor`, on every process that holds a shard."""

@@ -4,10 +4,11 @@ Rank 0 hosts a store. Under DeepSpeed's launcher, or none, it is at MASTER_ADDR 
 process group finds it as well. torchelastic (torchrun, `accelerate launch`) passes the address of a store that its
 agent keeps for the life of the job. PyTorch uses the same keys in that store at every attempt of the job
 (`--max_restarts`), and so finds the addresses of processes that have ended. Here rank 0 of each attempt has a store of
-its own, whose address is in the agent's store. The agent's store also remembers which run folder the job has claimed,
-so that a later attempt may resume in it.
+its own, whose address is in the agent's store. That store also remembers what a later attempt has to know: which
+run folder the job has claimed, when it began, and why the guard has stopped it.
 """
 
+import contextlib
 import functools
 import json
 import os
@@ -21,7 +22,7 @@ from typing import Any, NoReturn
 from torch.distributed import DistNetworkError, DistStoreError, TCPStore
 
 from train.utils import processes
-from train.utils.errors import UserError, first_line
+from train.utils.errors import STOPPED_BY_GUARD, EarlyEnd, UserError, first_line
 
 POLL_SECONDS = 0.2
 SHOWN = 3  # differences that are listed
@@ -47,6 +48,31 @@ def claim(run_folder: Path) -> None:
     store = _agent_store()
     if store is not None:
         store.set(_key("claimed"), str(run_folder))
+
+
+def job_start(own_start: float) -> float:
+    """When the first attempt of this job began (Unix time); `own_start` is when this process did."""
+    store = _agent_store()
+    return own_start if store is None else float(store.compare_set(_key("start"), "", str(own_start)))
+
+
+def record_guard_stop(sentence: str) -> None:
+    """Record why this job is stopped for good: the launcher restarts it all the same."""
+    store = _agent_store()
+    if store is not None:
+        with contextlib.suppress(RuntimeError):  # a launcher that is gone restarts nothing
+            store.set(_key("guard_stop"), sentence)
+
+
+def refuse_after_guard_stop() -> None:
+    """End with the guard's exit code, if the guard has stopped an earlier attempt of this job."""
+    store, key = _agent_store(), _key("guard_stop")
+    if store is None or not store.check([key]):
+        return
+    if processes.rank() != 0:
+        time.sleep(processes.GRACE_SECONDS)  # rank 0 prints it, and then the launcher ends the others
+    reason = store.get(key).decode()
+    raise EarlyEnd(f"not started again, because it would end as before: {reason}", STOPPED_BY_GUARD)
 
 
 def join(timeout: float, facts: Mapping[str, Any]) -> TCPStore | None:

@@ -22,11 +22,14 @@ class Guard:
 
     def __init__(self, config: RunConfig, state: GuardState) -> None:
         self.on_nonfinite, self.on_spike = config.on_nonfinite, config.on_spike
-        self.updates, self.skipped_in_a_row = state.updates, state.skipped_in_a_row
+        self.updates = state.updates
+        # Whoever resumes a run that has given up wants another attempt.
+        self.skipped_in_a_row = state.skipped_in_a_row % SKIPS_IN_A_ROW
         self.losses = deque(state.losses, maxlen=WINDOW)
         self.grad_norms = deque(state.grad_norms, maxlen=WINDOW)
         self.reason = ""  # why the last step is remarkable; empty if it is not
         self.action = ""  # "warn", "skip" or "stop" then
+        self.has_given_up = False  # whether it stops the run because it has skipped too often
 
     def accepts(self, loss: float, grad_norm: float) -> bool:
         """Whether a step with these numbers updates the weights. A step that stops the run leaves no trace here."""
@@ -36,7 +39,7 @@ class Guard:
         elif self.on_spike != "off" and (is_spike(loss, self.losses) or is_spike(grad_norm, self.grad_norms)):
             self.reason, self.action = "spike", self.on_spike
         if self.action == "skip" and self.skipped_in_a_row == SKIPS_IN_A_ROW:
-            self.action = "stop"
+            self.action, self.has_given_up = "stop", True
         if self.action == "stop":
             return False
         if self.on_spike != "off" and self.reason != "non-finite":

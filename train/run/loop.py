@@ -12,7 +12,7 @@ from accelerate.utils import gather_object, set_seed
 
 from train.checkpoints import starting
 from train.checkpoints import step_folder as checkpoints
-from train.checkpoints.loading import load_model
+from train.checkpoints.loading import check_finite, load_model
 from train.checkpoints.step_folder import GuardState
 from train.config import launcher_env as launcher
 from train.data.prefetch import Batch, read_ahead
@@ -44,6 +44,8 @@ def build(run: ResolvedRun, launcher_exited: Callable[[], None] = lambda: None) 
     set_seed(run.config.seed)
     with working("loading the model"):  # which may be downloaded
         model = load_model(run.config.model, run.model, attn_implementation=run.attention[0])
+    if checkpoint is None:
+        check_finite(run.config.model, model)
     tensors = checkpoints.read_tensors(checkpoint, model) if checkpoint else None
     mark("preparing the run folder")
     engine.wait()  # until all processes have read their files, because a claimed folder may be emptied
@@ -134,13 +136,15 @@ def train_steps(run: ResolvedRun, engine: Engine, log: RunLog, interruptions: In
     guard = Guard(config, run.checkpoint.guard if run.checkpoint else GuardState(0))
     saver = CheckpointSaver(engine, run, log, guard, interruptions)
     review = Review(guard.accepts, interruptions.requests)
-    validation = partial(
-        validate, engine, run.val, config.train_micro_batch_size_per_gpu, config.eval_steps, interruptions.is_asked
-    )
+
+    def validation(step: int) -> dict | None:
+        is_to_end = partial(saver.ends_validation, step)
+        return validate(engine, run.val, config.train_micro_batch_size_per_gpu, config.eval_steps, is_to_end)
+
     if due(run.first_step, config.eval_interval, run.total_steps) and engine.any_process(
         log.lacks_validation(run.first_step)
     ):  # the run ended before it
-        log.amend(validation() or {})
+        log.amend(validation(run.first_step) or {})
     if engine.any_process(interruptions.is_asked()):
         saver.end_early(run.first_step, interruptions.reason)
 
@@ -153,6 +157,7 @@ def train_steps(run: ResolvedRun, engine: Engine, log: RunLog, interruptions: In
     with closing(data), Profiler(run, engine) as profiler, saver.writer:
         for step in steps:
             mark(f"step {step + 1}")
+            interruptions.needed.step_begins(time.monotonic())
             energy.start()
             began = time.perf_counter()
             with annotate("data"):
@@ -162,6 +167,7 @@ def train_steps(run: ResolvedRun, engine: Engine, log: RunLog, interruptions: In
             result = engine.train_step(step, marked(batches, f"step {step + 1}"), rate, review)
             seconds = time.perf_counter() - began
             energy.stop(counts=step > run.first_step and not profiler.at_work)
+            interruptions.needed.step_done(time.monotonic(), is_typical=not profiler.at_work)
 
             done = step + 1
             record = {
@@ -186,12 +192,14 @@ def train_steps(run: ResolvedRun, engine: Engine, log: RunLog, interruptions: In
                 record["skipped"] = True
             log.write(record)
             stop, save = result.requests
+            if profiler.writes_next:  # the trace, nobody knows for how long
+                save = save or engine.any_process(interruptions.deadline is not None)
             if save or stop or due(done, config.save_interval, run.total_steps):
                 temporary = not due(done, config.save_interval, run.total_steps)
                 saver.save(done, temporary=temporary, ends=stop or done == run.total_steps)
             saver.writer.check()
             if due(done, config.eval_interval, run.total_steps) and not stop:
-                validated = validation()
+                validated = validation(done)
                 log.amend(validated or {})
                 stop = validated is None
                 if not stop and saver.validated(done):
@@ -199,7 +207,6 @@ def train_steps(run: ResolvedRun, engine: Engine, log: RunLog, interruptions: In
             if stop:
                 saver.end_early(done, interruptions.reason)
             profiler.step()
-            interruptions.step_done()
     return engine.peak_memory(profiler.peak_before) | energy.metrics(
         engine.device, engine.sum_over_processes, run.tokens_per_step
     )

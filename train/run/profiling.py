@@ -80,6 +80,11 @@ class Profiler(AbstractContextManager):
         """Whether the next step is recorded, or is the one before, that warms the profiler up."""
         return self.profile is not None and self.recorded.start <= self.done + 2 <= self.recorded.stop
 
+    @property
+    def writes_next(self) -> bool:
+        """Whether the next call of `step` writes the trace."""
+        return self.profile is not None and self.done == self.recorded.stop - 2
+
     def step(self) -> None:
         """After every optimizer step and what belongs to it."""
         if self.profile is None:

@@ -1,7 +1,9 @@
 """When and how the training loop saves, and how it ends early with a checkpoint."""
 
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
+from pathlib import Path
 from typing import NoReturn
 
 from accelerate.utils import gather_object
@@ -9,14 +11,16 @@ from accelerate.utils import gather_object
 from train.checkpoints import step_folder as checkpoints
 from train.checkpoints.background import BackgroundWriter, States
 from train.engines.base import Engine
+from train.job import rendezvous
 from train.job.watchdog import marked, working
 from train.metrics.annotations import annotate
 from train.metrics.summary import best_validation
-from train.run.guard import Guard
+from train.run.guard import SKIPS_IN_A_ROW, Guard
 from train.run.log import RunLog
 from train.run.setup import ResolvedRun
 from train.run.signals import Interruptions
-from train.utils.errors import RUN_AGAIN, STOPPED_BY_GUARD, EarlyEnd
+from train.utils import processes
+from train.utils.errors import RUN_AGAIN, STOPPED_BY_GUARD, EarlyEnd, user_sentence
 
 
 @annotate("checkpoint")
@@ -40,11 +44,19 @@ def save_checkpoint(
 
             write(states())
 
-    if engine.is_main:
-        writer.start(tensors, write) if writer else write_now()
-    for _ in tensors:
-        pass  # the other processes only take part in gathering
-    engine.wait()
+    def take_part() -> None:
+        for _ in tensors:
+            pass  # the other processes only take part in gathering
+        engine.wait()
+
+    try:
+        if engine.is_main:
+            writer.start(tensors, write) if writer else write_now()
+    except Exception as error:
+        if user_sentence(error) is not None:  # the job is intact: the others are not left waiting in a collective
+            take_part()
+        raise
+    take_part()
 
 
 class CheckpointSaver:
@@ -73,6 +85,14 @@ class CheckpointSaver:
         save_checkpoint(self.engine, self.run, state, self.writer if in_background else None)
         self.step = step
         self.interruptions.saved(self.writer.seconds if in_background else time.monotonic() - began)
+
+    def ends_validation(self, step: int) -> bool:
+        """Look up from a validation after `step` steps: save if it is time to; whether the validation ends."""
+        stop, save = (self.engine.any_process(asks) for asks in self.interruptions.requests())
+        if save and not stop and step > self.step:
+            self.save(step, temporary=True)
+        self.writer.check()
+        return stop
 
     def validated(self, step: int) -> bool:
         """Keep the checkpoint of the best validation up to `step`; whether the run ends, because that is long ago."""
@@ -109,15 +129,59 @@ class CheckpointSaver:
         )
 
     def end_by_guard(self, step: int, finding: str) -> NoReturn:
-        """Save the weights before an update that is not made, which are those after `step` steps, and end."""
-        self.save(step, ends=True)
+        """Save the weights before an update that is not made, which are those after `step` steps, and end.
+
+        Whatever becomes of the save, the finding is printed, and the exit code is that of the guard.
+        """
+        engine, guard, folder = self.engine, self.guard, self.run.config.run_folder
+        if engine.is_main:
+            processes.print_line(f"{finding}; the run stops before this update")
+        damaged = engine.non_finite_parameters()
+        failure = "" if damaged else _failure(self.writer.wait)  # that of an earlier step
+        if not damaged and not engine.any_process(bool(failure)):
+            failure = _failure(lambda: self.save(step, ends=True))
+        flag = "on_spike" if guard.reason == "spike" else "on_nonfinite"
+        replay = f"python -m train.replay {folder} --step {step + 1} finds where it appears"
+        if damaged:
+            more = f" and {len(damaged) - 1:,} more" if len(damaged) > 1 else ""
+            where = (
+                f"the weights themselves are not finite: {damaged[0]}{more}. They are not saved, and a lower "
+                f"--learning_rate may keep them finite, with --allow_changes where the run resumes; {_newest(folder)}"
+            )
+        elif failure:
+            where = f"the weights before it could not be saved: {failure}; {_newest(folder)}"
+        elif guard.has_given_up:
+            where = (
+                f"the last {SKIPS_IN_A_ROW} updates are skipped; {folder}/step-{step} has the weights since. "
+                f"{replay}; --resume_from_checkpoint with --{flag} skip tries as many again, and with a lower "
+                "--learning_rate and --allow_changes, or from an earlier checkpoint, the run may recover"
+            )
+        else:
+            where = (
+                f"{folder}/step-{step} has the weights before it. {replay}; --resume_from_checkpoint with --{flag} "
+                "skip continues without it"
+            )
+        sentence = f"stopped by the guard before the update of step {step + 1:,} of {self.run.total_steps:,}: {where}"
+        if engine.is_main:
+            rendezvous.record_guard_stop(sentence)
         self.log.close()
-        self.engine.close()
-        flag = "on_spike" if self.guard.reason == "spike" else "on_nonfinite"
-        folder = self.run.config.run_folder
-        raise EarlyEnd(
-            f"{finding}, so the run stops before this update; {folder}/step-{step} has the weights before it. "
-            f"python -m train.replay {folder} --step {step + 1} finds where it appears; --resume_from_checkpoint "
-            f"with --{flag} skip continues without it",
-            STOPPED_BY_GUARD,
-        )
+        engine.close()
+        raise EarlyEnd(sentence, STOPPED_BY_GUARD)
+
+
+def _failure(save: Callable[[], None]) -> str:
+    """The sentence of why a checkpoint cannot be saved, empty if it is; on the main process, which writes."""
+    try:
+        save()
+    except Exception as error:
+        sentence = user_sentence(error)
+        if sentence is None:
+            raise
+        return sentence
+    return ""
+
+
+def _newest(run_folder: Path) -> str:
+    """What there is to resume from."""
+    folders = checkpoints.step_folders(run_folder)
+    return f"the newest checkpoint is {folders[-1][1]}" if folders else "there is no checkpoint yet"

@@ -178,6 +178,7 @@ def resolve(config: RunConfig) -> ResolvedRun:
     """Resolve everything that flags and files decide; refuse what is impossible."""
     check_environment(config)
     restarted = rendezvous.is_claimed(config.run_folder)
+    rendezvous.refuse_after_guard_stop()
     if restarted:  # from its last complete checkpoint, else from where it started
         own = "latest" if starting.has_checkpoint(config.run_folder) else config.resume_from_checkpoint
         config = replace(config, overwrite=False, delete_newer_checkpoints=False, resume_from_checkpoint=own)

@@ -28,6 +28,8 @@ from train.utils.errors import (
     text_of,
 )
 
+PRINT_SECONDS = 1.0  # in which rank 0 prints, before a launcher ends it because another rank has exited
+
 
 def run_command(main: Callable[[], None]) -> NoReturn:
     """Run a command's `main` and exit. A `UserError` is printed without a traceback and exits with `USER_ERROR`.
@@ -51,7 +53,10 @@ def run_command(main: Callable[[], None]) -> NoReturn:
         if processes.rank() == 0:
             print(end, file=sys.stderr, flush=True)
         restarts_failures = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
-        processes.exit_process(0 if end.code == RUN_AGAIN and restarts_failures else end.code)
+        code = 0 if end.code == RUN_AGAIN and restarts_failures else end.code
+        if processes.rank() != 0 and code != 0:
+            time.sleep(PRINT_SECONDS)
+        processes.exit_process(code)
     except Exception as error:
         _exit_if_unreadable()
         sentence = file_error(error)

@@ -33,8 +33,11 @@ class UserError(Exception):
     """An invalid request: the message names the key, its value and the remedy."""
 
 
-class EarlyEnd(Exception):
-    """The run ends before its last step, alike on all processes; the message says why and how to continue."""
+class EarlyEnd(BaseException):
+    """The run ends before its last step, alike on all processes; the message says why and how to continue.
+
+    It is not an error: what handles the errors of a library must not catch it.
+    """
 
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)
@@ -68,6 +71,11 @@ def file_error(error: BaseException) -> str | None:
         if TORCH_WRITER.search(str(each)):
             return f"the file system: a file could not be written ({first_line(each)}); is the disk full?"
     return None
+
+
+def user_sentence(error: BaseException) -> str | None:
+    """The sentence of what a user can mend: a `UserError` or an error of the file system; None for any other error."""
+    return str(error) if isinstance(error, UserError) else file_error(error)
 
 
 def os_error(error: BaseException) -> OSError | None:
