@@ -7,9 +7,10 @@ from subprocess import CompletedProcess
 
 import pytest
 
-from tests.conftest import losses, python, records, train
+from tests.conftest import LOSS_TOLERANCE, losses, python, ranks, records, train
 from tests.faults.soak import Soak
 from tests.forks import run_module
+from tests.jobs import layout
 from train.checkpoints.digests import digest_of_file
 from train.checkpoints.starting import look
 from train.utils.lock import LOCK
@@ -100,6 +101,28 @@ def test_in_a_phase(
         assert (run / "latest").read_text() == f"step-{saved}\n"
     assert not (run / "metrics.json").exists()
     check_continues(words, tmp_path, finished)
+
+
+@pytest.mark.parametrize("name", ["baseline", "zero1", "zero2", "zero3", "fsdp2", "pipeline"])
+def test_in_a_phase_of_every_layout(flags: list[str], finished: Path, tmp_path: Path, name: str) -> None:
+    """One rank gets it, within its backward pass, while a checkpoint is written, and while all steps are validated."""
+    engine = "pipeline.engine:PipelinedEngine" if name == "pipeline" else "accelerated:AcceleratedEngine"
+    words = [*flags, *layout("baseline" if name == "fsdp2" else name), "--save_interval=4", "--eval_interval=8"]
+    run = tmp_path / ("baseline" if name in ("baseline", "fsdp2") else "optimized")
+    for at, call, saved in (
+        ("modeling_gpt2flash.modeling_gpt2flash:GPT2FlashMLP.forward/backward@0", 12 if name == "pipeline" else 6, 3),
+        ("train.engines.base:Engine.train_step@0", 2, 5),  # of which the first has begun to save step 4
+        (f"train.engines.{engine}.eval_step@1", 2, 8),
+    ):
+        more = [f"--checkpoint_path={tmp_path}", "--resume_from_checkpoint"]
+        job = [at, "SIGTERM", call, *words, *more]
+        done = ranks(*job, cwd=tmp_path, fsdp2=name == "fsdp2", check=False, module="tests.signal_at")
+        assert done.returncode == 75, done.stdout
+        step = records(run)[-1]["step"]
+        assert step == saved, done.stdout
+        assert (run / "latest").read_text() == f"step-{step}\n"
+        check_whole(run, done)
+    assert losses(run) == pytest.approx(losses(finished), abs=LOSS_TOLERANCE)
 
 
 @COMPILED
