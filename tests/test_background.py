@@ -200,6 +200,7 @@ def is_killed_and_resumes(change: int, three_steps: tuple[list[str], list[float]
     return True
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("change", [1, 20, 45])
 def test_a_kill_while_a_checkpoint_is_written(
     change: int, three_steps: tuple[list[str], list[float]], tmp_path: Path
@@ -218,6 +219,7 @@ def test_kills_at_changes_of_the_file_system(three_steps: tuple[list[str], list[
     assert change > 50
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("change", [5, 40])
 def test_a_full_disk_ends_the_run(change: int, flags: list[str], tmp_path: Path) -> None:
     words = [*flags, "--save_interval=2", f"--checkpoint_path={tmp_path}"]

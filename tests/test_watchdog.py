@@ -143,6 +143,7 @@ def test_the_rank_that_has_not_reached_the_collective_is_named(
     assert ("rank 0 of 2" in report) == (named.startswith("rank 0") or first == second)
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_stopped_rank_is_named_by_the_other(flags: list[str], tmp_path: Path, victim: int) -> None:
     train = [*flags, *layout("baseline"), *ENDLESS, f"--timeout={TIMEOUT}", f"--checkpoint_path={tmp_path}"]
@@ -234,6 +235,7 @@ def test_a_job_that_is_suspended_and_continued_goes_on(flags: list[str], tmp_pat
             ranks[0].until_step(done + 6, tmp_path / "baseline")
 
 
+@pytest.mark.faults
 def test_a_rank_that_holds_the_gil_shows_its_stacks_too(flags: list[str], tmp_path: Path) -> None:
     """None of its threads runs, so that it looks stopped; a signal handler prints them."""
     (tmp_path / "stuck.py").write_text(STUCK.format(code="import ctypes; ctypes.PyDLL(None).sleep(10000)"))
