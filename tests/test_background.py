@@ -97,6 +97,37 @@ def test_a_copy_leaves_a_fifth_of_the_memory(monkeypatch: pytest.MonkeyPatch, av
     assert room or "needs a copy of up to 100.0 GB, and 124.0 GB of memory are available" in said[0]
 
 
+def test_what_follows_a_checkpoint_waits_for_it_in_the_background() -> None:
+    may_write, done = threading.Event(), []
+
+    def write(states: States) -> None:
+        assert may_write.wait(60)
+        done.append("written")
+
+    writer = BackgroundWriter(print)
+    writer.then(lambda: done.append("at once"))
+    writer.start([], write)
+    writer.then(lambda: done.append("then"))
+    writer.then(lambda: done.append("and then"))
+    assert done == ["at once"]
+    may_write.set()
+    writer.wait()
+    assert done == ["at once", "written", "then", "and then"]
+
+
+def test_nothing_follows_a_checkpoint_that_was_not_written() -> None:
+    def fail(states: States) -> None:
+        raise OSError(errno.ENOSPC, ENOSPC)
+
+    done: list[str] = []
+    writer = BackgroundWriter(print)
+    writer.start([], fail)
+    writer.then(lambda: done.append("then"))
+    with pytest.raises(OSError, match=ENOSPC):
+        writer.wait()
+    assert not done
+
+
 def test_an_error_of_training_is_not_hidden_by_one_of_the_thread() -> None:
     def fail(states: States) -> None:
         raise OSError(errno.ENOSPC, ENOSPC)

@@ -2,13 +2,19 @@
 
 import json
 import math
+import os
+import re
 import shutil
+import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.conftest import python, ranks, records, train
+from tests.forks import SERVER, _run
 from train.config.run_config import parse
 from train.metrics.summary import Best, best_validation
 from train.utils.errors import UserError
@@ -80,6 +86,38 @@ def test_the_best_checkpoint_is_kept_and_the_same_after_resuming(flags: list[str
         assert check_best(run, 8) == best
         weights = f"step-{best}/model.safetensors"
         assert (run / weights).read_bytes() == (whole / weights).read_bytes()
+
+
+def _train_before_it_writes(*run: Any) -> None:
+    """Train, and let the checkpoint of each step be written only after the record of the next step."""
+    log = run[3] / "baseline" / "metrics.jsonl"
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        found = re.search(r"step-(\d+).*training_state\.json", str(arguments[0])) if event == "open" else None
+        if found and arguments[2] & os.O_WRONLY and threading.current_thread().name == "checkpoint writer":
+            deadline = time.monotonic() + 60
+            while f'"step": {int(found[1]) + 1},' not in log.read_text():
+                assert time.monotonic() < deadline, "training waits for the write"
+                time.sleep(0.01)
+
+    sys.addaudithook(hook)
+    _run(*run)
+
+
+def test_training_does_not_wait_until_the_best_checkpoint_is_written(flags: list[str], tmp_path: Path) -> None:
+    words = [*flags, "--eval_interval=1", "--keep_best", f"--checkpoint_path={tmp_path}"]
+    output = tmp_path / "log"
+    process = SERVER.Process(
+        target=_train_before_it_writes, args=("train", words, dict(os.environ), tmp_path, output, output)
+    )
+    process.start()
+    process.join(200)
+    assert process.exitcode == 0, output.read_text()
+    run = tmp_path / "baseline"
+    validated = [record["val_loss"] for record in records(run)]
+    assert validated == sorted(validated, reverse=True), "each is the best so far: its checkpoint is written"
+    assert (run / "best").read_text() == "step-8\n"
+    assert {path.name for path in run.glob("step-*")} == {"step-7", "step-8"}
 
 
 def test_a_run_ends_when_validations_no_longer_get_better(flags: list[str], tmp_path: Path) -> None:

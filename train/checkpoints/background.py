@@ -95,10 +95,30 @@ class BackgroundWriter(AbstractContextManager):
         copy = self._copy = self._copy or HostCopy()
         copy.fill(states)
 
+        def write_copy() -> None:
+            write(copy)
+            self.seconds = time.monotonic() - began
+
+        self._begin(write_copy)
+
+    def then(self, work: Callable[[], object]) -> None:
+        """Have `work` called once the checkpoint that is being written is complete: now, if none is."""
+        before = self._thread
+        if before is None:
+            work()
+            return
+
+        def work_after() -> None:
+            before.join()
+            if self._error is None:
+                work()
+
+        self._begin(work_after)
+
+    def _begin(self, work: Callable[[], object]) -> None:
         def run() -> None:
             try:
-                write(copy)
-                self.seconds = time.monotonic() - began
+                work()
             except BaseException as error:
                 self._error = error
 

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -74,8 +75,10 @@ class CheckpointSaver:
 
         Training does not wait for it, unless the run `ends` or there is no room for a copy.
         """
-        self.writer.wait()  # one at a time, and none unfinished at the end
-        if step <= self.step:
+        is_saved = step <= self.step  # or is being written
+        if ends or not is_saved:
+            self.writer.wait()  # one at a time, and none unfinished at the end
+        if is_saved:
             return
         self.log.flush()  # first: a run that resumes from the checkpoint needs the records up to it
         in_background = self.run.config.async_save and not ends and self.writer.has_room(self.run.checkpoint_bytes)
@@ -100,10 +103,8 @@ class CheckpointSaver:
         resumed = step == self.run.first_step
         if config.keep_best and self.engine.any_process(best.step == step or resumed):
             self.save(step, temporary=True)
-            self.writer.wait()
             if self.engine.is_main:
-                checkpoints.point_best_to(config.run_folder / f"step-{best.step}")
-                checkpoints.rotate(config.run_folder, config.save_total_limit)
+                self.writer.then(partial(self._keep_best, best.step))
         patience = config.early_stopping_patience
         if patience is None or not self.engine.any_process(best.since >= patience):
             return False
@@ -113,6 +114,12 @@ class CheckpointSaver:
             f"{best.val_loss:.4f}) were not better: the run ends after step {step:,} of {self.run.total_steps:,}"
         )
         return True
+
+    def _keep_best(self, step: int) -> None:
+        """Point `best` at a complete checkpoint. A run that is killed before it does so when it resumes."""
+        config = self.run.config
+        checkpoints.point_best_to(config.run_folder / f"step-{step}")
+        checkpoints.rotate(config.run_folder, config.save_total_limit)
 
     def end_early(self, step: int, reason: str) -> NoReturn:
         """Save after `step` steps, and end all processes, of which those with a reason give theirs."""
