@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 
 from tests.conftest import losses, train
-from train.config.changes import CURVE, GUARD, MASKS, RATE, ROUNDING, SETTING, changes, refusal
+from train.config.changes import CURVE, GUARD, MASKS, RATE, ROUNDING, SETTING, VALIDATION, changes, refusal
 from train.config.run_config import RunConfig
 
 # Flags whose change concerns no number of the training: files, times, what is measured and shown, how a run starts.
 NOT_COMPARED = {
     "run_type", "val_data_path", "early_stopping_patience", "keep_best", "async_save", "epochs",
-    "eval_interval", "eval_steps", "prompt", "max_new_tokens",
+    "eval_interval", "prompt", "max_new_tokens",
     "checkpoint_path", "save_interval", "save_minutes", "max_time", "save_total_limit", "resume_from_checkpoint",
     "delete_newer_checkpoints", "allow_changes", "overwrite", "attn_implementation", "deepspeed_config", "timeout",
     "profile", "profile_steps", "memory_snapshot", "report_to", "push_to_hub",
@@ -32,9 +32,12 @@ def facts(**own: Any) -> dict[str, Any]:
 
 
 def test_every_flag_is_compared_or_not_on_purpose() -> None:
-    compared = [*RATE, *CURVE, *GUARD, *MASKS, *ROUNDING]
+    compared = [*RATE, *CURVE, *GUARD, *VALIDATION, *MASKS, *ROUNDING]
     assert len(compared) == len(set(compared))
-    assert {field.name for field in fields(RunConfig)} == NOT_COMPARED | REFUSED | set(compared) - set(SETTING)
+    assert {field.name for field in fields(RunConfig)} == NOT_COMPARED | REFUSED | set(compared) - {
+        *SETTING,
+        "val_data",
+    }
 
 
 def test_nothing_differs() -> None:
@@ -80,6 +83,53 @@ def test_what_makes_the_losses_others(step: int, before: dict, after: dict, brea
         assert "--allow_changes" in reason
         for each in found:
             assert not each.breaks_curve or step == 100 or f"--{each.name} {each.before}" in reason
+
+
+VALIDATED = {"val_data": "1,000 tokens, digest aa", "val_data_path": "val.bin", "eval_steps": None}
+
+
+@pytest.mark.parametrize("choice", [{}, {"keep_best": True}, {"early_stopping_patience": 3}])
+@pytest.mark.parametrize(
+    ("changed", "remedy"),
+    [
+        ({"val_data": "1,000 tokens, digest bb"}, "--val_data_path val.bin with its content"),
+        ({"eval_steps": 5}, "no --eval_steps"),
+    ],
+)
+def test_other_validations_need_a_flag_where_the_run_chooses_by_them(
+    changed: dict[str, Any], remedy: str, choice: dict[str, Any]
+) -> None:
+    was, now = facts(**VALIDATED, **choice), facts(**VALIDATED | changed, **choice)
+    found = changes(was, now, 50)
+    assert [each.name for each in found] == list(changed)
+    reason = refusal(found, was, now, 50)
+    assert (reason is None) == (not choice)
+    if reason is not None:
+        assert f"give {remedy} as before, or --allow_changes" in reason
+        assert "the validations could not be compared" in reason
+
+
+def test_another_validation_file_is_noticed_by_its_content(
+    flags: list[str], corpus: Path, finished: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "baseline"
+    shutil.copytree(finished, run)
+    shutil.rmtree(run / "step-8")
+    (run / "latest").write_text("step-4\n")
+    val = tmp_path / "val.bin"
+    words = [*flags, "--train_micro_batch_size_per_gpu=4", f"--checkpoint_path={tmp_path}", "--resume_from_checkpoint"]
+    words += ["--eval_interval=4", f"--val_data_path={val}"]
+    content = (corpus / "val.bin").read_bytes()
+    val.write_bytes(content[2:] + content[:2])
+    refused = train(*words, "--keep_best", cwd=tmp_path, check=False)
+    assert refused.returncode == 2
+    assert f"--val_data_path {corpus / 'val.bin'} with its content as before, or --allow_changes" in refused.stderr
+    said = train(*words, cwd=tmp_path).stderr
+    assert "| val_data " in said
+    (run / "metrics.json").unlink()
+    shutil.rmtree(run / "step-8")
+    val.write_bytes(content)
+    assert "differs" not in train(*words, "--keep_best", cwd=tmp_path).stderr, "elsewhere, and the same"
 
 
 def test_a_run_resumes_with_other_losses_only_if_that_is_allowed(

@@ -1,6 +1,7 @@
 """A step computed again: the recorded loss, whatever the layout was, and where a number that is not finite arises."""
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,61 @@ def test_dropout_and_skipped_updates_are_the_same(flags: list[str], tmp_path: Pa
     assert "computed from step-2" in said
     ours, recorded = losses_of(said)
     assert ours == recorded
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run, to change."""
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def test_a_damaged_checkpoint_is_not_used(flags: list[str], tmp_path: Path) -> None:
+    train(*flags, "--save_interval=2", f"--checkpoint_path={tmp_path}", cwd=tmp_path)
+    run = tmp_path / "baseline"
+    weights = run / "step-4" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.unlink()
+    weights.write_bytes(content)
+    said = replay(run, "--step", 6, cwd=tmp_path)
+    assert re.search(r"step-4/model.safetensors: \S+ has changed since it was written; not used", said)
+    assert "computed from step-2" in said
+    ours, recorded = losses_of(said)
+    assert ours == recorded
+    weights.unlink()
+    (run / "step-2" / "training_state.json").write_text("{}")
+    refused = replay(run, "--step", 5, cwd=tmp_path, check=False)
+    assert f"{run} has no other intact checkpoint before step 5" in refused
+
+
+def test_the_rates_are_the_recorded_ones_and_other_flags_are_said(
+    flags: list[str], finished: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "baseline"
+    shutil.copytree(finished, run)
+    shutil.rmtree(run / "step-8")
+    (run / "latest").write_text("step-4\n")
+    words = [*flags, f"--checkpoint_path={tmp_path}", "--resume_from_checkpoint", "--allow_changes"]
+    train(*words, "--learning_rate=0.02", cwd=tmp_path)
+    said = replay(run, "--step", 7, cwd=tmp_path)
+    ours, recorded = losses_of(said)
+    assert ours == recorded, "steps 5 and 6 have another rate than the flags of step-4"
+    assert "other flags" not in said
+    shutil.rmtree(run / "step-8")
+    (run / "metrics.json").unlink()
+    (run / "latest").write_text("step-4\n")
+    train(*words, "--max_grad_norm=0", cwd=tmp_path)
+    said = replay(run, "--step", 7, cwd=tmp_path)
+    assert "step-8 was computed with other flags than step-4" in said
+    assert re.search(r"max_grad_norm\s*\|\s*1\.0\s*\|\s*0\.0\s*\|", said)
+
+
+def test_a_lost_record_is_said(run: Path, tmp_path: Path) -> None:
+    log = run / "metrics.jsonl"
+    log.write_text("".join(line for line in log.read_text().splitlines(True) if not line.startswith('{"step": 6,')))
+    said = replay(run, "--step", 7, cwd=tmp_path)
+    assert f"{log} has no record of step 6: computed as if no update was skipped, at the learning rate" in said
+    assert "no record" not in replay(run, "--step", 9, cwd=tmp_path), "the step after the last has none"
 
 
 def test_another_token_file_is_refused(finished: Path, corpus: Path, tmp_path: Path) -> None:

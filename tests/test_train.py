@@ -205,7 +205,7 @@ def test_a_checkpoint_of_another_run_is_refused(flags: list[str], finished: Path
 
 def test_a_checkpoint_of_another_optimizer_is_refused(flags: list[str], finished: Path, tmp_path: Path) -> None:
     there = [f"--resume_from_checkpoint={finished}/step-4", f"--checkpoint_path={tmp_path}"]
-    with pytest.raises(UserError, match=r"was trained with optimizer adamw, this run has muon.*--model"):
+    with pytest.raises(UserError, match=r"was trained with optimizer adamw, and this run has muon.*--model"):
         resolve(parse([*flags, "--optimizer=muon", *there]))
 
 

@@ -365,9 +365,7 @@ def check_same_run(checkpoint: Checkpoint, state: TrainingState) -> None:
 
 def check_changes(checkpoint: Checkpoint, state: TrainingState, allowed: bool) -> None:
     """Report what differs from the checkpoint's run; refuse what would change its losses, unless that is `allowed`."""
-    before, after = (
-        {**each.config, **each.setting, "max_steps": each.total_steps} for each in (checkpoint.state, state)
-    )
+    before, after = checkpoint.state.facts, state.facts
     before = after | before  # what an older version did not record is not compared
     found = changes.changes(before, after, checkpoint.step)
     if not allowed and (reason := changes.refusal(found, before, after, checkpoint.step)) is not None:

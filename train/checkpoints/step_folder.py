@@ -81,6 +81,7 @@ class TrainingState:
     tokens: int  # tokens trained on so far
     model: dict[str, int | None]  # sizes, under GPT-2's names
     train_data: dict[str, Any]
+    val_data: dict[str, Any] | None = None  # None in a checkpoint of an older version
     seed: int
     block_size: int
     document_mask: bool = False  # the default of a field is what was used before the field existed
@@ -93,6 +94,15 @@ class TrainingState:
     config: dict[str, Any]  # the flags of the run
     setting: dict[str, Any] = field(default_factory=dict)  # `config.changes.SETTING`
     digests: Digests | None = None  # None in a checkpoint from before there were any
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What `config.changes` compares."""
+        facts = {**self.config, **self.setting, "max_steps": self.total_steps}
+        if self.val_data is not None:
+            digest = self.val_data["sha256"] or self.val_data["samples_sha256"]
+            facts["val_data"] = f"{self.val_data['tokens']:,} tokens, digest {digest[:12]}"
+        return facts
 
 
 class DamagedState(UserError):

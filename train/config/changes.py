@@ -1,6 +1,7 @@
 """What differs between a checkpoint's run and the run that resumes it, and what each difference changes.
 
-Both are given as facts by name: the resolved flags, "max_steps" as the number of all steps, and `SETTING`.
+Both are given as facts by name: the resolved flags, "max_steps" as the number of all steps, "val_data" as what tells
+the validation file from others, and `SETTING`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ from train.utils.tables import markdown_table
 RATE = ("learning_rate", "lr_schedule", "max_steps", "warmup_steps", "min_learning_rate_ratio")
 CURVE = ("weight_decay", "adam_beta1", "adam_beta2", "max_grad_norm", "dropout")
 GUARD = ("on_nonfinite", "on_spike")  # a run that the guard has stopped continues with another of them
+VALIDATION = ("val_data", "eval_steps")  # what the validation losses are measured on
 # Facts that are not flags, or whose flag may be "auto".
 PACKAGES = ("torch", "transformers", "deepspeed", "gpt2flash")
 SETTING = ("processes", "sharding", "stage_bounds", "attention", "precision", *PACKAGES)
@@ -48,7 +50,9 @@ class Change:
     before: Any
     after: Any
     effect: str
-    breaks_curve: bool = False  # whether the losses differ from those of the checkpoint's run
+    breaks_curve: bool = (
+        False  # whether the losses, or those that the run chooses by, differ from the checkpoint's run
+    )
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any], step: int) -> list[Change]:
@@ -56,11 +60,14 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any], step: int) -> l
     before, after = with_warmup(before), with_warmup(after)
     differing = [name for name in after if before[name] != after[name]]
     rates_differ = any(name in RATE for name in differing) and first_other_rate(before, after, step) is not None
+    chooses = bool(after.get("keep_best") or after.get("early_stopping_patience"))
+    validation = "the validations" + ", from which the run chooses its best checkpoint or its end" * chooses
     masks = "rounding, and dropout's masks" if after.get("dropout") else "rounding"
     effects = (
         (RATE, "the rates of later steps" if rates_differ else "no rate of a later step", rates_differ),
         (CURVE, "the updates", True),
         (GUARD, "the next such steps", False),
+        (VALIDATION, validation, chooses),
         (MASKS, masks, False),
         (ROUNDING, "rounding", False),
     )
@@ -104,9 +111,9 @@ def rate(facts: Mapping[str, Any], step: int) -> float:
     )
 
 
-def table(found: Sequence[Change]) -> str:
+def table(found: Sequence[Change], before: str = "checkpoint", after: str = "this run") -> str:
     rows = [[each.name, str(each.before), str(each.after), each.effect] for each in found]
-    return markdown_table(["differs", "checkpoint", "this run", "which changes"], rows)
+    return markdown_table(["differs", before, after, "which changes"], rows)
 
 
 def refusal(found: Sequence[Change], before: Mapping[str, Any], after: Mapping[str, Any], step: int) -> str | None:
@@ -121,10 +128,16 @@ def refusal(found: Sequence[Change], before: Mapping[str, Any], after: Mapping[s
         why = f"The learning rate of step {other[0]:,} would be {other[2]:.4g} and not {other[1]:.4g}. "
     if any(each.name == "max_steps" for each in breaking):
         why += "Warm-up and decay depend on the number of all steps. "
-    old = f"give {' '.join(f'--{each.name} {each.before}' for each in breaking)} as before, or "
+    old = f"give {' '.join(_as_before(each, before) for each in breaking)} as before, or "
     if step >= before["max_steps"]:  # with as many steps as before there is none left
         old = ""
-    return (
-        f"with these flags the losses would differ from those of the original run:\n{table(breaking)}\n{why}"
-        f"Remedy: {old}--allow_changes to resume anyway"
-    )
+    what = "the losses would differ from those of the original run"
+    if all(each.name in VALIDATION for each in breaking):
+        what = "the validations could not be compared with those of the original run"
+    return f"with these flags {what}:\n{table(breaking)}\n{why}Remedy: {old}--allow_changes to resume anyway"
+
+
+def _as_before(change: Change, before: Mapping[str, Any]) -> str:
+    if change.name == "val_data":
+        return f"--val_data_path {before['val_data_path']} with its content"
+    return f"no --{change.name}" if change.before is None else f"--{change.name} {change.before}"

@@ -12,9 +12,9 @@ DESCRIPTION = """\
 Compute a step of a run again, in one process, and show where the first value that is not finite appears, or else the
 largest values: in which module and operator, in the forward or the backward pass, in which micro-batch and which text.
 
-The run's last checkpoint before the step is loaded, and the steps in between are computed as in the run, with the same
-tokens in the same order. In fp32 the loss equals the recorded one; in bf16, and on another kind of device, it does up
-to rounding.
+The run's last intact checkpoint before the step is loaded, and the steps in between are computed as in the run, with
+the same tokens in the same order and the recorded learning rates. In fp32 the loss equals the recorded one; in bf16,
+and on another kind of device, it does up to rounding.
 """
 EXAMPLES = """examples:
   the step before which a run stopped because its loss was not finite
@@ -56,6 +56,8 @@ def main(argv: list[str] | None = None) -> None:
     from train.replay.search import ValueSearch
 
     replay = Replay(arguments.run, arguments.step, arguments.train_data_path)
+    for note in replay.notes():
+        print(note)
     first = replay.checkpoint.step + 1
     for step in tqdm(range(first, replay.step), desc="steps before", unit="step", disable=first == replay.step):
         replay.compute(step)

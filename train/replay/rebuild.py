@@ -5,7 +5,7 @@ masks of dropout are one of these, the micro-batch and the stage. So one process
 ranks one after another, in the order that they have in the global batch, and averages them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -16,16 +16,19 @@ from accelerate.utils import set_seed
 from torch import nn
 
 from modeling_gpt2flash import GPT2FlashForCausalLM
+from train.checkpoints import starting
 from train.checkpoints import step_folder as checkpoints
 from train.checkpoints.loading import load_model, model_config
 from train.checkpoints.run_folder import STEPS_FILE, read_steps
-from train.config.changes import rate, with_warmup
+from train.config.changes import CURVE, MASKS, ROUNDING, Change, changes, rate, table, with_warmup
 from train.config.run_config import RunConfig
 from train.data.batches import TrainBatches
 from train.data.token_file import open_tokens
 from train.engines.accelerated import AcceleratedEngine
 from train.engines.base import Review, StepResult
 from train.utils.errors import UserError
+
+NAMED_STEPS = 5  # in a message about missing records
 
 
 @dataclass(frozen=True)
@@ -47,14 +50,15 @@ class Replay:
         tokens: where the token file is now, if it is not where the run has read it.
 
     Raises:
-        UserError: if there is no checkpoint before the step, or the token file is a different one.
+        UserError: if there is no intact checkpoint before the step, or the token file is a different one.
     """
 
     def __init__(self, run_folder: Path, step: int | None = None, tokens: Path | None = None) -> None:
         recorded, _ = read_steps(run_folder / STEPS_FILE) if (run_folder / STEPS_FILE).exists() else ([], None)
         self.records: dict[int, Mapping[str, Any]] = {record["step"]: record for record in recorded}
         self.step = step or max(self.records, default=0) + 1
-        self.checkpoint = checkpoint_before(run_folder, self.step)
+        self.run_folder = run_folder
+        self.checkpoint, self.skipped = checkpoint_before(run_folder, self.step)
         state = self.checkpoint.state
         known = {field.name for field in fields(RunConfig)}
         recorded_config: Any = {key: value for key, value in state.config.items() if key in known}
@@ -128,16 +132,58 @@ class Replay:
         self.engine.seed_dropout(len(self.engine.losses), stage)
 
     def learning_rate(self, step: int) -> float:
-        state = self.checkpoint.state
-        return rate(with_warmup({**state.config, "max_steps": state.total_steps}), step)
+        """The rate that the record of a step has, from 0; without one, that of the checkpoint's flags."""
+        recorded = self.records.get(step + 1, {}).get("learning_rate")
+        return rate(with_warmup(self.checkpoint.state.facts), step) if recorded is None else recorded
+
+    def notes(self) -> Iterator[str]:
+        """What makes the steps others than the run's, as far as it is known."""
+        for fault in self.skipped:
+            yield f"{fault}; not used"
+        last = min(self.step, max(self.records, default=0))
+        lost = [str(each) for each in range(self.checkpoint.step + 1, last + 1) if each not in self.records]
+        if lost:
+            yield (
+                f"{self.run_folder / STEPS_FILE} has no record of {'step' if len(lost) == 1 else 'steps'} "
+                f"{', '.join(lost[:NAMED_STEPS])}{', …' * (len(lost) > NAMED_STEPS)}: computed as if no update was "
+                f"skipped, at the learning rate of the flags of {self.checkpoint.folder.name}"
+            )
+        later, found = self._changed_later()
+        if found:
+            yield (
+                f"{later} was computed with other flags than {self.checkpoint.folder.name}, whose flags are used here "
+                f"(apart from the learning rates, which are the recorded ones), so the numbers may differ:"
+                f"\n{table(found, self.checkpoint.folder.name, later)}"
+            )
+
+    def _changed_later(self) -> tuple[str, list[Change]]:
+        """The name of the next checkpoint whose flags differ, and what differs; those after the step do not count."""
+        for done, folder in checkpoints.step_folders(self.run_folder):
+            if done <= self.checkpoint.step:
+                continue
+            try:
+                after = checkpoints.read_state(folder).state.facts
+            except UserError:
+                continue
+            found = changes(after | self.checkpoint.state.facts, after, self.checkpoint.step)
+            found = [change for change in found if change.name in (*CURVE, *MASKS, *ROUNDING)]
+            if found or done >= self.step:
+                return folder.name, found
+        return "", []
 
 
-def checkpoint_before(run_folder: Path, step: int) -> checkpoints.Checkpoint:
-    """The newest checkpoint from which a step can be computed."""
+def checkpoint_before(run_folder: Path, step: int) -> tuple[checkpoints.Checkpoint, list[str]]:
+    """The newest intact checkpoint from which a step can be computed, and what is wrong with newer ones."""
     folders = checkpoints.step_folders(run_folder)
     complete = [(done, folder) for done, folder in folders if (folder / checkpoints.STATE).exists()]
-    before = [folder for done, folder in complete if done < step]
+    before = [folder for done, folder in reversed(complete) if done < step]
     if not before:
         there = ", ".join(folder.name for _, folder in complete) or "none"
         raise UserError(f"{run_folder} has no checkpoint before step {step} (it has {there}); ask for a later --step")
-    return checkpoints.read_state(before[-1])
+    faults: list[str] = []
+    for folder in before:
+        checkpoint, fault = starting.read_intact(folder)
+        if checkpoint is not None:
+            return checkpoint, faults
+        faults.append(str(fault))
+    raise UserError(f"{faults[0]}, and {run_folder} has no other intact checkpoint before step {step}")

@@ -128,6 +128,7 @@ class ResolvedRun:
             tokens=step * self.tokens_per_step,
             model=self.shape,
             train_data=self.train.tokens.identity,
+            val_data=self.val.tokens.identity,
             seed=self.config.seed,
             block_size=self.train.block_size,
             document_mask=self.config.document_mask,
