@@ -1,6 +1,8 @@
 """Two machines train together: network namespaces joined by a cable, or one machine twice where none can be had."""
 
 import os
+import re
+import signal
 import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -176,11 +178,9 @@ def test_the_slurm_script_is_a_script() -> None:
     command("bash", "-n", SLURM, cwd=ROOT)
 
 
-@pytest.mark.slow
-def test_the_slurm_script_trains_and_goes_on_when_requeued(
-    machines: list[Machine], flags: list[str], finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Slurm's own commands are stand-ins that only start what they are given, once a node."""
+@pytest.fixture
+def slurm(machines: list[Machine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The id of the job. Slurm's own commands are stand-ins that only start what they are given, once a node."""
     for name in ("accelerate_configs", "ds_configs"):
         (tmp_path / name).symlink_to(ROOT / name)
     programs = tmp_path / "bin"
@@ -197,18 +197,54 @@ def test_the_slurm_script_trains_and_goes_on_when_requeued(
     for program in programs.iterdir():
         program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
-    slurm = {"JOB_ID": str(free_port()), "JOB_NODELIST": "node[1-2]", "NNODES": "2", "GPUS_ON_NODE": "1"}
-    for key, value in slurm.items():
+    facts = {"JOB_ID": str(free_port()), "JOB_NODELIST": "node[1-2]", "NNODES": "2", "GPUS_ON_NODE": "1"}
+    for key, value in facts.items():
         monkeypatch.setenv(f"SLURM_{key}", value)
+    return facts["JOB_ID"]
+
+
+@pytest.mark.slow
+def test_the_slurm_script_trains_and_goes_on_when_requeued(
+    slurm: str, flags: list[str], finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = tmp_path / "checkpoint" / "optimized"
     with monkeypatch.context() as time_is_over:
         time_is_over.setenv("SLURM_JOB_END_TIME", "1")
         done = command("bash", SLURM, *flags, *layout("zero2"), cwd=tmp_path)
     assert "the end of the Slurm job: the run stops after step 1 of 8" in done.stderr
-    assert (tmp_path / "requeued").read_text() == f"{slurm['JOB_ID']}\n"
+    assert (tmp_path / "requeued").read_text() == f"{slurm}\n"
     command("bash", SLURM, *flags, *layout("zero2"), cwd=tmp_path)
-    assert (tmp_path / "requeued").read_text() == f"{slurm['JOB_ID']}\n", "a finished run is not requeued"
+    assert (tmp_path / "requeued").read_text() == f"{slurm}\n", "a finished run is not requeued"
     assert losses(run) == pytest.approx(losses(finished), abs=LOSS_TOLERANCE)
     command("bash", SLURM, *flags, *layout("zero2"), "--max_steps=10", "--allow_changes", cwd=tmp_path)
     assert [record["step"] for record in records(run)] == list(range(1, 11))
     assert losses(run)[:8] == pytest.approx(losses(finished), abs=LOSS_TOLERANCE)
+
+
+@pytest.mark.slow
+def test_the_signal_before_the_end_of_a_slurm_job_reaches_the_ranks(
+    slurm: str, flags: list[str], tmp_path: Path
+) -> None:
+    """As Slurm does: the one that the script asks for, to all processes of the step, but not to the batch shell."""
+    [name] = re.findall(r"^#SBATCH --signal=(\w+)@", SLURM.read_text(), re.MULTILINE)
+    run = tmp_path / "checkpoint" / "optimized"
+    with job("bash", SLURM, *flags, *layout("zero2"), "--max_steps=100000", cwd=tmp_path) as started:
+        started.until_step(3, run)
+        for process in started.processes():
+            if process != started.process and "srun" not in " ".join(process.cmdline()):
+                process.send_signal(signal.Signals[f"SIG{name}"])
+        assert started.end(END_SECONDS) == 0, started.said()
+        assert f"SIG{name}: the run stops after step" in started.said()
+    assert (run / "latest").read_text() == f"step-{records(run)[-1]['step']}\n"
+    assert (tmp_path / "requeued").read_text() == f"{slurm}\n"
+
+
+@pytest.mark.slow
+def test_a_slurm_job_that_the_guard_stops_is_not_requeued(slurm: str, flags: list[str], tmp_path: Path) -> None:
+    diverging = ["--learning_rate=1e30", "--warmup_steps=0"]
+    done = command("bash", SLURM, *flags, *layout("zero2"), *diverging, cwd=tmp_path, check=False)
+    assert done.returncode != 0
+    assert done.stderr.count("the run stops before this update") == 1, done.stderr
+    assert done.stderr.count("not started again, because it would end as before") == 3
+    assert (tmp_path / "checkpoint" / "optimized" / "latest").exists()
+    assert not (tmp_path / "requeued").exists()
