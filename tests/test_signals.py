@@ -23,9 +23,11 @@ def endless(flags: list[str]) -> list[str]:
 
 
 def check_saved(run: Path, said: str) -> int:
-    """The step of the one checkpoint, which is that of the last record."""
+    """The step of the newest checkpoint, which is that of the last record; a temporary one may be left before it."""
     step = records(run)[-1]["step"]
-    assert [folder.name for folder in run.glob("step-*")] == [f"step-{step}"]
+    saved = sorted(int(folder.name.removeprefix("step-")) for folder in run.glob("step-*"))
+    assert saved[-1] == step
+    assert len(saved) <= 2
     assert (run / "latest").read_text() == f"step-{step}\n"
     assert f"the run stops after step {step:,} of 100,000; {run}/step-{step} is saved" in said
     assert "Traceback" not in said
@@ -106,7 +108,7 @@ def test_a_run_stops_in_time_and_the_same_command_continues(endless: list[str], 
         assert done.returncode == 75, done.stderr
         assert "--max_time 0:00:01: the run stops after step" in done.stderr
         step = check_saved(run, done.stderr)
-    assert step == 2, "the first checkpoint was temporary"
+    assert step == 2
 
 
 def test_checkpoints_by_time_replace_each_other(flags: list[str], tmp_path: Path) -> None:
