@@ -189,7 +189,8 @@ def slurm(machines: list[Machine], tmp_path: Path, monkeypatch: pytest.MonkeyPat
         f'SLURM_NODEID={rank} GLOO_SOCKET_IFNAME={machine.interface} {" ".join(machine.enter)} "${{@:2}}" &'
         for rank, machine in enumerate(machines)
     ]
-    (programs / "srun").write_text("\n".join(["#!/bin/bash", *nodes, "wait -n && wait -n", ""]))
+    end = ["wait -n && wait -n", "status=$?", "kill $(jobs -p) 2> /dev/null", "wait", "exit $status"]  # a bad exit's
+    (programs / "srun").write_text("\n".join(["#!/bin/bash", *nodes, *end, ""]))
     addresses = f"printf '{machines[0].address}\\n{machines[1].address}\\n'"
     (programs / "scontrol").write_text(
         f"#!/bin/bash\ncase $1 in requeue) echo $2 >> {tmp_path}/requeued;; *) {addresses};; esac\n"
