@@ -29,7 +29,7 @@ from train.run.log import RunLog
 from train.run.profiling import Profiler
 from train.run.saving import CheckpointSaver
 from train.run.setup import ResolvedRun
-from train.run.signals import Interruptions
+from train.run.signals import Interruptions, process_start
 from train.run.summary import write_summary
 from train.run.validate import validate
 from train.utils import processes
@@ -37,7 +37,9 @@ from train.utils import processes
 
 def build(run: ResolvedRun, launcher_exited: Callable[[], None] = lambda: None) -> Engine:
     """The engine with the model in it, at the step of the run's checkpoint. From here the run folder is this run's."""
-    watchdog.start(rendezvous.join(run.config.timeout, facts(run)), run.config.timeout)
+    # Each process has read the checkpoint completely by now: the others may take as long again as this one did.
+    patience = run.config.timeout + round(time.time() - process_start())
+    watchdog.start(rendezvous.join(patience, facts(run)), run.config.timeout)
     engine = _create_engine(run)
     processes.watch_peer(gather_object([os.getpid()]), launcher_exited)
     checkpoint = run.checkpoint
@@ -47,10 +49,11 @@ def build(run: ResolvedRun, launcher_exited: Callable[[], None] = lambda: None) 
     if checkpoint is None:
         check_finite(run.config.model, model)
     tensors = checkpoints.read_tensors(checkpoint, model) if checkpoint else None
-    mark("preparing the run folder")
+    mark("reading the checkpoint")
     engine.wait()  # until all processes have read their files, because a claimed folder may be emptied
     if engine.is_main:
-        starting.prepare_run_folder(run.config.run_folder, run.start)
+        with working("preparing the run folder"):  # an earlier run's checkpoints may be deleted
+            starting.prepare_run_folder(run.config.run_folder, run.start)
         rendezvous.claim(run.config.run_folder)
         if run.restarted:
             start = f"resumes from {checkpoint.folder}" if checkpoint else "starts again: there was no checkpoint"
