@@ -186,6 +186,20 @@ def test_weights_that_are_not_finite(small: list[str], small_model: Path, tmp_pa
     assert f"--model {tmp_path}/damaged: transformer.ln_f.bias holds NaN or infinity" in done.stderr
 
 
+def test_the_checkpoint_of_a_stop_deletes_no_other(small: list[str], tmp_path: Path) -> None:
+    run = tmp_path / "baseline"
+    words = [*PLANTED, *small, "--max_steps=8", "--save_interval=3", "--save_total_limit=1", "--max_new_tokens=0"]
+    words.append(f"--checkpoint_path={tmp_path}")
+    stopped = ranks(*words, cwd=tmp_path, processes=1, module="tests.planted", check=False)
+    assert stopped.returncode == 3, stopped.stdout
+    assert sorted(path.name for path in run.glob("step-*")) == ["step-3", "step-4"]
+    state = json.loads((run / "step-4" / "training_state.json").read_text())
+    assert state["stopped_by_guard"]
+    words += ["--on_nonfinite=skip", "--resume_from_checkpoint"]
+    ranks(*words, cwd=tmp_path, processes=1, module="tests.planted")
+    assert [path.name for path in run.glob("step-*")] == ["step-8"]
+
+
 @pytest.mark.faults
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize("name", ["baseline", "zero1", "zero2", "zero3", "fsdp2", "pipeline"])

@@ -164,6 +164,24 @@ def test_a_kill_on_the_way_back_to_an_earlier_step_leaves_a_checkpoint(tmp_path:
     assert done
 
 
+@pytest.mark.slow
+def test_a_kill_while_a_damaged_checkpoint_is_put_aside_loses_neither(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for change in range(1, 200):
+        shutil.rmtree(run, ignore_errors=True)
+        for step in (1, 2):
+            save_step(run, step)
+        (run / "step-2" / "optimizer.safetensors").write_bytes(b"1")
+        done = in_a_fork(resume, run, change)
+        resume(run)
+        assert starting.find("latest", run).step == step_of_weights(run) == 1
+        assert sorted(path.name for path in run.glob("*step*")) == ["step-1", "step-2.damaged"]
+        if done:
+            break
+    assert done
+    assert change > 5
+
+
 # What a run folder can hold. "logs" is what a kill before the first checkpoint leaves.
 
 
