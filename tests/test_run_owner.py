@@ -9,6 +9,7 @@ import pytest
 from tests.conftest import command, losses, python, records
 from tests.jobs import job, launcher, layout
 from tests.run_folders import names
+from tests.test_lock import ELSEWHERE, leave_lock
 from train.utils import lock
 
 
@@ -56,6 +57,27 @@ def test_a_run_folder_that_is_gone_ends_the_run_at_the_next_save(flags: list[str
         assert "Traceback" not in started.said()
     assert not list((tmp_path / "out").iterdir()), "nothing is written elsewhere"
     assert not list(tmp_path.rglob("*step*"))
+
+
+@pytest.mark.faults
+def test_a_run_that_wakes_after_its_folder_was_taken_over_changes_nothing_in_it(
+    flags: list[str], tmp_path: Path
+) -> None:
+    """As a machine that was suspended: the other one has written its name into the lock, and a log of its own."""
+    run = tmp_path / "baseline"
+    words = ["python", "-m", "train", *flags, "--max_steps=400", "--save_interval=40", f"--checkpoint_path={tmp_path}"]
+    with job(*words, cwd=tmp_path) as started:
+        started.until_step(2, run)
+        started.process.send_signal(signal.SIGSTOP)
+        leave_lock(run, ELSEWHERE)
+        (run / "metrics.jsonl").unlink()
+        (run / "metrics.jsonl").write_text("of the other run\n")
+        before = {path: path.read_bytes() for path in run.iterdir() if path.is_file()}
+        started.process.send_signal(signal.SIGCONT)
+        assert started.end() == 2, started.said()
+        assert f"{run} has been taken over by process 4711 on node7" in started.said()
+        assert "Traceback" not in started.said()
+    assert {path: path.read_bytes() for path in run.iterdir()} == before
 
 
 @pytest.mark.slow
