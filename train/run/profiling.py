@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from modeling_gpt2flash import GPT2FlashForCausalLM
 from train.engines.base import Engine
-from train.job.watchdog import mark
+from train.job.watchdog import working
 from train.kernels.traces import METADATA_KEY, ProfileFacts, trace_metadata
 from train.metrics.annotations import LOSS, module_annotation
 from train.metrics.flops import peak_bandwidth, peak_flops
@@ -123,11 +123,15 @@ class Profiler(AbstractContextManager):
         self.folder.mkdir(exist_ok=True)
         file = self.folder / f"rank-{self.engine.rank}.json.gz"
         plain = file.with_name(f".{file.stem}")
-        mark("writing the trace")
         try:
-            recorded.export_chrome_trace(str(plain))
-            mark("compressing the trace")
-            with atomic_write(file) as temporary, plain.open("rb") as source, gzip.open(temporary, "wb", 6) as packed:
+            with working("writing the trace"):
+                recorded.export_chrome_trace(str(plain))
+            with (
+                working("compressing the trace"),
+                atomic_write(file) as temporary,
+                plain.open("rb") as source,
+                gzip.open(temporary, "wb", 6) as packed,
+            ):
                 shutil.copyfileobj(source, packed)
         finally:
             plain.unlink(missing_ok=True)
