@@ -1,13 +1,15 @@
 """A run that is asked to end: it finishes the step, saves, says so and exits with 75, on all ranks."""
 
+import json
 import signal
 import sys
 from operator import attrgetter
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 
-from tests.conftest import python, records, train
+from tests.conftest import python, ranks, records, train
 from tests.jobs import Job, job, launcher, layout
 from train.config.arguments import duration
 from train.run.signals import DUPLICATE_SECONDS, MARGIN, SIGNALS, TimeNeeded, find_deadline, is_pressed_again
@@ -176,11 +178,38 @@ def validating(endless: list[str], corpus: Path, tmp_path: Path) -> list[str]:
     return [*own, f"--val_data_path={tmp_path}/val.bin", "--eval_interval=1", f"--checkpoint_path={tmp_path}"]
 
 
+def check_ended_within_validation(run: Path, done: CompletedProcess[str]) -> None:
+    said = done.stdout + done.stderr
+    assert done.returncode == 75, said
+    assert "the run stops after step 1 of" in said
+    assert "validation:" in said, "the bar"
+    assert "val_loss" not in records(run)[-1]
+    assert (run / "latest").read_text() == "step-1\n"
+
+
 def test_a_time_limit_ends_a_validation(validating: list[str], tmp_path: Path) -> None:
-    done = train(*validating, f"--max_time=0:{MARGIN + 8:.0f}", cwd=tmp_path, check=False)
-    assert done.returncode == 75, done.stderr
-    assert check_saved(tmp_path / "baseline", done.stderr) == 1
-    assert "val_loss" not in records(tmp_path / "baseline")[-1]
+    done = train(*validating, f"--max_time=0:{MARGIN + 15:.0f}", cwd=tmp_path, check=False)
+    check_ended_within_validation(tmp_path / "baseline", done)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("name", ["baseline", "zero2", "zero3", "fsdp2", "pipeline"])
+def test_all_ranks_look_up_from_a_validation_at_once(validating: list[str], tmp_path: Path, name: str) -> None:
+    """To save by time, and then to end, which the main process alone decides."""
+    flags = layout("baseline" if name == "fsdp2" else name)
+    timed = ["--save_minutes=0.2", f"--max_time=0:{MARGIN + 30:.0f}"]
+    done = ranks(*validating, *flags, *timed, cwd=tmp_path, fsdp2=name == "fsdp2", check=False)
+    (run,) = (path.parent for path in tmp_path.glob("*/latest"))
+    check_ended_within_validation(run, done)
+    assert json.loads((run / "step-1" / "training_state.json").read_text())["temporary"], "saved by time"
+
+
+def test_a_checkpoint_is_saved_before_a_trace_if_time_is_limited(flags: list[str], tmp_path: Path) -> None:
+    for limit, saved in ([], ["step-8"]), (["--max_time=1:00:00"], ["step-4", "step-8"]):
+        folder = tmp_path / f"{len(limit)}"
+        words = [*flags, "--profile", "--profile_steps=3:5", "--async_save=false", "--max_new_tokens=0", *limit]
+        train(*words, f"--checkpoint_path={folder}", cwd=tmp_path)
+        assert sorted(path.name for path in (folder / "baseline").glob("step-*")) == saved
 
 
 def test_a_checkpoint_by_time_is_saved_within_a_validation(validating: list[str], tmp_path: Path) -> None:
