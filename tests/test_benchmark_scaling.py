@@ -65,9 +65,7 @@ def test_what_cannot_be_is_refused(words: str, message: str, monkeypatch: pytest
 
 @pytest.mark.slow
 def test_real_runs_are_compared(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    argv = (
-        "scaling --size tiny --block 16 --batch 2 --processes 1 2 --kinds zero2 --steps 3 --rounds 1 --threads 2"
-    )
+    argv = "scaling --size tiny --block 16 --batch 2 --processes 1 2 --kinds zero2 --steps 3 --rounds 1 --threads 2"
     monkeypatch.setattr(sys, "argv", argv.split())
     scaling.main()
     rows = capsys.readouterr().out.split("\n\n")[1].splitlines()[2:]

@@ -104,6 +104,7 @@ def _train_before_it_writes(*run: Any) -> None:
     _run(*run)
 
 
+@pytest.mark.faults
 def test_training_does_not_wait_until_the_best_checkpoint_is_written(flags: list[str], tmp_path: Path) -> None:
     words = [*flags, "--eval_interval=1", "--keep_best", f"--checkpoint_path={tmp_path}"]
     output = tmp_path / "log"
@@ -120,6 +121,7 @@ def test_training_does_not_wait_until_the_best_checkpoint_is_written(flags: list
     assert {path.name for path in run.glob("step-*")} == {"step-7", "step-8"}
 
 
+@pytest.mark.faults
 def test_a_run_ends_when_validations_no_longer_get_better(flags: list[str], tmp_path: Path) -> None:
     words = [*flags, *WORSENING, "--keep_best", f"--checkpoint_path={tmp_path}"]
     done = train(*words, "--early_stopping_patience=2", cwd=tmp_path)

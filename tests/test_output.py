@@ -68,7 +68,9 @@ def test_a_command_on_a_full_device(name: str, commands: dict[str, list[str]], t
     assert done.stderr == b"error: stdout cannot be written: No space left on device\n"
 
 
-@pytest.mark.parametrize("failing", ["gone", "full", "closed"])
+@pytest.mark.parametrize(
+    "failing", ["gone", *(pytest.param(name, marks=pytest.mark.faults) for name in ("full", "closed"))]
+)
 def test_a_run_outlives_its_output(failing: str, flags: list[str], tmp_path: Path) -> None:
     words = ["train", *flags, f"--checkpoint_path={tmp_path}", "--max_new_tokens=0"]
     if failing == "closed":
@@ -86,6 +88,7 @@ def test_a_run_outlives_its_output(failing: str, flags: list[str], tmp_path: Pat
     assert (tmp_path / "baseline" / "metrics.json").exists()
 
 
+@pytest.mark.faults
 def test_stderr_alone_has_gone(flags: list[str], tmp_path: Path) -> None:
     words = ["train", *flags, f"--checkpoint_path={tmp_path}", "--max_new_tokens=0"]
     writing = gone()

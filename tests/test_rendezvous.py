@@ -55,6 +55,7 @@ def test_a_rank_that_does_not_come_is_named(tmp_path: Path) -> None:
     assert sentence(error).startswith("error: rank 1 of 2 has not joined within 1 seconds; start the same command")
 
 
+@pytest.mark.faults
 def test_ranks_that_do_not_come_are_named_by_all(tmp_path: Path) -> None:
     jobs = ends(tmp_path, *({"RANK": str(rank), "WORLD_SIZE": "4"} for rank in (0, 2)), timeout=5)
     for code, error in jobs:
@@ -62,6 +63,7 @@ def test_ranks_that_do_not_come_are_named_by_all(tmp_path: Path) -> None:
         assert "ranks 1, 3 of 4 have not joined within 5 seconds" in sentence(error)
 
 
+@pytest.mark.faults
 def test_a_rank_that_comes_twice_is_refused(tmp_path: Path) -> None:
     jobs = ends(tmp_path, *({"RANK": rank, "WORLD_SIZE": "3"} for rank in ("0", "1", "1")))
     for code, error in jobs:
@@ -70,18 +72,21 @@ def test_a_rank_that_comes_twice_is_refused(tmp_path: Path) -> None:
         assert f" on {socket.gethostname()}, and process " in sentence(error)
 
 
+@pytest.mark.faults
 def test_a_second_rank_0_finds_the_port_taken(tmp_path: Path) -> None:
     (first, one), (second, two) = ends(tmp_path, {"RANK": "0"}, {"RANK": "0"}, timeout=3)
     assert first == second == 2
     assert any("cannot host the job's store at MASTER_ADDR 127.0.0.1" in sentence(each) for each in (one, two))
 
 
+@pytest.mark.faults
 def test_jobs_of_different_sizes_do_not_mix(tmp_path: Path) -> None:
     jobs = ends(tmp_path, {"RANK": "0", "WORLD_SIZE": "3"}, {"RANK": "1", "WORLD_SIZE": "2"})
     assert [code for code, _ in jobs] == [2, 2]
     assert any("belongs to a job of" in sentence(error) for _, error in jobs)
 
 
+@pytest.mark.faults
 def test_a_main_machine_that_does_not_answer_is_named(tmp_path: Path) -> None:
     [(code, error)] = ends(tmp_path, {"RANK": "1"}, timeout=2)
     assert code == 2

@@ -105,6 +105,7 @@ def test_a_restarted_job_does_not_begin_anew_where_its_folder_is_gone(flags: lis
     assert not list((tmp_path / "out").iterdir())
 
 
+@pytest.mark.faults
 def test_a_run_writes_through_a_link_to_its_folder(flags: list[str], finished: Path, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()

@@ -113,6 +113,7 @@ def test_a_run_stops_in_time_and_the_same_command_continues(endless: list[str], 
     assert step == 2
 
 
+@pytest.mark.faults
 def test_checkpoints_by_time_replace_each_other(flags: list[str], tmp_path: Path) -> None:
     done = python(
         "-m",
@@ -130,7 +131,9 @@ def test_checkpoints_by_time_replace_each_other(flags: list[str], tmp_path: Path
 # Signals
 
 
-@pytest.mark.parametrize("number", SIGNALS, ids=NAME)
+@pytest.mark.parametrize(
+    "number", [SIGNALS[0], *(pytest.param(each, marks=pytest.mark.faults) for each in SIGNALS[1:])]
+)
 def test_a_signal_ends_a_run_with_a_checkpoint(endless: list[str], tmp_path: Path, number: signal.Signals) -> None:
     run = tmp_path / "baseline"
     with job(sys.executable, "-m", "train", *endless, f"--checkpoint_path={tmp_path}", cwd=tmp_path) as started:
@@ -142,6 +145,7 @@ def test_a_signal_ends_a_run_with_a_checkpoint(endless: list[str], tmp_path: Pat
     assert check_saved(run, said) >= 3
 
 
+@pytest.mark.faults
 def test_a_second_ctrl_c_ends_at_once(endless: list[str], tmp_path: Path) -> None:
     slow = [*endless, "--gradient_accumulation_steps=100000", f"--checkpoint_path={tmp_path}"]
     with job(sys.executable, "-m", "train", *slow, cwd=tmp_path) as started:
@@ -155,6 +159,7 @@ def test_a_second_ctrl_c_ends_at_once(endless: list[str], tmp_path: Path) -> Non
     assert not list((tmp_path / "baseline").glob("*step-*"))
 
 
+@pytest.mark.faults
 def test_what_is_ignored_at_the_start_stays_ignored(endless: list[str], tmp_path: Path) -> None:
     """By nohup, and by a shell that starts a command in the background; SIGUSR1 is a scheduler's, for the ranks."""
     run = tmp_path / "baseline"
@@ -187,6 +192,7 @@ def check_ended_within_validation(run: Path, done: CompletedProcess[str]) -> Non
     assert (run / "latest").read_text() == "step-1\n"
 
 
+@pytest.mark.faults
 def test_a_time_limit_ends_a_validation(validating: list[str], tmp_path: Path) -> None:
     done = train(*validating, f"--max_time=0:{MARGIN + 15:.0f}", cwd=tmp_path, check=False)
     check_ended_within_validation(tmp_path / "baseline", done)
@@ -204,6 +210,7 @@ def test_all_ranks_look_up_from_a_validation_at_once(validating: list[str], tmp_
     assert json.loads((run / "step-1" / "training_state.json").read_text())["temporary"], "saved by time"
 
 
+@pytest.mark.faults
 def test_a_checkpoint_is_saved_before_a_trace_if_time_is_limited(flags: list[str], tmp_path: Path) -> None:
     for limit, saved in ([], ["step-8"]), (["--max_time=1:00:00"], ["step-4", "step-8"]):
         folder = tmp_path / f"{len(limit)}"
@@ -212,6 +219,7 @@ def test_a_checkpoint_is_saved_before_a_trace_if_time_is_limited(flags: list[str
         assert sorted(path.name for path in (folder / "baseline").glob("step-*")) == saved
 
 
+@pytest.mark.faults
 def test_a_checkpoint_by_time_is_saved_within_a_validation(validating: list[str], tmp_path: Path) -> None:
     run = tmp_path / "baseline"
     with job(sys.executable, "-m", "train", *validating, "--save_minutes=0.1", cwd=tmp_path) as started:

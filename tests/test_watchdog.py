@@ -160,7 +160,7 @@ def test_a_stopped_rank_is_named_by_the_other(flags: list[str], tmp_path: Path, 
         assert own.index("MainThread:") < own.index("in train_step") < own.index("read-ahead"), said
 
 
-@pytest.mark.parametrize("code", ["time.sleep(10000)", "while True: pass"])
+@pytest.mark.parametrize("code", ["time.sleep(10000)", pytest.param("while True: pass", marks=pytest.mark.faults)])
 def test_a_rank_that_is_stuck_in_python_is_named_and_shows_where(flags: list[str], tmp_path: Path, code: str) -> None:
     (tmp_path / "stuck.py").write_text(STUCK.format(code=code))
     train = [*flags, *layout("baseline"), *ENDLESS, f"--timeout={TIMEOUT}", f"--checkpoint_path={tmp_path}"]
@@ -220,6 +220,7 @@ def test_work_that_shows_no_progress_has_an_end(monkeypatch: pytest.MonkeyPatch)
         watch.stop()
 
 
+@pytest.mark.faults
 def test_a_job_that_is_suspended_and_continued_goes_on(flags: list[str], tmp_path: Path) -> None:
     """One rank for less than the timeout, both for longer."""
     train = [*flags, *layout("baseline"), *ENDLESS, f"--timeout={TIMEOUT}", f"--checkpoint_path={tmp_path}"]
