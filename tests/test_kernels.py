@@ -406,7 +406,7 @@ def damaged(kind: str, eager: Path, folder: Path) -> Path:
         ("odd event", "rank-0.json.gz: has an event that torch.profiler does not write"),
         ("odd link", "rank-0.json.gz: has an event that torch.profiler does not write"),
         ("lone rank", "holds 1 traces of a run of 2 processes"),
-        ("other run's rank", "block_size is 64 and there 32"),
+        ("other run's rank", "block_size is 64, not 32"),
         ("no trace", "holds no trace"),
     ],
 )

@@ -204,6 +204,7 @@ def test_fsdp_settings_that_would_not_be_obeyed_are_refused(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_the_deepspeed_launcher_starts_the_same_run(two_processes: list[str], finished: Path, tmp_path: Path) -> None:
     launch = ["deepspeed", "--num_gpus", "2", "--master_port", free_port(), "--module", "train"]
     zero2 = ["--run_type=optimized", f"--deepspeed_config={ROOT}/ds_configs/zero2.json"]

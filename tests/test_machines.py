@@ -88,7 +88,8 @@ def layout(name: str) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("name", ["zero2", pytest.param("pipeline", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["zero2", "pipeline"])
 def test_two_machines_compute_what_one_process_does(
     machines: list[Machine], flags: list[str], finished: Path, tmp_path: Path, name: str
 ) -> None:

@@ -247,6 +247,7 @@ def test_mistakes_are_sentences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 # Real runs
 
 
+@pytest.mark.slow
 def test_one_process_and_two_compute_what_the_reference_does(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     found = run_cases([Case(name, 2, True, True) for name in ("single", "zero2-x2")])

@@ -45,7 +45,7 @@ def check_the_end(started: Job, processes: list[psutil.Process], first: str, run
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
-        ("torchrun", "baseline"),
+        pytest.param("torchrun", "baseline", marks=pytest.mark.faults),
         pytest.param("accelerate", "zero1", marks=pytest.mark.slow),
         pytest.param("deepspeed", "zero1", marks=pytest.mark.slow),
     ],
@@ -115,6 +115,7 @@ def test_workers_do_not_outlive_a_killed_launcher(flags: list[str], tmp_path: Pa
         assert "the launcher has exited" in started.said()
 
 
+@pytest.mark.faults
 def test_a_mistake_that_only_one_rank_sees_is_said(flags: list[str], tmp_path: Path) -> None:
     rank = ["env", "RANK=1", "LOCAL_RANK=1", "WORLD_SIZE=2"]
     done = command(*rank, sys.executable, "-m", "train", *flags, "--max_steps=0", cwd=tmp_path, check=False)

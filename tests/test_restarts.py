@@ -19,7 +19,7 @@ RESTARTED = "restarted by the launcher: the run"
 @pytest.mark.parametrize(
     ("name", "kind", "victim"),
     [
-        ("torchrun", "baseline", 1),
+        pytest.param("torchrun", "baseline", 1, marks=pytest.mark.faults),
         pytest.param("accelerate", "zero1", 0, marks=pytest.mark.slow),
         pytest.param("accelerate", "pipeline", 1, marks=pytest.mark.slow),
     ],

@@ -13,7 +13,8 @@ from tests.test_lock import ELSEWHERE, leave_lock
 from train.utils import lock
 
 
-@pytest.mark.parametrize("way", [[], pytest.param(["--resume_from_checkpoint"], marks=pytest.mark.slow)])
+@pytest.mark.faults
+@pytest.mark.parametrize("way", [[], ["--resume_from_checkpoint"]])
 def test_a_second_run_is_refused_and_a_killed_one_begins_anew_by_the_same_command(
     flags: list[str], finished: Path, tmp_path: Path, way: list[str]
 ) -> None:

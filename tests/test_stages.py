@@ -163,7 +163,7 @@ def test_names_lead_to_layers_and_back() -> None:
 
 @pytest.mark.parametrize("name", ["transformer.h.2.ln_1.weight", "transformer.h.x.ln_1.weight", "wte.weight", ""])
 def test_names_of_another_model_are_refused(name: str) -> None:
-    with pytest.raises(ValueError, match="no parameter of a GPT-2 of 2 blocks"):
+    with pytest.raises(ValueError, match="not a parameter of a GPT-2 of 2 blocks"):
         pp.locate(name, 2)
     with pytest.raises(ValueError, match="no layer 5"):
         pp.full_name(5, "x", 2)

@@ -160,7 +160,8 @@ def test_a_stopped_rank_is_named_by_the_other(flags: list[str], tmp_path: Path, 
         assert own.index("MainThread:") < own.index("in train_step") < own.index("read-ahead"), said
 
 
-@pytest.mark.parametrize("code", ["time.sleep(10000)", pytest.param("while True: pass", marks=pytest.mark.faults)])
+@pytest.mark.faults
+@pytest.mark.parametrize("code", ["time.sleep(10000)", "while True: pass"])
 def test_a_rank_that_is_stuck_in_python_is_named_and_shows_where(flags: list[str], tmp_path: Path, code: str) -> None:
     (tmp_path / "stuck.py").write_text(STUCK.format(code=code))
     train = [*flags, *layout("baseline"), *ENDLESS, f"--timeout={TIMEOUT}", f"--checkpoint_path={tmp_path}"]

@@ -154,6 +154,7 @@ def train_steps(run: ResolvedRun, engine: Engine, log: RunLog, interruptions: In
     resumed = run.checkpoint is not None and run.checkpoint.is_in(config.run_folder)
     ends = resumed and saver.validated(run.first_step)  # it may have been killed before it could
 
+    is_limited = engine.any_process(interruptions.deadline is not None)
     energy = EnergyMeter(energy_reader(engine.device))
     steps = range(run.first_step, run.first_step if ends else run.total_steps)
     data = read_ahead(partial(micro_batches, engine, run), steps, engine.device)
@@ -195,8 +196,7 @@ def train_steps(run: ResolvedRun, engine: Engine, log: RunLog, interruptions: In
                 record["skipped"] = True
             log.write(record)
             stop, save = result.requests
-            if profiler.writes_next:  # the trace, nobody knows for how long
-                save = save or engine.any_process(interruptions.deadline is not None)
+            save = save or (is_limited and profiler.writes_next)  # the trace, nobody knows for how long
             if save or stop or due(done, config.save_interval, run.total_steps):
                 temporary = not due(done, config.save_interval, run.total_steps)
                 saver.save(done, temporary=temporary, ends=stop or done == run.total_steps)
