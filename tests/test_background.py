@@ -242,8 +242,8 @@ def test_a_kill_while_a_checkpoint_is_written(
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_kills_at_changes_of_the_file_system(three_steps: tuple[list[str], list[float]], tmp_path: Path) -> None:
-    """At every sixth, as each takes ten seconds; tests/test_starting.py kills at each change of a save."""
-    for change in range(3, 500, 6):
+    """At every twelfth, as each takes ten seconds; tests/test_starting.py kills at each change of a save."""
+    for change in range(3, 500, 12):
         (tmp_path / str(change)).mkdir()
         if not is_killed_and_resumes(change, three_steps, tmp_path / str(change)):
             break

@@ -142,7 +142,7 @@ def test_a_resume_without_the_mask_is_refused(masked: list[str], masked_run: Pat
     resume = [f"--resume_from_checkpoint={masked_run}/step-4", f"--checkpoint_path={tmp_path}"]
     done = train(*unmasked, *resume, cwd=tmp_path, check=False)
     assert done.returncode == 2
-    assert "was trained with document_mask True, this run has False" in done.stderr
+    assert "was trained with document_mask True, and this run has False" in done.stderr
     train(*masked, *resume, cwd=tmp_path)
     assert losses(tmp_path / "baseline") == losses(masked_run)
 

@@ -127,13 +127,13 @@ def test_killed_at_random_moments(library: Corpus, tmp_path: Path, split: str, k
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("split", "overwrite"), [("hash", ["--overwrite"]), ("nanogpt", [])])
-def test_killed_before_every_second_change_of_the_disk(
+def test_killed_before_every_third_change_of_the_disk(
     small: Corpus, tmp_path: Path, split: str, overwrite: list[str]
 ) -> None:
     """And the process that goes on is killed as well, at a random change; the third finishes."""
     rng = random.Random(split)
     prepare(*words(split, tmp_path / "older", "--seed=1"), cwd=small.folder)
-    for n in itertools.count(1, 2):
+    for n in itertools.count(1, 3):
         folder = tmp_path / str(n)
         folder.mkdir()
         for part in small.folder.glob("part*"):

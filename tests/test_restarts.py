@@ -48,7 +48,7 @@ def test_a_restarted_job_ends_with_the_losses_of_an_uninterrupted_one(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "kind", "victim"), [("torchrun", "baseline", 1), ("accelerate", "zero2", 0)])
+@pytest.mark.parametrize(("name", "kind", "victim"), [("accelerate", "zero2", 0)])
 def test_a_job_whose_rank_stands_still_is_restarted(
     flags: list[str], tmp_path: Path, name: str, kind: str, victim: int
 ) -> None:
