@@ -99,7 +99,8 @@ import json, trackio
 from trackio.sqlite_storage import SQLiteStorage
 runs = list(trackio.Api().runs("gpt2flash"))
 logs = SQLiteStorage.get_logs("gpt2flash", runs[0].name, run_id=runs[0].id)
-print(json.dumps({"runs": len(runs), "config": runs[0].config, "losses": {log["step"]: log["loss"] for log in logs}}))
+losses = {log["step"]: log["loss"] for log in logs if "loss" in log}  # a validation follows in a log of its own
+print(json.dumps({"runs": len(runs), "config": runs[0].config, "losses": losses}))
 """
 
 
