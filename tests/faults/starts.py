@@ -18,7 +18,7 @@ from tests.jobs import Job, launcher
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 TRACEBACK = "Traceback (most recent call last)"
-LAUNCHERS_CODE = re.compile(r"torch/distributed/(run|launcher|elastic)")
+LAUNCHERS_CODE = re.compile(r"torch/distributed/(run|launcher|elastic)|bin/torchrun\"")
 OURS = re.compile(re.escape(str(ROOT)) + r"/(train|modeling_gpt2flash)/")
 MARK = "GPT2FLASH_SOAK"
 
