@@ -193,7 +193,8 @@ class Soak:
         return {0, RUN_AGAIN} if begun else {0, RUN_AGAIN} | as_any_program
 
     def check_gone(self, started: Fork | Launched) -> None:
-        deadline = time.monotonic() + END_SECONDS
+        """Ranks whose launcher is killed before they watch it wait for each other for --timeout."""
+        deadline = time.monotonic() + 3 * END_SECONDS
         while left := started.left():
             if time.monotonic() > deadline:
                 described = [f"{each.pid}: {' '.join(each.cmdline())}" for each in left]
