@@ -10,6 +10,7 @@ from subprocess import PIPE, Popen
 import pytest
 
 from tests.conftest import free_port
+from tests.forks import run_ranks
 
 JOIN = """
 import json, sys
@@ -109,3 +110,16 @@ def test_what_the_processes_run_must_agree(tmp_path: Path) -> None:
         assert "--seed is 1 on rank 0 (process " in sentence(error)
         assert ") and 2 on rank 1 (process " in sentence(error)
         assert "torch is 2.13 on rank 0" in sentence(error)
+
+
+@pytest.mark.faults
+def test_a_launcher_that_is_gone_before_its_processes_join_is_named(tmp_path: Path) -> None:
+    """Within a minute: a store that a launcher hosts is there before its processes are."""
+    own = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RUN_ID": "gone", "RANK": "0", "WORLD_SIZE": "2"}
+    own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    done = run_ranks("train", ["--model=tiny", f"--checkpoint_path={tmp_path}/out"], tmp_path, 1, check=False, own=own)
+    assert done.returncode == 2, done.stdout
+    assert "does not answer" in done.stdout
+    assert "start the job again" in done.stdout
+    assert "Traceback" not in done.stdout
+    assert not (tmp_path / "out").exists()

@@ -25,6 +25,7 @@ from train.utils import processes
 from train.utils.errors import STOPPED_BY_GUARD, EarlyEnd, UserError, first_line
 
 POLL_SECONDS = 0.2
+AGENT_TIMEOUT = timedelta(seconds=30)  # the agent's store is there before its processes are, or the agent is gone
 SHOWN = 3  # differences that are listed
 REMEDY = (
     "start the same command on every machine, each with its own --machine_rank and with the main machine's address"
@@ -183,7 +184,16 @@ def _agent_store() -> TCPStore | None:
     """The store of torchelastic's agent; None under other launchers, or if it is not shared with the workers."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
-    return TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        store = TCPStore(address, port, is_master=False, timeout=AGENT_TIMEOUT)
+    except (DistNetworkError, DistStoreError) as error:
+        raise UserError(
+            f"rank {processes.rank()}: the launcher's store at {address}, port {port}, does not answer "
+            f"({first_line(error)}): the launcher has exited, or its network is gone; start the job again"
+        ) from None
+    store.set_timeout(timedelta(minutes=5))  # PyTorch's default, for values
+    return store
 
 
 def _key(name: str) -> str:
