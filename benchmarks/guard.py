@@ -1,4 +1,4 @@
-"""What guards and digests cost a training step.
+"""The time that guards and digests take in a training step.
 
     python -m benchmarks.guard --size gpt2 --block 256 --batch 1
 
@@ -28,7 +28,7 @@ from train.utils.tables import markdown_table
 
 
 def step_seconds(engine: AcceleratedEngine, block: int, batch: int, rounds: int) -> tuple[list[float], list[float]]:
-    """Of each step, and of its review."""
+    """The seconds of each step, and of its review."""
     earlier = [float(value % 7) for value in range(WINDOW)]
     guard = Guard(parse(["--on_spike=warn"]), GuardState(0, losses=earlier, grad_norms=earlier))
     review = engine._review
@@ -73,7 +73,7 @@ def main() -> None:
     digests = [3 * digest_seconds(model) for _ in range(args.rounds)]
     step = statistics.median(steps)
     per_step = [each * step / (60 * SAVE_MINUTES) for each in digests]
-    print(f"{args.size}, {args.batch} x {args.block} tokens: {spread(steps)} s a step; {machine('cpu')}\n")
+    print(f"{args.size}, {args.batch} x {args.block} tokens: {spread(steps)} s per step; {machine('cpu')}\n")
     rows = [
         [name, spread([1e3 * each for each in own], 3), f"{statistics.median(own) / step:.4%}"]
         for name, own in (("guard", reviews), ("digests", per_step))

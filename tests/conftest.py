@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -231,6 +232,15 @@ def small_flags(corpus: Path, model: Path) -> list[str]:
         "--report_to=none",
         "--max_new_tokens=8",
     ]
+
+
+def half_finished(finished: Path, folder: Path) -> Path:
+    """A copy of the `finished` run in `folder`, as it was after step 4 but for its records and summary."""
+    run = folder / finished.name
+    shutil.copytree(finished, run)
+    shutil.rmtree(run / "step-8")
+    (run / "latest").write_text("step-4\n")
+    return run
 
 
 @pytest.fixture(scope="session")

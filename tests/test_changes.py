@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import losses, train
+from tests.conftest import half_finished, losses, train
 from train.config.changes import CURVE, GUARD, MASKS, RATE, ROUNDING, SETTING, VALIDATION, changes, refusal
 from train.config.run_config import RunConfig
 
@@ -112,10 +112,7 @@ def test_other_validations_need_a_flag_where_the_run_chooses_by_them(
 def test_another_validation_file_is_noticed_by_its_content(
     flags: list[str], corpus: Path, finished: Path, tmp_path: Path
 ) -> None:
-    run = tmp_path / "baseline"
-    shutil.copytree(finished, run)
-    shutil.rmtree(run / "step-8")
-    (run / "latest").write_text("step-4\n")
+    run = half_finished(finished, tmp_path)
     val = tmp_path / "val.bin"
     words = [*flags, "--train_micro_batch_size_per_gpu=4", f"--checkpoint_path={tmp_path}", "--resume_from_checkpoint"]
     words += ["--eval_interval=4", f"--val_data_path={val}"]
@@ -135,10 +132,7 @@ def test_another_validation_file_is_noticed_by_its_content(
 def test_a_run_resumes_with_other_losses_only_if_that_is_allowed(
     flags: list[str], finished: Path, tmp_path: Path
 ) -> None:
-    run = tmp_path / "baseline"
-    shutil.copytree(finished, run)
-    shutil.rmtree(run / "step-8")
-    (run / "latest").write_text("step-4\n")
+    run = half_finished(finished, tmp_path)
     words = [*flags, "--train_micro_batch_size_per_gpu=4", f"--checkpoint_path={tmp_path}", "--resume_from_checkpoint"]
     before = sorted(path.name for path in run.iterdir())
     refused = train(

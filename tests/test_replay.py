@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from modeling_gpt2flash import GPT2FlashForCausalLM
-from tests.conftest import ranks, train
+from tests.conftest import half_finished, ranks, train
 from tests.forks import run_module
 from tests.jobs import layout
 from tests.tiny_gpt2 import make_ours
@@ -153,10 +153,7 @@ def test_a_damaged_checkpoint_is_not_used(flags: list[str], tmp_path: Path) -> N
 def test_the_rates_are_the_recorded_ones_and_other_flags_are_said(
     flags: list[str], finished: Path, tmp_path: Path
 ) -> None:
-    run = tmp_path / "baseline"
-    shutil.copytree(finished, run)
-    shutil.rmtree(run / "step-8")
-    (run / "latest").write_text("step-4\n")
+    run = half_finished(finished, tmp_path)
     words = [*flags, f"--checkpoint_path={tmp_path}", "--resume_from_checkpoint", "--allow_changes"]
     train(*words, "--learning_rate=0.02", cwd=tmp_path)
     said = replay(run, "--step", 7, cwd=tmp_path)

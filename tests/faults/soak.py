@@ -193,8 +193,7 @@ class Soak:
         return {0, RUN_AGAIN} if begun else {0, RUN_AGAIN} | as_any_program
 
     def check_gone(self, started: Fork | Launched) -> None:
-        """Ranks whose launcher is killed before they watch it wait for each other for --timeout."""
-        deadline = time.monotonic() + 3 * END_SECONDS
+        deadline = time.monotonic() + END_SECONDS
         while left := started.left():
             if time.monotonic() > deadline:
                 described = [f"{each.pid}: {' '.join(each.cmdline())}" for each in left]

@@ -50,9 +50,8 @@ class Change:
     before: Any
     after: Any
     effect: str
-    breaks_curve: bool = (
-        False  # whether the losses, or those that the run chooses by, differ from the checkpoint's run
-    )
+    # Whether the losses, or the validations that the run chooses by, differ from those of the checkpoint's run.
+    breaks_curve: bool = False
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any], step: int) -> list[Change]:

@@ -85,7 +85,7 @@ class Engine(ABC):
         self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.is_main = self.accelerator.is_main_process
         self.data_rank, self.data_world_size, self.pipeline_rank = self.rank, self.world_size, 0
-        self.step = 0  # which is being computed, counted from 0
+        self.step = 0  # the step being computed, from 0
         self.losses: list[torch.Tensor] = []  # of the micro-batches of the last step, on the device
         if self.world_size != launched:
             raise UserError(

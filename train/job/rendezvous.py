@@ -25,7 +25,8 @@ from train.utils import processes
 from train.utils.errors import STOPPED_BY_GUARD, EarlyEnd, UserError, first_line
 
 POLL_SECONDS = 0.2
-AGENT_TIMEOUT = timedelta(seconds=30)  # the agent's store is there before its processes are, or the agent is gone
+# The agent's store is there before its processes are, or the agent is gone. PyTorch tries to connect twice.
+AGENT_TIMEOUT = timedelta(seconds=30)
 SHOWN = 3  # differences that are listed
 REMEDY = (
     "start the same command on every machine, each with its own --machine_rank and with the main machine's address"

@@ -1,7 +1,7 @@
 """A step of a run computed again in one process, whatever the layout was: the same weights, tokens, order and dropout.
 
-The checkpoint has full weights and moments in fp32; the order of the data is a function of the seed and the step, the
-masks of dropout are one of these, the micro-batch and the stage. So one process computes the micro-batches of all
+The checkpoint has full weights and moments in fp32; the order of the data is a function of the seed and the step, and
+the masks of dropout depend on the micro-batch and the stage as well. So one process computes the micro-batches of all
 ranks one after another, in the order that they have in the global batch, and averages them.
 """
 
@@ -137,7 +137,7 @@ class Replay:
         return rate(with_warmup(self.checkpoint.state.facts), step) if recorded is None else recorded
 
     def notes(self) -> Iterator[str]:
-        """What makes the steps others than the run's, as far as it is known."""
+        """Why the computed steps may differ from those of the run, as far as it is known."""
         for fault in self.skipped:
             yield f"{fault}; not used"
         last = min(self.step, max(self.records, default=0))
